@@ -1,0 +1,27 @@
+"""otalign: optimal transport between batches of speech and text sequences, with exact gradients, as a loss."""
+
+from importlib.metadata import PackageNotFoundError as _NotFound
+from importlib.metadata import version as _version
+
+from . import layout
+from .functional import sinkhorn_loss, solve, solve_cost
+from .modules import SinkhornLoss
+from .prior import Prior
+from .problem import debug
+from .result import OTResult
+
+try:
+    __version__ = _version("otalign")
+except _NotFound:  # run from a checkout that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "OTResult",
+    "Prior",
+    "SinkhornLoss",
+    "debug",
+    "layout",
+    "sinkhorn_loss",
+    "solve",
+    "solve_cost",
+]

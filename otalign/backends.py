@@ -1,0 +1,134 @@
+"""What is installed, what is not and why, and the one table of launchers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .problem import Problem, Solution, one_of
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that will compute a problem on `device`; raises if the one asked for cannot."""
+    one_of("backend", backend, NAMES)
+    if backend == "auto":
+        return "cpu" if device.type == "cpu" and reason_missing("cpu") is None else "reference"
+    reason = reason_missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device}")
+    return backend
+
+
+def launcher(name: str) -> Callable[[Problem], Solution]:
+    """The function that solves problems on this backend."""
+    if name == "cpu":
+        from . import ops
+
+        return ops.launch
+    from . import reference
+
+    return reference.launch
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, with None if it can be used here or else the reason why not.
+
+    Example:
+        >>> otalign.backends.available()["reference"] is None
+        True
+    """
+    return {name: reason_missing(name) for name in NAMES[1:]}
+
+
+def reason_missing(name: str) -> str | None:
+    """Why this backend cannot be used here; None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return "otalign.triton_kernels holds no kernels in this version"
+    module, reason = _extension()
+    if name == "cpu" or module is None:
+        return reason
+    if module.cuda_reason:
+        return f"otalign._C was built without CUDA: {module.cuda_reason}"
+    return "otalign._C was built with CUDA, but this version has no CUDA kernels"
+
+
+def extension() -> ModuleType:
+    """The compiled module `otalign._C`, with the BLAS that torch has loaded plugged into it."""
+    module, reason = _extension()
+    if module is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {reason}")
+    return module
+
+
+@functools.cache
+def _extension() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = _load()
+    except ImportError as error:
+        return None, _why_not_built(error)
+    module.use_blas(*_torch_blas())
+    return module, None
+
+
+def _load() -> ModuleType:
+    """`otalign._C`, or the build of it in OTALIGN_EXT_DIR (a sanitizer build, say)."""
+    folder = os.environ.get("OTALIGN_EXT_DIR")
+    if folder is None:
+        return importlib.import_module("otalign._C")
+    files = sorted(Path(folder).glob("_C*.so"))
+    if not files:
+        raise ImportError(f"no _C*.so in OTALIGN_EXT_DIR={folder}")
+    spec = importlib.util.spec_from_file_location("otalign._C", files[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["otalign._C"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _why_not_built(error: ImportError) -> str:
+    try:
+        from ._build_info import EXTENSION
+    except ImportError:
+        return f"the extension otalign._C cannot be imported ({error}); install the package to build it"
+    return f"otalign._C was not built: {EXTENSION}" if EXTENSION != "built" else f"otalign._C does not load: {error}"
+
+
+def _torch_blas() -> tuple[str, int, int, int]:
+    """Addresses of the BLAS that torch itself has loaded: its name, sgemm_, dgemm_, and the per-thread limit (or 0).
+
+    libtorch_cpu exports the MKL that it is linked to; where it is linked to OpenBLAS or Accelerate the same names are
+    found through it. One BLAS in the process means one thread pool, and speed equal to torch.matmul's.
+    """
+    pattern = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / pattern))
+        sgemm, dgemm = _address(library, "sgemm_"), _address(library, "dgemm_")
+    except OSError:
+        return "built-in", 0, 0, 0
+    if not (sgemm and dgemm):
+        return "built-in", 0, 0, 0
+    limit = _address(library, "MKL_Set_Num_Threads_Local")
+    return ("MKL of torch" if limit else "BLAS of torch"), sgemm, dgemm, limit
+
+
+def _address(library: ctypes.CDLL, symbol: str) -> int:
+    try:
+        return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0

@@ -1,0 +1,251 @@
+"""The public functions: validate, lay out, dispatch, reduce."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .prior import Prior
+from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, from_cost, from_points, one_of
+from .result import OTResult
+
+
+def sinkhorn_loss(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    a: Tensor | str | None = None,
+    b: Tensor | str | None = None,
+    *,
+    cu_seqlens_x: Tensor | None = None,
+    cu_seqlens_y: Tensor | None = None,
+    max_seqlen_x: int | None = None,
+    max_seqlen_y: int | None = None,
+    cost: str = "cosine",
+    prior: Prior | None = None,
+    reg: float | Tensor = 0.05,
+    unbalanced: float | tuple[float, float] | None = None,
+    max_iter: int = 200,
+    tol: float = 1e-3,
+    objective: str = "value",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Entropic optimal transport between two batches of sequences, as a loss.
+
+    For every item, with `C` the ground cost between its points, `B` the prior and `rho` the marginal relaxation,
+
+    .. math:: \min_P \langle P, C + B \rangle + \mathrm{reg}\,KL(P | a b^T)
+              + \rho_x KL(P 1 | a) + \rho_y KL(P^T 1 | b)
+
+    is solved by Sinkhorn's alternating updates (Cuturi 2013; in the log domain, Peyré and Cuturi 2019, remark 4.23;
+    relaxed, Chizat et al. 2018).
+
+    Args:
+        x: `(B, N, D)` padded; `(total_x, D)` packed, with `cu_seqlens_x`; or a jagged nested tensor. float16, bfloat16,
+            float32 or float64; computed in float32, or float64 if either side is.
+        y: `(B, M, D)`, `(total_y, D)` or nested, of the same `D` and device. The layouts of `x` and `y` may differ.
+        x_lengths: `(B,)` int32 or int64 in `[0, N]`; None = full. What lies behind is never read.
+        y_lengths: likewise for `y`.
+        a: weights of the points of `x`, `(B, N)` or `(total_x,)`, non-negative, normalised here over every item;
+            None = uniform; `"norm"` = norms of the embeddings, detached.
+        b: likewise for `y`.
+        cu_seqlens_x: `(B + 1,)` int32 or int64 offsets of packed items, rising from 0 to at most `total_x`.
+        cu_seqlens_y: likewise for `y`.
+        max_seqlen_x: longest item in packed `x`; optional, spares a device synchronisation (and, under
+            `torch.compile`, memory).
+        max_seqlen_y: likewise for `y`.
+        cost: `"cosine"` = 1 - cos, `"sqeuclidean"` = \|x - y\|^2, `"euclidean"`, or `"dot"` = -<x, y>.
+        prior: a temporal term `B` added to the cost, see `Prior`.
+        reg: strength of the entropic regularisation, in the unit of the cost; a number or `(B,)`. Not differentiated.
+        unbalanced: None (both marginals strict), `rho`, or `(rho_x, rho_y)`, each may be `inf` (strict).
+        max_iter: most iterations of an item; one is a row and a column update.
+        tol: L1 marginal error at which an item stops by itself; 0 = make all `max_iter`.
+        objective: `"value"` = the regularised optimum, gradient `P`; `"plan_cost"` = <stop_gradient(P), C + B>;
+            `"transport"` = <P, C + B> with its exact gradient; `"divergence"` = the debiased
+            `v(x, y) - (v(x, x) + v(y, y)) / 2` (Feydy et al. 2019).
+        reduction: `"mean"` over the items that are not empty, `"sum"`, or `"none"` for `(B,)`.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`.
+
+    Returns:
+        A scalar, or `(B,)`, in float32 (float64 for float64 input), with gradients for `x`, `y`, `a` and `b`.
+        Empty items count 0. An item with NaN or Inf among its points is NaN and leaves the others alone.
+
+    Raises:
+        ValueError, TypeError: for bad input, naming the argument, what was expected and what came.
+        RuntimeError: for a backend that is not there, with the reason.
+
+    Example:
+        >>> speech, text = torch.randn(4, 75, 256, requires_grad=True), torch.randn(4, 20, 256)
+        >>> loss = otalign.sinkhorn_loss(speech, text, torch.tensor([75, 60, 33, 75]), torch.tensor([20, 9, 12, 18]))
+        >>> loss.backward()
+        >>> speech.grad.shape
+        torch.Size([4, 75, 256])
+    """
+    one_of("objective", objective, OBJECTIVES)
+    one_of("reduction", reduction, REDUCTIONS)
+    problem = from_points(
+        x,
+        y,
+        x_lengths,
+        y_lengths,
+        a,
+        b,
+        cu_seqlens_x=cu_seqlens_x,
+        cu_seqlens_y=cu_seqlens_y,
+        max_seqlen_x=max_seqlen_x,
+        max_seqlen_y=max_seqlen_y,
+        cost=cost,
+        prior=prior,
+        reg=reg,
+        unbalanced=unbalanced,
+        max_iter=max_iter,
+        tol=tol,
+    )
+    return _reduce(problem, _objective(problem, objective, backend), reduction)
+
+
+def solve(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    a: Tensor | str | None = None,
+    b: Tensor | str | None = None,
+    *,
+    cu_seqlens_x: Tensor | None = None,
+    cu_seqlens_y: Tensor | None = None,
+    max_seqlen_x: int | None = None,
+    max_seqlen_y: int | None = None,
+    cost: str = "cosine",
+    prior: Prior | None = None,
+    reg: float | Tensor = 0.05,
+    unbalanced: float | tuple[float, float] | None = None,
+    max_iter: int = 200,
+    tol: float = 1e-3,
+    init: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> OTResult:
+    """Solve a batch of problems and return everything known about the solution. Arguments as in `sinkhorn_loss`.
+
+    Args:
+        init: potentials `(f, g)` to start from, such as `result.potentials` of an earlier solve with the same layout.
+
+    Example:
+        >>> result = otalign.solve(torch.randn(2, 50, 64), torch.randn(2, 10, 64), reg=0.1)
+        >>> result.plan().shape, result.assign_y().shape
+        (torch.Size([2, 50, 10]), torch.Size([2, 10]))
+    """
+    problem = from_points(
+        x,
+        y,
+        x_lengths,
+        y_lengths,
+        a,
+        b,
+        cu_seqlens_x=cu_seqlens_x,
+        cu_seqlens_y=cu_seqlens_y,
+        max_seqlen_x=max_seqlen_x,
+        max_seqlen_y=max_seqlen_y,
+        cost=cost,
+        prior=prior,
+        reg=reg,
+        unbalanced=unbalanced,
+        max_iter=max_iter,
+        tol=tol,
+        init=init,
+    )
+    return _result(problem, backend)
+
+
+def solve_cost(
+    C: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    reg: float | Tensor,
+    prior: Prior | None = None,
+    unbalanced: float | tuple[float, float] | None = None,
+    max_iter: int = 200,
+    tol: float = 1e-3,
+    init: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> OTResult:
+    """Solve a batch of problems whose ground cost is given. Other arguments as in `sinkhorn_loss`.
+
+    Args:
+        C: `(B, N, M)` float; item b's cost is `C[b, :x_lengths[b], :y_lengths[b]]`, and what lies outside is never
+            read. Differentiable.
+
+    Example:
+        >>> result = otalign.solve_cost(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), reg=0.01)
+        >>> result.plan()
+        tensor([[[0.5000, 0.0000],
+                 [0.0000, 0.5000]]])
+    """
+    problem = from_cost(
+        C,
+        x_lengths,
+        y_lengths,
+        a,
+        b,
+        prior=prior,
+        reg=reg,
+        unbalanced=unbalanced,
+        max_iter=max_iter,
+        tol=tol,
+        init=init,
+    )
+    return _result(problem, backend)
+
+
+def _result(problem: Problem, backend: str) -> OTResult:
+    solution = _solve(problem, backend)
+    return OTResult(
+        value=solution.value,
+        value_linear=solution.value_linear,
+        potentials=(solution.f, solution.g),
+        n_iter=solution.n_iter,
+        error=solution.error,
+        converged=solution.error <= problem.tol,
+        _problem=problem,
+        _solution=solution,
+    )
+
+
+def _solve(problem: Problem, backend: str) -> Solution:
+    name = backends.resolve(backend, problem.device)
+    return backends.launcher(name)(problem)
+
+
+def _objective(problem: Problem, objective: str, backend: str) -> Tensor:
+    """The loss of every item: (B,)."""
+    if objective == "plan_cost":
+        a, b = (None if w is None else w.detach() for w in (problem.a, problem.b))
+        return _solve(dataclasses.replace(problem, a=a, b=b), backend).plan_cost()
+    solution = _solve(problem, backend)
+    if objective == "value":
+        return solution.value
+    if objective == "transport":
+        return solution.value_linear
+    p = problem
+    xx = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]))
+    yy = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]))
+    self_terms = _solve(xx, backend).value + _solve(yy, backend).value
+    empty = (p.x_segments.lengths == 0) | (p.y_segments.lengths == 0)
+    return torch.where(empty.to(p.device), 0, solution.value - self_terms / 2)
+
+
+def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    filled = (problem.x_segments.lengths > 0) & (problem.y_segments.lengths > 0)
+    return losses.sum() / filled.sum().clamp(min=1).to(losses.device)

@@ -1,0 +1,279 @@
+"""Where the points of an item lie: padded, packed and jagged batches under one addressing, and helpers to pack.
+
+A batch is a tensor of values and `Segments`: item b has `lengths[b]` rows, from row `starts[b]` on in a packed batch
+(total, D), from the start of its slot in a padded one (B, N, D). Vectors with one number per point follow the same
+layout: (total,) or (B, N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The rows of every item on one side of the problem."""
+
+    lengths: Tensor  # (B,) int64
+    starts: Tensor | None  # (B,) int64 in a packed batch, None in a padded one
+    size: int  # longest length that the layout allows
+    rows: int  # rows of the values: total, or B * N
+
+    @property
+    def packed(self) -> bool:
+        return self.starts is not None
+
+    @property
+    def items(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a vector with one number per point."""
+        return (self.rows,) if self.packed else (self.items, self.size)
+
+    def spans(self) -> list[slice | tuple[int, slice]]:
+        """What to index a tensor in this layout with to get the rows of each item."""
+        lengths = self.lengths.tolist()
+        if self.starts is None:
+            return [(item, slice(0, length)) for item, length in enumerate(lengths)]
+        return [slice(start, start + length) for start, length in zip(self.starts.tolist(), lengths, strict=True)]
+
+    def item_of_row(self) -> Tensor:
+        """Packed only: the item of every row, B for rows after the last one: (total,)."""
+        assert self.starts is not None
+        rows = torch.arange(self.rows, device=self.lengths.device)
+        return torch.searchsorted(self.starts + self.lengths, rows, right=True)
+
+    def mask(self) -> Tensor:
+        """True on the points, False on the padding, in the shape of a vector."""
+        if self.packed:
+            return self.item_of_row() < self.items
+        return torch.arange(self.size, device=self.lengths.device) < self.lengths[:, None]
+
+    def item_sums(self, vector: Tensor) -> Tensor:
+        """Sum of a vector (zero on the padding) over each item, spread to the item's points again: vector's shape."""
+        if not self.packed:
+            return vector.sum(-1, keepdim=True).expand_as(vector)
+        index = self.item_of_row()
+        return vector.new_zeros(self.items + 1).index_add(0, index, vector)[index]
+
+    def to_padded(self, values: Tensor) -> Tensor:
+        """Values in this layout as (B, size, ...), zero on the padding."""
+        if self.starts is None:
+            mask = self.mask().to(values.device)
+            return torch.where(mask.reshape(mask.shape + (1,) * (values.dim() - 2)), values, 0)
+        rows = torch.arange(self.size, device=self.lengths.device)
+        index = (self.starts[:, None] + rows).clamp(max=max(self.rows - 1, 0)).to(values.device)
+        inside = (rows < self.lengths[:, None]).to(values.device)
+        if self.rows == 0:
+            return values.new_zeros(self.items, self.size, *values.shape[1:]) + values.sum()
+        return torch.where(inside.reshape(inside.shape + (1,) * (values.dim() - 1)), values[index], 0)
+
+    def from_padded(self, values: Tensor, fill: float = 0) -> Tensor:
+        """(B, size, ...) in this layout, with `fill` on the padding."""
+        if not self.packed:
+            mask = self.mask().to(values.device)
+            return torch.where(mask.reshape(mask.shape + (1,) * (values.dim() - 2)), values, fill)
+        assert self.starts is not None
+        item = self.item_of_row()
+        inside = item < self.items
+        item = torch.where(inside, item, 0)
+        row = torch.where(inside, torch.arange(self.rows, device=item.device) - self.starts[item], 0)
+        inside, item, row = (t.to(values.device) for t in (inside, item, row))
+        return torch.where(inside.reshape(inside.shape + (1,) * (values.dim() - 2)), values[item, row], fill)
+
+
+def points(
+    side: str, values: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor, Segments]:
+    """Validate one side's points and read its layout. `side` is "x" or "y", for the messages."""
+    _expect_tensor(side, values)
+    if values.is_nested:
+        if values.layout != torch.jagged:
+            raise ValueError(f"{side}: nested tensors must have layout=torch.jagged, got {values.layout}")
+        if lengths is not None or cu_seqlens is not None:
+            raise ValueError(f"{side}: a nested tensor brings its own lengths; leave {side}_lengths and cu_seqlens out")
+        if values.lengths() is not None:
+            raise ValueError(f"{side}: nested tensors with holes (from narrow) are not read; call .contiguous() first")
+        values, cu_seqlens = values.values(), values.offsets()
+    if not values.is_floating_point() or values.dtype.itemsize < 2:
+        raise TypeError(f"{side}: expected a float16, bfloat16, float32 or float64 tensor, got {values.dtype}")
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise ValueError(f"give either {side}_lengths (padded) or cu_seqlens_{side} (packed), not both")
+        if values.dim() != 2:
+            raise ValueError(f"{side}: packed points must be (total, D), got shape {tuple(values.shape)}")
+        return values, packed_segments(side, values.shape[0], cu_seqlens, max_seqlen)
+    if max_seqlen is not None:
+        raise ValueError(f"max_seqlen_{side} belongs to packed input; cu_seqlens_{side} is missing")
+    if values.dim() != 3:
+        raise ValueError(
+            f"{side}: padded points must be (B, N, D), got shape {tuple(values.shape)}; "
+            f"for packed points (total, D) give cu_seqlens_{side}"
+        )
+    return values, padded_segments(f"{side}_lengths", values.shape[0], values.shape[1], lengths)
+
+
+def padded_segments(name: str, items: int, size: int, lengths: Tensor | None) -> Segments:
+    """Segments of a padded batch; lengths (B,) integers in [0, size], called `name` in messages."""
+    if lengths is None:
+        return Segments(torch.full((items,), size, dtype=torch.int64), None, size, items * size)
+    _expect_integers(name, lengths, (items,))
+    lengths = lengths.detach().to("cpu", torch.int64)
+    if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > size)).any()):
+        raise ValueError(f"{name}: expected values in [0, {size}], got {lengths.tolist()}")
+    return Segments(lengths, None, size, items * size)
+
+
+def packed_segments(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
+    """Segments of a packed batch from offsets (B + 1,)."""
+    name = f"cu_seqlens_{side}"
+    _expect_tensor(name, cu_seqlens)
+    _expect_integers(name, cu_seqlens, None)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
+        raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
+    offsets = cu_seqlens.detach().to("cpu", torch.int64)
+    starts, lengths = offsets[:-1], offsets[1:] - offsets[:-1]
+    if torch.compiler.is_compiling():
+        return Segments(lengths, starts, rows if max_seqlen is None else max_seqlen, rows)
+    if int(offsets[0]) != 0 or int(offsets[-1]) > rows or bool((lengths < 0).any()):
+        raise ValueError(f"{name}: expected offsets that rise from 0 to at most {rows}, got {offsets.tolist()}")
+    longest = int(lengths.max()) if len(lengths) else 0
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"max_seqlen_{side}: the longest item has {longest} points, got {max_seqlen}")
+    return Segments(lengths, starts, longest if max_seqlen is None else max_seqlen, rows)
+
+
+def _expect_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _expect_integers(name: str, lengths: Tensor, shape: tuple[int, ...] | None) -> None:
+    _expect_tensor(name, lengths)
+    if lengths.is_floating_point():
+        raise ValueError(
+            f"{name}: expected int32 or int64, got {lengths.dtype}; "
+            "for lengths relative to the longest item use otalign.layout.from_relative_lengths"
+        )
+    if lengths.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected int32 or int64, got {lengths.dtype}")
+    if shape is not None and tuple(lengths.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(lengths.shape)}")
+
+
+# Helpers for callers: whatever marks the points, as packed values and offsets -----------------------------------------
+
+
+def from_mask(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack the rows where `mask` is True.
+
+    Args:
+        h: `(B, N, D)`.
+        mask: `(B, N)`, boolean or integer; True (non-zero) keeps. The rows kept need not be adjacent.
+
+    Returns:
+        `(total, D)` values and `(B + 1,)` int64 offsets, as `cu_seqlens_x` takes them.
+
+    Raises:
+        TypeError: for a float mask, whose meaning (1 keeps? -inf pads?) cannot be known.
+
+    Example:
+        >>> values, cu_seqlens = otalign.layout.from_mask(torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+        >>> values.shape, cu_seqlens
+        (torch.Size([3, 4]), tensor([0, 2, 3]))
+    """
+    return _pack(h, _expect_mask("mask", h, mask))
+
+
+def from_padding_mask(h: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack the rows where `padding_mask` `(B, N)` is False (fairseq's and torch's `key_padding_mask` convention).
+
+    As `from_mask`, with the opposite polarity.
+    """
+    return _pack(h, ~_expect_mask("padding_mask", h, padding_mask))
+
+
+def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack the first `round(rel * N)` rows of each item (SpeechBrain's convention).
+
+    Args:
+        h: `(B, N, D)`.
+        rel: `(B,)` float, the share of `N` that each item fills, in `[0, 1]`.
+
+    Returns:
+        `(total, D)` values and `(B + 1,)` int64 offsets.
+    """
+    _expect_batch(h)
+    _expect_tensor("rel", rel)
+    if not rel.is_floating_point():
+        raise TypeError(f"rel: expected a float tensor of shares in [0, 1], got {rel.dtype}")
+    if tuple(rel.shape) != (h.shape[0],):
+        raise ValueError(f"rel: expected shape ({h.shape[0]},), got {tuple(rel.shape)}")
+    if not bool(((rel >= 0) & (rel <= 1)).all()):
+        raise ValueError(f"rel: expected shares in [0, 1], got {rel.tolist()}")
+    return _pack(h, _length_mask((rel.double() * h.shape[1]).round().long(), h))
+
+
+def from_time_major(h: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack time-major states `(N, B, D)` with integer `lengths` `(B,)`: `(total, D)` values, `(B + 1,)` offsets."""
+    _expect_batch(h)
+    h = h.transpose(0, 1)
+    segments = padded_segments("lengths", h.shape[0], h.shape[1], lengths)
+    return _pack(h, _length_mask(segments.lengths, h))
+
+
+def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+    """Pack spans of rows, each an item of its own: several clips or sentences in one row.
+
+    Args:
+        h: `(B, N, D)`.
+        spans: for each of the B rows, its `(start, end)` pairs, end exclusive; they may be none.
+
+    Returns:
+        `(total, D)` values and `(number of spans + 1,)` int64 offsets, spans in the order given.
+    """
+    _expect_batch(h)
+    if len(spans) != h.shape[0]:
+        raise ValueError(f"spans: expected one list for each of {h.shape[0]} rows, got {len(spans)}")
+    pieces, offsets = [h[:0].reshape(0, h.shape[-1])], [0]
+    for row, pairs in zip(h, spans, strict=True):
+        for start, end in pairs:
+            if not 0 <= start <= end <= h.shape[1]:
+                raise ValueError(f"spans: expected 0 <= start <= end <= {h.shape[1]}, got ({start}, {end})")
+            pieces.append(row[start:end])
+            offsets.append(offsets[-1] + end - start)
+    return torch.cat(pieces), torch.tensor(offsets, device=h.device)
+
+
+def _pack(h: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    return h[keep], torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+
+
+def _length_mask(lengths: Tensor, h: Tensor) -> Tensor:
+    return torch.arange(h.shape[1], device=h.device) < lengths.to(h.device)[:, None]
+
+
+def _expect_batch(h: Tensor) -> None:
+    _expect_tensor("h", h)
+    if h.dim() != 3:
+        raise ValueError(f"h: expected 3 dimensions, got shape {tuple(h.shape)}")
+
+
+def _expect_mask(name: str, h: Tensor, mask: Tensor) -> Tensor:
+    _expect_batch(h)
+    _expect_tensor(name, mask)
+    if mask.is_floating_point():
+        raise TypeError(f"{name}: expected a boolean or integer mask, got {mask.dtype}")
+    if mask.shape != h.shape[:2]:
+        raise ValueError(f"{name}: expected shape {tuple(h.shape[:2])}, got {tuple(mask.shape)}")
+    return mask.to(h.device).bool()

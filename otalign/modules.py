@@ -1,0 +1,83 @@
+"""The drop-in loss module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .functional import sinkhorn_loss
+from .prior import Prior
+
+
+class SinkhornLoss(nn.Module):
+    """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
+
+    Arguments are the keywords of `sinkhorn_loss`, which see.
+
+    Shape:
+        - x: `(B, N, D)` or `(total_x, D)`; y: `(B, M, D)` or `(total_y, D)`; lengths: `(B,)`
+        - output: scalar, or `(B,)` with `reduction="none"`
+
+    Example:
+        >>> criterion = otalign.SinkhornLoss(reg=0.1, prior=otalign.Prior.quadratic(1.0))
+        >>> x, y = torch.randn(2, 30, 16, requires_grad=True), torch.randn(2, 8, 16)
+        >>> criterion(x, y, torch.tensor([30, 21]), torch.tensor([8, 5])).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        cost: str = "cosine",
+        prior: Prior | None = None,
+        reg: float | Tensor = 0.05,
+        unbalanced: float | tuple[float, float] | None = None,
+        max_iter: int = 200,
+        tol: float = 1e-3,
+        objective: str = "value",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "cost": cost,
+            "prior": prior,
+            "reg": reg,
+            "unbalanced": unbalanced,
+            "max_iter": max_iter,
+            "tol": tol,
+            "objective": objective,
+            "reduction": reduction,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_lengths: Tensor | None = None,
+        y_lengths: Tensor | None = None,
+        a: Tensor | str | None = None,
+        b: Tensor | str | None = None,
+        *,
+        cu_seqlens_x: Tensor | None = None,
+        cu_seqlens_y: Tensor | None = None,
+        max_seqlen_x: int | None = None,
+        max_seqlen_y: int | None = None,
+    ) -> Tensor:
+        return sinkhorn_loss(
+            x,
+            y,
+            x_lengths,
+            y_lengths,
+            a,
+            b,
+            cu_seqlens_x=cu_seqlens_x,
+            cu_seqlens_y=cu_seqlens_y,
+            max_seqlen_x=max_seqlen_x,
+            max_seqlen_y=max_seqlen_y,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

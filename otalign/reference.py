@@ -1,0 +1,244 @@
+"""The specification: entropic optimal transport in plain torch, one item at a time, and the oracle of every test.
+
+Everything here works in the dtype of its input (float64 for the oracle) and in the log domain. The compiled backends
+have to agree with this file; it has to agree with the papers, with other libraries and with finite differences.
+
+For one item with cost C (n, m), weights a (n,), b (m,), both summing to one, and marginal relaxations rho:
+
+    P_ij  = a_i b_j exp((f_i + g_j - C_ij) / reg)
+    value = min_P <P, C> + reg KL(P | a b^T) + rho_x KL(P 1 | a) + rho_y KL(P^T 1 | b)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Segments
+from .problem import Problem, Solution
+
+# The square of a difference of all pairs takes n * m * D elements; so many are built at a time.
+_PAIRS_AT_A_TIME = 2**24
+
+
+class Item(NamedTuple):
+    """What a solve of one item gives: `value`, `value_linear` and `plan_cost` (), `plan` (n, m), `f` (n,), `g` (m,)."""
+
+    value: Tensor
+    value_linear: Tensor
+    plan_cost: Tensor
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    n_iter: int
+    error: float
+
+
+def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """Ground cost between `x` (n, D) and `y` (m, D): (n, m)."""
+    if cost == "cosine":
+        return 1 - _normalize(x) @ _normalize(y).T
+    if cost == "dot":
+        return -x @ y.T
+    rows = max(1, _PAIRS_AT_A_TIME // max(y.numel(), 1))
+    squares = torch.cat([(part[:, None] - y).square().sum(-1) for part in x.split(rows)])
+    if cost == "sqeuclidean":
+        return squares
+    apart = squares > 0
+    return torch.where(apart, squares, 1).sqrt() * apart  # 0 with gradient 0 where points coincide
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """`x` (n, D) over its norms; all-zero rows stay zero and have zero gradient. Immune to overflow of the squares."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    squares = x.square().sum(-1, keepdim=True)
+    nonzero = squares > 0
+    return x * torch.where(nonzero, squares, 1).rsqrt() * nonzero
+
+
+def sinkhorn(
+    C: Tensor, a: Tensor, b: Tensor, reg: float, rho: tuple[float, float], max_iter: int, tol: float, g: Tensor | None
+) -> tuple[Tensor, Tensor, int, float]:
+    """Alternating log-domain updates from `g` (m,), until the marginal error is at most `tol`: f, g, n_iter, error.
+
+    The error is sum_i a_i |exp((f_i - f'_i) / reg) - 1| with f' the update that would come next: in the balanced
+    case, the L1 distance of the plan's row sums from a (the column sums have just been made exact).
+    """
+    damp_x, damp_y = damping(reg, rho)
+    log_a, log_b = a.log()[:, None], b.log()
+    g = torch.zeros_like(b) if g is None else g
+
+    def row_update(g: Tensor) -> Tensor:
+        return -damp_x * reg * torch.logsumexp(log_b + (g - C) / reg, dim=1)
+
+    f = row_update(g)
+    n_iter, error = 0, math.nan
+    for n_iter in range(1, max_iter + 1):
+        g = -damp_y * reg * torch.logsumexp(log_a + (f[:, None] - C) / reg, dim=0)
+        f_next = row_update(g)
+        error = float((a * ((f - f_next) / reg).expm1().abs()).sum())
+        if (tol > 0 and error <= tol) or math.isnan(error) or n_iter == max_iter:
+            break
+        f = f_next
+    return f, g, n_iter, error
+
+
+def damping(reg: float, rho: tuple[float, float]) -> tuple[float, float]:
+    """The exponents rho / (rho + reg) of the two updates; 1 where the marginal is strict."""
+    return tuple(1.0 if math.isinf(r) else r / (r + reg) for r in rho)  # type: ignore[return-value]
+
+
+def density(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float) -> Tensor:
+    """P / (a b^T): exp((f + g - C) / reg), (n, m); 0 where neither point has mass, since nothing bounds it there."""
+    massless = (a == 0)[:, None] & (b == 0)
+    return ((f[:, None] + g - C) / reg).masked_fill(massless, -math.inf).exp()
+
+
+class ImplicitPotentials(torch.autograd.Function):
+    """The identity on converged potentials, with the derivative of the fixed point that they solve.
+
+    f_i = -damp_x reg log sum_j b_j exp((g_j - C_ij) / reg), and g_j likewise, so with the row-stochastic pi = P / P 1
+    and the column-stochastic omega = P / 1^T P, taken from the plan as it is,
+
+        df = damp_x (sum_j pi_ij dC_ij - pi dg - reg (pi / b) db),   dg = damp_y (...),
+
+    and the adjoint needs one linear system on the side of y (the Schur complement). In the balanced case the system
+    is singular along the gauge (f + t, g - t): the right-hand side has no component there, and a rank-one term
+    removes it from the matrix. All operations are differentiable, so that second derivatives follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float, rho: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        f, g = f.clone(), g.clone()
+        ctx.save_for_backward(C, a, b, f, g)
+        ctx.reg, ctx.rho = reg, rho
+        return f, g
+
+    @staticmethod
+    def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        C, a, b, f, g = ctx.saved_tensors
+        reg, (damp_x, damp_y) = ctx.reg, damping(ctx.reg, ctx.rho)
+        E = density(C, a, b, f, g, reg)
+        pi_b = E / (E @ b)[:, None]  # pi / b
+        omega_a = E / (a @ E)  # omega / a
+        pi, omega = pi_b * b, omega_a * a[:, None]
+        schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
+        if damp_x == damp_y == 1:
+            schur = schur + b[:, None]  # a unit of mass along the null vector
+        q = torch.linalg.solve(schur, grad_g - damp_x * pi.T @ grad_f)
+        p = grad_f - damp_y * omega @ q
+        grad_C = damp_x * p[:, None] * pi + damp_y * q * omega
+        return grad_C, -reg * damp_y * omega_a @ q, -reg * damp_x * p @ pi_b, None, None, None, None
+
+
+class Value(torch.autograd.Function):
+    """The dual objective at the potentials, with the envelope theorem's gradient; differentiable twice.
+
+    sum_i a_i phi(f_i) + sum_j b_j phi(g_j) - reg (sum_ij P_ij - 1), phi(f) = f, or -rho (exp(-f / rho) - 1) if relaxed.
+    At the optimum it is the primal value; short of it, its error is of second order in the marginal error, where the
+    primal expression's is of first. Its partial derivative by C is the plan itself at any potentials.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float, rho: tuple[float, float]
+    ) -> Tensor:
+        ctx.save_for_backward(C, a, b, f, g)
+        ctx.reg, ctx.rho = reg, rho
+        mass = a @ density(C, a, b, f, g, reg) @ b
+        return a @ relaxed(f, rho[0]) + b @ relaxed(g, rho[1]) - reg * (mass - 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        C, a, b, f, g = ctx.saved_tensors
+        E = density(C, a, b, f, g, ctx.reg)
+        grad_C = grad * a[:, None] * b * E
+        grad_a = grad * (relaxed(f, ctx.rho[0]) + ctx.reg * (1 - E @ b))
+        grad_b = grad * (relaxed(g, ctx.rho[1]) + ctx.reg * (1 - a @ E))
+        return grad_C, grad_a, grad_b, None, None, None, None
+
+
+def relaxed(f: Tensor, rho: float) -> Tensor:
+    """phi(f) of the dual: what a potential is worth per unit of mass."""
+    return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
+
+
+def solve_item(
+    C: Tensor, a: Tensor, b: Tensor, reg: float, rho: tuple[float, float], max_iter: int, tol: float, g: Tensor | None
+) -> Item:
+    """Solve one item: `C` (n, m) with any prior added, `a` (n,), `b` (m,) summing to one, `g` (m,) to start from."""
+    n, m = C.shape
+    if n == 0 or m == 0:
+        zero = C.sum()  # attached to the graph
+        return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
+    with torch.no_grad():
+        f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
+    f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
+    if math.isinf(rho[0]) and math.isinf(rho[1]):
+        shift = b @ g  # the gauge <b, g> = 0
+        f, g = f + shift, g - shift
+    plan = a[:, None] * b * density(C, a, b, f, g, reg)
+    value = Value.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
+    C = torch.where(plan > 0, C, 0) if error == error else C  # where there is no mass the cost may be infinite
+    return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
+
+
+def launch(problem: Problem) -> Solution:
+    """Solve a batch item by item, and lay the results out as the problem is."""
+    with torch.autocast(problem.device.type, enabled=False):
+        items = list(_items(problem))
+    shape = (problem.x_segments.size, problem.y_segments.size)
+
+    def stack(tensors: list[Tensor]) -> Tensor:
+        if tensors:
+            return torch.stack(tensors)
+        inputs = (t for t in (problem.x, problem.y, problem.C) if t is not None)
+        return sum(t.sum() for t in inputs).to(problem.dtype).expand(0)  # type: ignore[union-attr]
+
+    def vector(parts: list[Tensor], segments: Segments) -> Tensor:
+        out = torch.zeros(segments.shape, dtype=problem.dtype, device=problem.device)
+        for span, part in zip(segments.spans(), parts, strict=True):
+            out[span] = part.detach()
+        return out
+
+    return Solution(
+        value=stack([item.value for item in items]),
+        value_linear=stack([item.value_linear for item in items]),
+        plan_cost=lambda: stack([item.plan_cost for item in items]),
+        f=vector([item.f for item in items], problem.x_segments),
+        g=vector([item.g for item in items], problem.y_segments),
+        n_iter=torch.tensor([item.n_iter for item in items], dtype=torch.int32, device=problem.device),
+        error=torch.tensor([item.error for item in items], dtype=problem.dtype, device=problem.device),
+        plan=lambda: stack([_pad(item.plan, shape) for item in items]).reshape(-1, *shape),
+    )
+
+
+def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.pad(plan, (0, shape[1] - plan.shape[1], 0, shape[0] - plan.shape[0]))
+
+
+
+def _items(p: Problem) -> Iterator[Item]:
+    x_spans, y_spans = p.x_segments.spans(), p.y_segments.spans()
+    for index, (xs, ys, reg) in enumerate(zip(x_spans, y_spans, p.reg.tolist(), strict=True)):
+        if p.C is not None:
+            n, m = int(p.x_segments.lengths[index]), int(p.y_segments.lengths[index])
+            C = p.C[index, :n, :m].to(p.dtype)
+        else:
+            assert p.x is not None and p.y is not None
+            C = cost_matrix(p.x[xs].to(p.dtype), p.y[ys].to(p.dtype), p.cost)
+        n, m = C.shape
+        finite = bool(C.isfinite().all())
+        if p.prior is not None:
+            C = C + p.prior.matrix(n, m, reg, dtype=p.dtype, device=C.device)
+        a = C.new_full((n,), 1 / max(n, 1)) if p.a is None else p.a[xs]
+        b = C.new_full((m,), 1 / max(m, 1)) if p.b is None else p.b[ys]
+        g = None if p.init is None else p.init[ys]
+        yield solve_item(C if finite else C * math.nan, a, b, reg, p.rho, p.max_iter, p.tol, g)
