@@ -81,6 +81,8 @@ class Prior:
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The term itself for lengths ``n`` and ``m``: ``(n, m)``. ``reg`` matters to ``order_preserving`` only."""
+        if n == 0 or m == 0:
+            return torch.zeros(n, m, dtype=dtype, device=device)
         i = torch.arange(n, dtype=torch.float64, device=device)[:, None]
         j = torch.arange(m, dtype=torch.float64, device=device)[None, :]
         d = (i / max(n - 1, 1) - j / max(m - 1, 1)).abs()

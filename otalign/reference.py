@@ -107,9 +107,10 @@ class ImplicitPotentials(torch.autograd.Function):
 
         df = damp_x (sum_j pi_ij dC_ij - pi dg - reg (pi / b) db),   dg = damp_y (...),
 
-    and the adjoint needs one linear system on the side of y (the Schur complement). In the balanced case the system
-    is singular along the gauge (f + t, g - t): the right-hand side has no component there, and a rank-one term
-    removes it from the matrix. All operations are differentiable, so that second derivatives follow.
+    and the adjoint needs one linear system on the side of y (the Schur complement). It is singular along the gauge
+    (f + t, g - t) of a balanced problem, once for every part into which the plan falls; the right-hand side has no
+    component there, and the pseudo-inverse projects it out. All operations are differentiable, so that second
+    derivatives follow.
     """
 
     @staticmethod
@@ -130,9 +131,7 @@ class ImplicitPotentials(torch.autograd.Function):
         omega_a = E / (a @ E)  # omega / a
         pi, omega = pi_b * b, omega_a * a[:, None]
         schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
-        if damp_x == damp_y == 1:
-            schur = schur + b[:, None]  # a unit of mass along the null vector
-        q = torch.linalg.solve(schur, grad_g - damp_x * pi.T @ grad_f)
+        q = torch.linalg.pinv(schur) @ (grad_g - damp_x * pi.T @ grad_f)
         p = grad_f - damp_y * omega @ q
         grad_C = damp_x * p[:, None] * pi + damp_y * q * omega
         return grad_C, -reg * damp_y * omega_a @ q, -reg * damp_x * p @ pi_b, None, None, None, None

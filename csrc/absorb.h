@@ -1,0 +1,36 @@
+// The absorption and stopping policy that all engines share.
+//
+// An iteration is multiply-adds on K_ij = exp((f_i + g_j - C_ij) / reg), the potentials f, g absorbed so far:
+//   u = a / (K v), v = b / (K^T u).
+// A float holds about 170 nats. Entries of K below exp(-kFar) are kept as their exponent instead (a negative number,
+// which the iteration reads as zero), so that nothing is ever lost: once u, v or a sum leave exp(+-kNear), the sum is
+// made exactly in the log domain, its potential is absorbed, and exponents that came back are entries again. What an
+// iteration leaves out is below exp(2 kNear - kFar) of a sum, far under rounding.
+//
+// Entries above exp(kFar) occur only in columns without mass, where nothing bounds them: -1 / exponent.
+#pragma once
+
+namespace otalign {
+
+template <class T>
+struct Absorb;
+template <>
+struct Absorb<float> {
+  static constexpr float kFar = 80, kNear = 20;
+  static constexpr float kLow = 2.0611536e-9f, kHigh = 4.8516520e8f;  // exp(-+kNear)
+};
+template <>
+struct Absorb<double> {
+  static constexpr double kFar = 650, kNear = 200;
+  static constexpr double kLow = 1.3838965267367376e-87, kHigh = 7.225973768125749e86;
+};
+
+// An item stops by itself; tol = 0 asks for all iterations. NaN never gets better.
+inline bool should_stop(double error, double tol, int64_t n_iter, int64_t max_iter) {
+  return (tol > 0 && error <= tol) || n_iter >= max_iter || error != error;
+}
+
+// rho / (rho + reg), the exponent of a relaxed update; 1 where the marginal is strict (rho infinite).
+inline double damping(double reg, double rho) { return rho > 1.7e308 ? 1.0 : rho / (rho + reg); }
+
+}  // namespace otalign

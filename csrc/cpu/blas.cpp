@@ -1,0 +1,88 @@
+#include "blas.h"
+
+#include <string>
+
+namespace otalign {
+namespace {
+
+template <class T>
+using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
+                      const T*, const int*, const T*, T*, const int*);
+using Limit = int (*)(int);
+
+struct Library {
+  std::string name = "built-in";
+  Gemm<float> sgemm = nullptr;
+  Gemm<double> dgemm = nullptr;
+  Limit limit = nullptr;
+} library;
+
+template <class T>
+Gemm<T> pointer();
+template <>
+Gemm<float> pointer() {
+  return library.sgemm;
+}
+template <>
+Gemm<double> pointer() {
+  return library.dgemm;
+}
+
+// Row-major C = op(A) op(B) + beta C is column-major C^T = op(B)^T op(A)^T + beta C^T.
+template <class T>
+void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const T* B,
+          int64_t ldb, T beta, T* C, int64_t ldc) {
+  if (const Gemm<T> call = pointer<T>()) {
+    const int rows = static_cast<int>(n), columns = static_cast<int>(m), depth = static_cast<int>(k);
+    const int a = static_cast<int>(lda), b = static_cast<int>(ldb), c = static_cast<int>(ldc);
+    const T one = 1;
+    call(b_transposed ? "T" : "N", a_transposed ? "T" : "N", &rows, &columns, &depth, &one, B, &b, A, &a, &beta, C, &c);
+    return;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    T* row = C + i * ldc;
+    for (int64_t j = 0; j < n; ++j) row[j] = beta == 0 ? T(0) : row[j];
+    for (int64_t p = 0; p < k; ++p) {
+      const T factor = a_transposed ? A[p * lda + i] : A[i * lda + p];
+      for (int64_t j = 0; j < n; ++j) row[j] += factor * (b_transposed ? B[j * ldb + p] : B[p * ldb + j]);
+    }
+  }
+}
+
+}  // namespace
+
+void use_blas(const char* name, void* sgemm, void* dgemm, void* limit) {
+  library = {name, reinterpret_cast<Gemm<float>>(sgemm), reinterpret_cast<Gemm<double>>(dgemm),
+             reinterpret_cast<Limit>(limit)};
+}
+
+const char* blas_name() { return library.name.c_str(); }
+
+template <class T>
+void gemm_nt(int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc) {
+  gemm<T>(false, true, m, n, k, A, lda, B, ldb, 0, C, ldc);
+}
+template <class T>
+void gemm_nn_add(int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc) {
+  gemm<T>(false, false, m, n, k, A, lda, B, ldb, 1, C, ldc);
+}
+template <class T>
+void gemm_tn_add(int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc) {
+  gemm<T>(true, false, m, n, k, A, lda, B, ldb, 1, C, ldc);
+}
+
+#define OTALIGN_INSTANTIATE(T)                                                                                  \
+  template void gemm_nt(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t);     \
+  template void gemm_nn_add(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t); \
+  template void gemm_tn_add(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t);
+OTALIGN_INSTANTIATE(float)
+OTALIGN_INSTANTIATE(double)
+
+OneThread::OneThread() {
+  if (library.limit) before = library.limit(1);
+}
+OneThread::~OneThread() {
+  if (library.limit) library.limit(before);
+}
+
+}  // namespace otalign

@@ -1,0 +1,221 @@
+// The table of kernels for one instruction set: this file is compiled once for each (OTALIGN_ISA).
+#include "kernels.h"
+
+#include <cstring>
+
+#include "prior.h"
+#include "reverse.h"
+#include "solver.h"
+
+namespace otalign::OTALIGN_ISA {
+namespace {
+
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+uint16_t to_bf16(float x) {
+  const uint32_t bits = to_bits(x);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  const float magnitude = from_bits(rest << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
+  const uint32_t bits = rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : to_bits(magnitude);
+  return from_bits(bits | sign);
+}
+uint16_t to_f16(float x) {
+  const uint32_t sign = (to_bits(x) >> 16) & 0x8000, bits = to_bits(x) & 0x7fffffff;
+  uint32_t h;
+  if (bits >= 0x47800000)
+    h = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+  else if (bits < 0x38800000)
+    h = to_bits(from_bits(bits) + 0.5f) - 0x3f000000;  // subnormal: the addition rounds
+  else
+    h = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+  return static_cast<uint16_t>(h | sign);
+}
+
+template <class T>
+void read(Scalar type, const void* from, T* to, int64_t count) {
+  switch (type) {
+    case Scalar::f32:
+      for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(static_cast<const float*>(from)[k]);
+      return;
+    case Scalar::f64:
+      for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(static_cast<const double*>(from)[k]);
+      return;
+    case Scalar::bf16:
+      for (int64_t k = 0; k < count; ++k) to[k] = from_bf16(static_cast<const uint16_t*>(from)[k]);
+      return;
+    case Scalar::f16:
+      for (int64_t k = 0; k < count; ++k) to[k] = from_f16(static_cast<const uint16_t*>(from)[k]);
+      return;
+  }
+}
+
+template <class T>
+void write(Scalar type, const T* from, void* to, int64_t count) {
+  switch (type) {
+    case Scalar::f32:
+      for (int64_t k = 0; k < count; ++k) static_cast<float*>(to)[k] = static_cast<float>(from[k]);
+      return;
+    case Scalar::f64:
+      for (int64_t k = 0; k < count; ++k) static_cast<double*>(to)[k] = static_cast<double>(from[k]);
+      return;
+    case Scalar::bf16:
+      for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(to)[k] = to_bf16(static_cast<float>(from[k]));
+      return;
+    case Scalar::f16:
+      for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(to)[k] = to_f16(static_cast<float>(from[k]));
+      return;
+  }
+}
+
+// f(d, lanes) over a row of dim numbers that may end anywhere.
+template <class T, class F>
+OTALIGN_INLINE T sum_over(int64_t dim, F f) {
+  using S = Simd<T>;
+  typename S::V first{}, second{};
+  int64_t d = 0;
+  for (; d + 2 * S::W <= dim; d += 2 * S::W) {
+    first += f(d, S::W);
+    second += f(d + S::W, S::W);
+  }
+  for (; d < dim; d += S::W) first += f(d, dim - d < S::W ? static_cast<int>(dim - d) : S::W);
+  return S::sum(first + second);
+}
+
+template <class T>
+OTALIGN_INLINE typename Simd<T>::V load_part(const T* p, int count) {
+  using S = Simd<T>;
+  if (count == S::W) return S::load(p);
+  typename S::V v{};
+  for (int k = 0; k < count; ++k) v[k] = p[k];
+  return v;
+}
+
+template <class T>
+void squares(const T* x, int64_t rows, int64_t dim, int64_t stride, T* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = x + i * stride;
+    out[i] = sum_over<T>(dim, [&](int64_t d, int count) {
+      const auto v = load_part(row + d, count);
+      return v * v;
+    });
+  }
+}
+
+template <class T>
+T square_distance(const T* x, const T* y, int64_t dim) {
+  return sum_over<T>(dim, [&](int64_t d, int count) {
+    const auto v = load_part(x + d, count) - load_part(y + d, count);
+    return v * v;
+  });
+}
+
+// A squared distance below this share of the squared norms has lost too many digits in the product.
+constexpr double kCancelled = 1.0 / 64;
+
+template <class T>
+bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
+          int64_t dim, T* distance) {
+  const int64_t m = it.m;
+  const T* scale_y = it.scale_y;
+  const PriorRow<T> prior(it);
+  T worst = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    T* row = it.K + i * m;
+    const T scale = it.scale_x ? it.scale_x[i] : T(0);
+    switch (it.cost) {
+      case Cost::cosine:
+        for (int64_t j = 0; j < m; ++j) row[j] = 1 - row[j] * (scale * scale_y[j]);
+        break;
+      case Cost::dot:
+        for (int64_t j = 0; j < m; ++j) row[j] = -row[j];
+        break;
+      case Cost::sqeuclidean:
+      case Cost::euclidean:
+        for (int64_t j = 0; j < m; ++j) {
+          T square = scale + scale_y[j] - 2 * row[j];
+          if (square < T(kCancelled) * (scale + scale_y[j]))
+            square = square_distance(x + (i - begin) * x_stride, y + j * y_stride, dim);
+          row[j] = square;
+        }
+        if (it.cost == Cost::euclidean)
+          for (int64_t j = 0; j < m; ++j) distance[i * m + j] = row[j] = std::sqrt(row[j]);
+        break;
+      case Cost::given:
+        break;
+    }
+    for (int64_t j = 0; j < m; ++j) worst += row[j] * 0;  // NaN if any is not finite
+    prior.add(i, row);
+  }
+  return worst == 0;
+}
+
+template <class T>
+size_t scratch(int64_t n, int64_t m) {
+  const size_t solve = Solver<T>::scratch(n, m), reverse = ReversePass<T>::scratch(n, m);
+  return solve > reverse ? solve : reverse;
+}
+
+template <class T>
+void fail(Item<T>& it) {
+  const T nan = static_cast<T>(NAN);
+  for (int64_t k = 0; k < it.n * it.m; ++k) it.K[k] = nan;
+  for (int64_t i = 0; i < it.n; ++i) it.f[i] = it.mass_x[i] = nan;
+  for (int64_t j = 0; j < it.m; ++j) it.g[j] = it.mass_y[j] = nan;
+  it.value = it.linear = it.error = NAN;
+  it.n_iter = 0;
+}
+
+template <class T>
+void solve(Item<T>& it, void* memory, Poll poll) {
+  Solver<T> solver(it, memory);
+  if (!solver.run(poll)) fail(it);
+}
+
+template <class T>
+void reverse(const Item<T>& it, Reverse<T>& back, void* memory) {
+  ReversePass<T>(it, back, memory).run();
+}
+
+template <class T>
+void panel(const Item<T>& it, const Reverse<T>& back, int64_t begin, int64_t end, T* out) {
+  ReversePass<T>::panel(it, back, begin, end, out);
+}
+
+template <class T>
+void scale_rows(const T* x, int64_t x_stride, const T* diagonal, int64_t rows, int64_t dim, T* out,
+                int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = x + i * x_stride;
+    T* to = out + i * out_stride;
+    for (int64_t d = 0; d < dim; ++d) to[d] = diagonal[i] * from[d];
+  }
+}
+
+template <class T>
+constexpr Kernels<T> table{scratch<T>, read<T>,    write<T>, squares<T>, cost<T>,
+                           solve<T>,   fail<T>, reverse<T>, panel<T>, scale_rows<T>};
+
+}  // namespace
+
+#define OTALIGN_STRING_(x) #x
+#define OTALIGN_STRING(x) OTALIGN_STRING_(x)
+
+extern const Isa kIsa;
+const Isa kIsa{OTALIGN_STRING(OTALIGN_ISA), &table<float>, &table<double>};
+
+}  // namespace otalign::OTALIGN_ISA
