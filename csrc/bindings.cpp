@@ -3,6 +3,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/engine.h"
+#include "cpu/pool.h"
 #include "problem.h"
 #ifdef OTALIGN_WITH_CUDA
 #include "cuda/device.h"
@@ -121,6 +122,13 @@ PYBIND11_MODULE(_C, module) {
     const py::gil_scoped_release release;
     cpu::pack(p, reinterpret_cast<const void*>(dense), reinterpret_cast<void*>(packed));
   });
+
+  py::class_<Block>(module, "Block", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.size()));
+      });
+  module.def("pool_idle", &pool_idle);
 
   module.def("use_blas", [](const std::string& name, uintptr_t sgemm, uintptr_t dgemm, uintptr_t limit) {
     use_blas(name.c_str(), reinterpret_cast<void*>(sgemm), reinterpret_cast<void*>(dgemm),

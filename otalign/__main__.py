@@ -48,7 +48,7 @@ def _extension() -> Iterator[tuple[str, str]]:
     yield "extension", f"{module.compiler}, SIMD: {module.simd}, {threads}, BLAS: {module.blas()}"
     if not module.cuda_reason:
         try:
-            yield "its cuda devices", str(len(module.cuda_devices()))
+            yield "its cuda devices", ", ".join(name for name, *_ in module.cuda_devices()) or "none"
         except RuntimeError as error:
             yield "its cuda devices", f"none: {error}"
 

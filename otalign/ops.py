@@ -7,6 +7,8 @@ Lengths, offsets and reg are tensors on the CPU. Arity is fixed: what does not a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ _COSTS = {word: index for index, word in enumerate((*COSTS, "given"))}
 _PRIORS = {word: index for index, word in enumerate(KINDS)}
 _GAP = 16  # zeros between plans, so that the engine may read past a row's end: kPlanGap of csrc/problem.h
 
+_LARGE = 2**18  # bytes
+
 _library = torch.library.Library("otalign", "DEF")
 _library.define(
     f"align({_PROBLEM}) -> (Tensor value, Tensor linear, Tensor plan, Tensor f, Tensor g, Tensor error, Tensor n_iter, "
@@ -45,7 +49,7 @@ def launch(problem: Problem) -> Solution:
     """Solve a batch with the compiled engine."""
     p, xs, ys = problem, problem.x_segments, problem.y_segments
     prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
-    value, linear, plan, f, g, error, n_iter, _, _, _ = torch.ops.otalign.align(
+    value, linear, plan, f, g, error, n_iter, _, _, _ = _Align.apply(
         p.x, p.y, p.C, xs.lengths, ys.lengths, xs.starts, ys.starts, p.a, p.b, p.init, p.reg, p.cost,
         prior, parameters, p.rho[0], p.rho[1], p.max_iter, p.tol, xs.size, ys.size, _capacity(p), p.dtype,
     )  # fmt: skip
@@ -126,6 +130,19 @@ class _Arguments:
         return p
 
 
+def _new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `_new_empty`, from the engine's pool of memory if it is large: see csrc/cpu/pool.h."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < _LARGE:
+        return like.new_empty(shape, dtype=dtype)
+    block = backends.extension().Block(count * dtype.itemsize)
+    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+
+
 def _outputs(
     x: Tensor | None,
     y: Tensor | None,
@@ -135,6 +152,7 @@ def _outputs(
     x_starts: Tensor | None,
     y_starts: Tensor | None,
     *rest: Any,
+    empty: Any = _new_empty,
 ) -> tuple[Tensor, ...]:
     cost, (size_x, size_y, capacity, dtype) = rest[4], rest[-4:]
     like = C if x is None else x
@@ -143,19 +161,24 @@ def _outputs(
     shape_x = (items, size_x) if x_starts is None else (x.shape[0],)  # type: ignore[union-attr]
     shape_y = (items, size_y) if y_starts is None else (y.shape[0],)  # type: ignore[union-attr]
 
-    def empty(*shape: int) -> Tensor:
-        return like.new_empty(shape, dtype=dtype)
-
-    value, linear, error = empty(items), empty(items), empty(items)
-    n_iter = like.new_empty((items,), dtype=torch.int32)
-    distance = empty(capacity if cost == "euclidean" else 0)
-    # Of every point: its mass in the plan over its weight, and what its products are scaled with.
-    of_x, of_y = empty(2, *shape_x), empty(2, *shape_y)
-    return value, linear, empty(capacity), empty(*shape_x), empty(*shape_y), error, n_iter, of_x, of_y, distance
+    # of_x and of_y hold, of every point, its mass in the plan over its weight, and what its products are scaled with.
+    shapes = {
+        "value": (items,),
+        "linear": (items,),
+        "plan": (capacity,),
+        "f": shape_x,
+        "g": shape_y,
+        "error": (items,),
+        "n_iter": (items,),
+        "of_x": (2, *shape_x),
+        "of_y": (2, *shape_y),
+        "distance": (capacity if cost == "euclidean" else 0,),
+    }
+    return tuple(empty(like, shape, torch.int32 if name == "n_iter" else dtype) for name, shape in shapes.items())
 
 
 def _align(*inputs: Any) -> tuple[Tensor, ...]:
-    outputs = _outputs(*inputs)
+    outputs = _outputs(*inputs, empty=_pooled)
     value, linear, plan, f, g, error, n_iter, of_x, of_y, distance = outputs
     p = _Arguments(*inputs).saved(plan, f, g, error, of_x, of_y, distance)
     p.value, p.linear, p.n_iter = value.data_ptr(), linear.data_ptr(), n_iter.data_ptr()
@@ -163,16 +186,16 @@ def _align(*inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+def _gradients(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
     (x, y, C, _, _, _, _, a, b, *_), wanted = arguments[3:], arguments[-1]
     like = C if x is None else x
     tensors = zip((x, y, C, a, b), wanted, strict=True)
-    return tuple(t.new_empty(t.shape) if want else like.new_empty((0,)) for t, want in tensors)
+    return tuple(empty(t, t.shape, t.dtype) if want else like.new_empty((0,)) for t, want in tensors)
 
 
 def _align_backward(grad_value: Any, grad_linear: Any, grad_plan: Any, *rest: Any) -> tuple[Tensor, ...]:
     inputs, saved, wanted = rest[: len(_INPUTS)], rest[len(_INPUTS) : -1], rest[-1]
-    outputs = _gradients(grad_value, grad_linear, grad_plan, *rest)
+    outputs = _gradients(grad_value, grad_linear, grad_plan, *rest, empty=_pooled)
     arguments = _Arguments(*inputs)
     engine = backends.extension()
     gradients = engine.Gradients()
@@ -268,6 +291,18 @@ def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _pack_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.otalign.unpack(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
+
+
+
+class _Align(torch.autograd.Function):
+    """What the library registers below, without its 100 us a call."""
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_align_autograd)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return torch.ops.otalign.align(*inputs)
 
 
 torch.library.register_autograd("otalign::align", _align_autograd, setup_context=_save, lib=_library)

@@ -20,8 +20,9 @@
 namespace otalign::cpu {
 namespace {
 
-constexpr int64_t kRows = 256;                // rows of a block of the cost, or of a panel of its gradient
-constexpr int64_t kSlice = 256;               // least columns of a slice of the gradient
+constexpr int64_t kBlock = 256;                    // rows of a block of the cost
+constexpr int64_t kPanel = 128;                    // rows of a panel of its gradient
+constexpr int64_t kSlice = 256;                    // least columns of a slice of the gradient
 constexpr double kSliceWork = 64.0 * 1024 * 1024;  // multiply-adds in a slice worth a thread's while
 
 size_t bytes(Scalar type) { return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2; }
@@ -155,18 +156,15 @@ char* bytes_at(void* base, int64_t elements, Scalar type) {
   return static_cast<char*>(base) + elements * static_cast<int64_t>(bytes(type));
 }
 
-// Zeroes what the items leave over of a tensor with `width` numbers for each row of a side.
-void zero_padding(const Side& side, int64_t items, void* out, int64_t width, size_t number) {
-  if (!out) return;
-  char* const base = static_cast<char*>(out);
-  const auto zero = [&](int64_t begin, int64_t end) {
-    if (end > begin) std::memset(base + begin * width * number, 0, (end - begin) * width * number);
-  };
-  if (side.starts) {
-    zero(items ? side.starts[items - 1] + side.lengths[items - 1] : 0, side.rows);
-    return;
-  }
-  for (int64_t b = 0; b < items; ++b) zero(b * side.size + side.lengths[b], (b + 1) * side.size);
+// Zeroes the rows behind an item, in a tensor with `row` bytes for each row of a side.
+void zero_padding(const Side& side, int64_t items, int64_t b, void* out, size_t row) {
+  const int64_t begin = side.row(b) + side.lengths[b];
+  const int64_t end = !side.starts ? (b + 1) * side.size : b + 1 == items ? side.rows : begin;
+  if (out && end > begin) kernels<float>().clear(static_cast<char*>(out) + begin * row, (end - begin) * row);
+}
+// Nothing is behind an item where there is none.
+void zero_all(const Side& side, int64_t items, void* out, size_t row) {
+  if (out && items == 0 && side.rows > 0) std::memset(out, 0, side.rows * row);
 }
 
 template <class T>
@@ -296,7 +294,7 @@ bool forward(const Problem& p, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
     if (batch.empty(b)) continue;
-    const int64_t pieces = std::max<int64_t>(1, (n + kRows / 2) / kRows), rows = ceil_div(n, pieces);
+    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock), rows = ceil_div(n, pieces);
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
       blocks.push_back({b, i, end, static_cast<double>(end - i) * m});
@@ -306,7 +304,7 @@ bool forward(const Problem& p, Poll poll) {
   longest_first(items);
 
   Team team(p.threads, poll);
-  const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kRows);
+  const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kBlock);
   const Scratch scratch(team.threads(), {batch.converts(p.x) ? block_rows * p.dim * sizeof(T) : 0,
                                          batch.converts(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
                                          batch.most_m * sizeof(T), batch.scratch});
@@ -333,9 +331,9 @@ bool forward(const Problem& p, Poll poll) {
     static_cast<T*>(p.linear)[b] = static_cast<T>(it.linear);
     static_cast<T*>(p.error)[b] = static_cast<T>(it.error);
     p.n_iter[b] = it.n_iter;
+    for (const Side* side : {&p.x, &p.y}) zero_padding(*side, p.items, b, side->potential, sizeof(T));
   });
-  zero_padding(p.x, p.items, p.x.potential, 1, sizeof(T));
-  zero_padding(p.y, p.items, p.y.potential, 1, sizeof(T));
+  for (const Side* side : {&p.x, &p.y}) zero_all(*side, p.items, side->potential, sizeof(T));
   return !team.stopped();
 }
 
@@ -374,8 +372,8 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   T* const dy = !g.y ? nullptr : direct_y ? at<T>(g.y, y_element) : scratch.get<T>(thread, 5);
   const int64_t dy_stride = direct_y ? p.dim : columns;
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
-  for (int64_t i = 0; i < it.n; i += kRows) {
-    const int64_t rows = std::min(kRows, it.n - i);
+  for (int64_t i = 0; i < it.n; i += kPanel) {
+    const int64_t rows = std::min(kPanel, it.n - i);
     const Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
     kernels<T>().panel(it, r, i, i + rows, panel);
     if (g.x) {
@@ -449,7 +447,7 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
   longest_first(slices);
 
   Team team(p.threads, poll);
-  const size_t rows = std::min(batch.most_n, kRows), number = sizeof(T);
+  const size_t rows = std::min(batch.most_n, kPanel), number = sizeof(T);
   const size_t x_part = batch.converts(p.x) ? rows * widest * number : 0;
   const size_t y_part = batch.converts(p.y) ? batch.most_m * widest * number : 0;
   const size_t panel = std::max<size_t>(points ? rows * batch.most_m : 0, p.y.size + kPlanGap) * number;
@@ -465,6 +463,15 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
     return !batch.empty(b) && broken(b) && !idle(r) ? static_cast<T>(NAN) : T(0);
   };
 
+  struct Output {
+    const Side* side;
+    void* out;
+    size_t row;
+  };
+  const Output outputs[] = {{&p.x, g.x, p.dim * bytes(p.x.points_type)},
+                            {&p.y, g.y, p.dim * bytes(p.y.points_type)},
+                            {&p.x, g.a, number},
+                            {&p.y, g.b, number}};
   team.run(items.size(), [&](int64_t k, int thread, Poll) {
     const int64_t b = items[k].item;
     const Item<T> it = batch.item(b);
@@ -478,6 +485,7 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
       if (r.a) std::fill_n(r.a, it.n, constant(b, r));
       if (r.b) std::fill_n(r.b, it.m, constant(b, r));
     }
+    for (const auto& [side, out, row] : outputs) zero_padding(*side, p.items, b, out, row);
     if (g.given) given_gradient(batch, g, works ? &it : nullptr, r, b, constant(b, r), scratch.get<T>(thread, 1));
   });
   team.run(slices.size(), [&](int64_t k, int thread, Poll) {
@@ -488,12 +496,7 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
     else
       constant_gradient(batch, g, task, constant(task.item, r));
   });
-  if (p.cost != Cost::given) {
-    zero_padding(p.x, p.items, g.x, p.dim, bytes(p.x.points_type));
-    zero_padding(p.y, p.items, g.y, p.dim, bytes(p.y.points_type));
-  }
-  zero_padding(p.x, p.items, g.a, 1, number);
-  zero_padding(p.y, p.items, g.b, 1, number);
+  for (const auto& [side, out, row] : outputs) zero_all(*side, p.items, out, row);
   return !team.stopped();
 }
 

@@ -100,9 +100,9 @@ template <class T>
 OTALIGN_INLINE typename Simd<T>::V load_part(const T* p, int count) {
   using S = Simd<T>;
   if (count == S::W) return S::load(p);
-  typename S::V v{};
-  for (int k = 0; k < count; ++k) v[k] = p[k];
-  return v;
+  T lanes[S::W] = {};
+  for (int k = 0; k < count; ++k) lanes[k] = p[k];
+  return S::load(lanes);
 }
 
 template <class T>
@@ -133,7 +133,7 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
   const int64_t m = it.m;
   const T* scale_y = it.scale_y;
   const PriorRow<T> prior(it);
-  T worst = 0;
+  typename Simd<T>::V zeros{};  // NaN where anything is not finite
   for (int64_t i = begin; i < end; ++i) {
     T* row = it.K + i * m;
     const T scale = it.scale_x ? it.scale_x[i] : T(0);
@@ -158,10 +158,10 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
       case Cost::given:
         break;
     }
-    for (int64_t j = 0; j < m; ++j) worst += row[j] * 0;  // NaN if any is not finite
+    for_vectors<T>(m, [&](int64_t j, int count, auto) { zeros += load_part(row + j, count) * 0; });
     prior.add(i, row);
   }
-  return worst == 0;
+  return Simd<T>::sum(zeros) == 0;
 }
 
 template <class T>
@@ -206,9 +206,27 @@ void scale_rows(const T* x, int64_t x_stride, const T* diagonal, int64_t rows, i
   }
 }
 
+void clear(void* memory, size_t bytes) {
+  char* p = static_cast<char*>(memory);
+#if OTALIGN_VECTOR_BYTES >= 32
+  constexpr size_t kLine = 64, kMuch = 1 << 16;
+  if (bytes >= kMuch) {
+    const size_t head = (kLine - reinterpret_cast<uintptr_t>(p) % kLine) % kLine;
+    std::memset(p, 0, head);
+    char* const end = p + bytes;
+    for (p += head; p + kLine <= end; p += kLine)
+      for (size_t k = 0; k < kLine; k += 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(p + k), __m256i{});
+    _mm_sfence();
+    bytes = end - p;
+  }
+#endif
+  std::memset(p, 0, bytes);
+}
+
 template <class T>
 constexpr Kernels<T> table{scratch<T>, read<T>,    write<T>, squares<T>, cost<T>,
-                           solve<T>,   fail<T>, reverse<T>, panel<T>, scale_rows<T>};
+                           solve<T>,   fail<T>, reverse<T>, panel<T>, scale_rows<T>,
+                           clear};
 
 }  // namespace
 

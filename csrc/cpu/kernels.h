@@ -90,6 +90,9 @@ struct Kernels {
   // out_i = diagonal_i * x_i, a matrix of rows by dim.
   void (*scale_rows)(const T* x, int64_t x_stride, const T* diagonal, int64_t rows, int64_t dim, T* out,
                      int64_t out_stride);
+
+  // Zeroes memory that is not read soon, past the caches where it is much.
+  void (*clear)(void* memory, size_t bytes);
 };
 
 struct Isa {

@@ -14,6 +14,10 @@
 #define OTALIGN_VECTOR_BYTES 16
 #endif
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define OTALIGN_INLINE inline __attribute__((always_inline))
 
 namespace otalign::OTALIGN_ISA {
@@ -41,7 +45,19 @@ struct Simd {
   static OTALIGN_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static OTALIGN_INLINE void store(T* p, V v, int count) {
     if (count == W) return store(p, v);
+#if OTALIGN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+    else
+      _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), reinterpret_cast<__m512d>(v));
+#elif OTALIGN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4)
+      _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first(count)), reinterpret_cast<__m256>(v));
+    else
+      _mm256_maskstore_pd(p, reinterpret_cast<__m256i>(first(count)), reinterpret_cast<__m256d>(v));
+#else
     for (int k = 0; k < count; ++k) p[k] = v[k];
+#endif
   }
   static OTALIGN_INLINE V splat(T x) { return V{} + x; }
   static OTALIGN_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
@@ -52,13 +68,20 @@ struct Simd {
   // Lanes below count.
   static OTALIGN_INLINE I first(int count) {
     I lane;
-    for (int k = 0; k < W; ++k) lane[k] = k < count ? -1 : 0;
-    return lane;
+    for (int k = 0; k < W; ++k) lane[k] = k;
+    return lane < I{} + count;
   }
   static OTALIGN_INLINE bool any(I mask) {
+#if OTALIGN_VECTOR_BYTES == 64
+    return sizeof(T) == 4 ? _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0
+                          : _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif OTALIGN_VECTOR_BYTES == 32
+    return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#else
     Int seen = 0;
     for (int k = 0; k < W; ++k) seen |= mask[k];
     return seen != 0;
+#endif
   }
   static OTALIGN_INLINE T sum(V v) {
     T lanes[W];
@@ -132,6 +155,20 @@ struct Constants<double> {
   static constexpr double exp_least = -708.0, exp_most = 709.0;
 };
 
+// 1 / d! and 1 / (2 d + 1), the coefficients of exp and of atanh.
+template <class T>
+struct Series {
+  T factorial[16] = {}, odd[16] = {};
+  constexpr Series() {
+    double f = 1;
+    for (int d = 0; d < 16; ++d) {
+      factorial[d] = static_cast<T>(1 / f);
+      odd[d] = static_cast<T>(1.0 / (2 * d + 1));
+      f *= d + 1;
+    }
+  }
+};
+
 // exp, within 2 units in the last place; 0 below exp_least, clamped above exp_most, NaN for NaN.
 template <class T>
 static OTALIGN_INLINE typename Simd<T>::V exp(typename Simd<T>::V x) {
@@ -143,14 +180,10 @@ static OTALIGN_INLINE typename Simd<T>::V exp(typename Simd<T>::V x) {
   const V shifted = clamped * T(1.4426950408889634) + C::round;
   const V k = shifted - C::round;
   const V r = (clamped - k * C::ln2_high) - k * C::ln2_low;
-  T factorial = 1;
-  T coefficients[C::exp_degree + 1];
-  for (int d = 0; d <= C::exp_degree; ++d) {
-    coefficients[d] = 1 / factorial;
-    factorial *= d + 1;
-  }
-  V p = S::splat(coefficients[C::exp_degree]);
-  for (int d = C::exp_degree - 1; d >= 0; --d) p = p * r + coefficients[d];
+  constexpr Series<T> series;
+  V p = S::splat(series.factorial[C::exp_degree]);
+#pragma GCC unroll 16
+  for (int d = C::exp_degree - 1; d >= 0; --d) p = p * r + series.factorial[d];
   const V result = bits_as<V>(bits_as<I>(p) + (bits_as<I>(shifted) << C::mantissa));
   return S::select(x < S::splat(C::exp_least), V{}, S::select(x == x, result, x));
 }
@@ -167,8 +200,10 @@ static OTALIGN_INLINE typename Simd<T>::V log(typename Simd<T>::V x) {
   const V m = bits_as<V>(bits_as<I>(x) - (k << C::mantissa));
   const V exponent = bits_as<V>(k + C::round_bits) - C::round;
   const V s = (m - 1) / (m + 1), s2 = s * s;
-  V p = S::splat(T(1) / (2 * C::log_terms - 1));
-  for (int d = C::log_terms - 2; d >= 0; --d) p = p * s2 + T(1) / (2 * d + 1);
+  constexpr Series<T> series;
+  V p = S::splat(series.odd[C::log_terms - 1]);
+#pragma GCC unroll 16
+  for (int d = C::log_terms - 2; d >= 0; --d) p = p * s2 + series.odd[d];
   return exponent * C::ln2_high + (2 * s * p + exponent * C::ln2_low);
 }
 

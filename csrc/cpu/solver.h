@@ -34,15 +34,16 @@ struct Arena {
 template <class T>
 static OTALIGN_INLINE typename Simd<T>::V exponent(typename Simd<T>::V k) {
   using S = Simd<T>;
-  const auto positive = k > 0;
-  const auto as_log = log<T>(S::select(positive, k, S::splat(1)));
-  return S::select(positive, as_log, S::select(k <= S::splat(-Absorb<T>::kFar), k, -1 / k));
+  const auto positive = k > 0, small = k <= S::splat(-Absorb<T>::kFar);
+  const auto t = S::select(positive, log<T>(S::select(positive, k, S::splat(1))), k);
+  return S::any(~(positive | small)) ? S::select(positive | small, t, -1 / k) : t;
 }
 template <class T>
 static OTALIGN_INLINE typename Simd<T>::V entry(typename Simd<T>::V t) {
   using S = Simd<T>;
-  const auto far = S::splat(Absorb<T>::kFar);
-  return S::select(t < -far, t, S::select(t > far, -1 / t, exp<T>(t)));
+  const auto small = t < S::splat(-Absorb<T>::kFar), large = t > S::splat(Absorb<T>::kFar);
+  const auto k = S::select(small, t, exp<T>(t));
+  return S::any(large) ? S::select(large, -1 / t, k) : k;
 }
 // The entry k after its exponent has grown by `shift`, with factor = exp(shift): a product wherever floats can hold it.
 template <class T>
@@ -135,9 +136,10 @@ class Solver {
       });
       const T lowest = S::smallest(least);
       if (!(lowest < T(HUGE_VAL))) return false;  // no finite cost where there is mass
-      for_vectors<T>(m, [&](int64_t j, int count, auto) {
-        const V h = S::load(row + j) - S::load(top + j);
-        S::store(row + j, entry<T>((lowest - h) * per_reg), count);
+      for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
+        const V t = (lowest - S::load(row + j) + S::load(top + j)) * per_reg;
+        far = far || S::any(inside & (S::abs(t) > S::splat(Absorb<T>::kFar)));
+        S::store(row + j, entry<T>(t), count);
       });
       phi[i] = lowest / it.reg;
     }
@@ -152,10 +154,20 @@ class Solver {
   // column sums with u_next. The first pass has no u yet.
   template <bool Columns>
   double sweep(bool first) {
+    return far ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
+  }
+
+  // A number of K as a factor: what is kept as an exponent is zero. Without such entries there is nothing to do.
+  template <bool Far>
+  static OTALIGN_INLINE V factor(const T* k) {
+    return Far ? S::max(S::load(k), V{}) : S::load(k);
+  }
+
+  template <bool Columns, bool Far>
+  double sweep_rows(bool first) {
     if (Columns)
       for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
-    const V zero = V{};
-    V error = zero;
+    V error{};
     for (int64_t i = 0; i < n; i += W) {
       const int count = n - i < W ? static_cast<int>(n - i) : W;
       const T* rows[W];
@@ -163,7 +175,8 @@ class Solver {
       V sums[W] = {};
       for (int64_t j = 0; j < m; j += W) {
         const V wj = S::load(w + j);
-        for (int k = 0; k < W; ++k) sums[k] += S::max(S::load(rows[k] + j), zero) * wj;
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) sums[k] += factor<Far>(rows[k] + j) * wj;
       }
       const V sum = S::sum_rows(sums);
       V next, ratio;
@@ -176,6 +189,10 @@ class Solver {
       }
       const auto near = inside_range(sum) & inside_range(next);
       if (__builtin_expect(S::any(~near), 0)) {
+        if (!Far && Columns) {
+          far = true;  // absorbing may bring entries that only exponents can hold
+          return sweep_rows<Columns, true>(first);
+        }
         for (int k = 0; k < count; ++k)
           if (!near[k]) rescue_row(i + k, Columns, first, next[k], ratio[k]);
       }
@@ -186,9 +203,13 @@ class Solver {
       alignas(64) T weight[W];
       S::store(weight, ai * next);
       for (int64_t j = 0; j < m; j += W) {
-        V sum_j = S::load(column + j);
-        for (int k = 0; k < W; ++k) sum_j += S::max(S::load(rows[k] + j), zero) * weight[k];
-        S::store(column + j, sum_j);
+        V even = S::load(column + j), odd{};
+#pragma GCC unroll 16
+        for (int k = 0; k < W; k += 2) {
+          even += factor<Far>(rows[k] + j) * weight[k];
+          odd += factor<Far>(rows[k + 1] + j) * weight[k + 1];
+        }
+        S::store(column + j, even + odd);
       }
     }
     return S::sum(error);
@@ -281,6 +302,7 @@ class Solver {
 
   // Column sums that floats cannot hold: all made exactly, and all potentials absorbed.
   void rescue_columns() {
+    far = true;
     exact_columns();
     for (int64_t j = 0; j < m; ++j) {
       T shift = 0;
@@ -368,6 +390,7 @@ class Solver {
   double *phi, *gamma;  // absorbed potentials over reg
   double keep_x, keep_y;
   bool feasible = true;
+  bool far = false;  // K holds entries as exponents
 };
 
 }  // namespace otalign::OTALIGN_ISA
