@@ -19,6 +19,7 @@ from .problem import Problem, Solution, one_of
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that will compute a problem on `device`; raises if the one asked for cannot."""
     one_of("backend", backend, NAMES)

@@ -175,7 +175,7 @@ def _problem(
     if max_iter < 1:
         raise ValueError(f"max_iter: expected at least 1, got {max_iter}")
     _expect_number("tol", tol)
-    if not (math.isfinite(tol) and tol >= 0):
+    if not 0 <= tol < math.inf:
         raise ValueError(f"tol: expected a finite number >= 0, got {tol}")
     device = (x if C is None else C).device  # type: ignore[union-attr]
     return Problem(
@@ -213,7 +213,7 @@ def _expect_number(name: str, value: object) -> None:
 def _reg(reg: float | Tensor, items: int) -> Tensor:
     if not isinstance(reg, Tensor):
         _expect_number("reg", reg)
-        if not (math.isfinite(reg) and reg > 0):
+        if not 0 < reg < math.inf:
             raise ValueError(f"reg: expected a finite number > 0, got {reg}")
         return torch.full((items,), float(reg), dtype=torch.float64)
     if reg.dtype == torch.bool or reg.is_complex():

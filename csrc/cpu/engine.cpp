@@ -319,9 +319,13 @@ bool forward(const Problem& p, Poll poll) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
     std::fill_n(it.K + it.n * it.m, plan_stride(it.n, it.m) - it.n * it.m, T(0));
+    if (batch.empty(b) || p.cost == Cost::given || p.cost == Cost::dot) {
+      std::fill_n(at<T>(p.x.scale, p.x.row(b)), it.n, T(0));
+      std::fill_n(at<T>(p.y.scale, p.y.row(b)), it.m, T(0));
+    }
     if (batch.empty(b)) {
-      std::fill_n(it.f, it.n, T(0));
-      std::fill_n(it.g, it.m, T(0));
+      for (T* vector : {it.f, it.mass_x}) std::fill_n(vector, it.n, T(0));
+      for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
     } else if (broken[b].load(std::memory_order_relaxed)) {
       kernels<T>().fail(it);
     } else {
@@ -331,9 +335,12 @@ bool forward(const Problem& p, Poll poll) {
     static_cast<T*>(p.linear)[b] = static_cast<T>(it.linear);
     static_cast<T*>(p.error)[b] = static_cast<T>(it.error);
     p.n_iter[b] = it.n_iter;
-    for (const Side* side : {&p.x, &p.y}) zero_padding(*side, p.items, b, side->potential, sizeof(T));
+    for (const Side* side : {&p.x, &p.y})
+      for (void* vector : {side->potential, side->mass, side->scale})
+        zero_padding(*side, p.items, b, vector, sizeof(T));
   });
-  for (const Side* side : {&p.x, &p.y}) zero_all(*side, p.items, side->potential, sizeof(T));
+  for (const Side* side : {&p.x, &p.y})
+    for (void* vector : {side->potential, side->mass, side->scale}) zero_all(*side, p.items, vector, sizeof(T));
   return !team.stopped();
 }
 
