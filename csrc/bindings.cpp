@@ -16,14 +16,14 @@ namespace {
 
 // A pointer field as an integer attribute; 0 is null.
 template <class Class, class Owner, class Pointer>
-void address(py::class_<Class>& type, const char* name, Pointer Owner::*field) {
+void address(py::class_<Class>& type, const char* name, Pointer Owner::* field) {
   type.def_property(
       name, [field](const Class& self) { return reinterpret_cast<uintptr_t>(self.*field); },
       [field](Class& self, uintptr_t value) { self.*field = reinterpret_cast<Pointer>(value); });
 }
 
 template <class Class, class Enum>
-void choice(py::class_<Class>& type, const char* name, Enum Class::*field) {
+void choice(py::class_<Class>& type, const char* name, Enum Class::* field) {
   type.def_property(
       name, [field](const Class& self) { return static_cast<int>(self.*field); },
       [field](Class& self, int value) { self.*field = static_cast<Enum>(value); });
@@ -111,9 +111,8 @@ PYBIND11_MODULE(_C, module) {
   address(gradients, "b", &Gradients::b);
 
   module.def("cpu_forward", [](const Problem& p) { run([&](Poll poll) { return cpu::forward(p, poll); }); });
-  module.def("cpu_backward", [](const Problem& p, const Gradients& g) {
-    run([&](Poll poll) { return cpu::backward(p, g, poll); });
-  });
+  module.def("cpu_backward",
+             [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
   module.def("cpu_unpack", [](const Problem& p, uintptr_t packed, uintptr_t dense) {
     const py::gil_scoped_release release;
     cpu::unpack(p, reinterpret_cast<const void*>(packed), reinterpret_cast<void*>(dense));
@@ -123,11 +122,9 @@ PYBIND11_MODULE(_C, module) {
     cpu::pack(p, reinterpret_cast<const void*>(dense), reinterpret_cast<void*>(packed));
   });
 
-  py::class_<Block>(module, "Block", py::buffer_protocol())
-      .def(py::init<size_t>())
-      .def_buffer([](Block& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.size()));
-      });
+  py::class_<Block>(module, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Block& block) {
+    return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.size()));
+  });
   module.def("pool_idle", &pool_idle);
 
   module.def("use_blas", [](const std::string& name, uintptr_t sgemm, uintptr_t dgemm, uintptr_t limit) {

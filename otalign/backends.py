@@ -19,7 +19,6 @@ from .problem import Problem, Solution, one_of
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that will compute a problem on `device`; raises if the one asked for cannot."""
     one_of("backend", backend, NAMES)
@@ -31,6 +30,10 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and triton with it.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def launcher(name: str) -> Callable[[Problem], Solution]:

@@ -100,9 +100,9 @@ def points(
             raise ValueError(f"{side}: nested tensors must have layout=torch.jagged, got {values.layout}")
         if lengths is not None or cu_seqlens is not None:
             raise ValueError(f"{side}: a nested tensor brings its own lengths; leave {side}_lengths and cu_seqlens out")
-        if values.lengths() is not None:
+        if values.lengths() is not None:  # type: ignore[attr-defined]
             raise ValueError(f"{side}: nested tensors with holes (from narrow) are not read; call .contiguous() first")
-        values, cu_seqlens = values.values(), values.offsets()
+        values, cu_seqlens = values.values(), values.offsets()  # type: ignore[attr-defined]
     if not values.is_floating_point() or values.dtype.itemsize < 2:
         raise TypeError(f"{side}: expected a float16, bfloat16, float32 or float64 tensor, got {values.dtype}")
     if cu_seqlens is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ _PROBLEM = (
     "Tensor? a, Tensor? b, Tensor? init, Tensor reg, str cost, str prior, float[] prior_parameters, float rho_x, "
     "float rho_y, int max_iter, float tol, SymInt size_x, SymInt size_y, SymInt capacity, ScalarType dtype"
 )
-_INPUTS = tuple(argument.split()[1] for argument in _PROBLEM.split(", "))
 _SAVED = "Tensor plan, Tensor f, Tensor g, Tensor error, Tensor of_x, Tensor of_y, Tensor distance"
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _COSTS = {word: index for index, word in enumerate((*COSTS, "given"))}
@@ -78,57 +77,89 @@ def _capacity(p: Problem) -> int:
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 
-class _Arguments:
-    """The operators' problem as the engine's struct; holds on to the tensors that the struct points to."""
+class _Inputs(NamedTuple):
+    """The operators' problem, in the order of the schema."""
 
-    def __init__(self, *values: Any) -> None:
-        self.__dict__.update(zip(_INPUTS, values, strict=True))
-        self._kept: list[Tensor] = []
-        self.struct = p = backends.extension().Problem()
-        p.items = self.x_lengths.shape[0]
-        p.is_double = self.dtype == torch.float64
-        p.cost, p.prior = _COSTS[self.cost], _PRIORS[self.prior]
-        p.prior_parameters = (*self.prior_parameters, 0.0, 0.0)[:2]
-        p.rho_x, p.rho_y, p.max_iter, p.tol = self.rho_x, self.rho_y, self.max_iter, self.tol
-        p.capacity, p.threads = self.capacity, torch.get_num_threads()
-        p.reg, p.init = self._pointer(self.reg), self._pointer(self.init)
-        self._side(p.x, self.x, self.x_lengths, self.x_starts, self.a, self.size_x)
-        self._side(p.y, self.y, self.y_lengths, self.y_starts, self.b, self.size_y)
-        if self.C is not None:
-            p.given, p.given_type, p.given_strides = self.C.data_ptr(), _SCALARS[self.C.dtype], self.C.stride()
-        else:
-            p.dim = self.x.shape[-1]
+    x: Tensor | None
+    y: Tensor | None
+    C: Tensor | None
+    x_lengths: Tensor
+    y_lengths: Tensor
+    x_starts: Tensor | None
+    y_starts: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    init: Tensor | None
+    reg: Tensor
+    cost: str
+    prior: str
+    prior_parameters: Sequence[float]
+    rho_x: float
+    rho_y: float
+    max_iter: int
+    tol: float
+    size_x: int
+    size_y: int
+    capacity: int
+    dtype: torch.dtype
 
-    def _side(self, side: Any, points: Any, lengths: Any, starts: Any, weights: Any, size: int) -> None:
-        side.size, side.lengths, side.starts = size, self._pointer(lengths), self._pointer(starts)
-        side.weights = self._pointer(weights)
-        if points is None:
-            side.rows = size * lengths.shape[0]
-            return
-        rows, dim = points.shape[-2:]
-        side.rows = rows if starts is not None else rows * points.shape[0]
-        if points.stride(-1) != 1 or (rows > 1 and points.stride(-2) < dim):
-            points = points.contiguous()
-        self._kept.append(points)
-        side.points, side.points_type = points.data_ptr(), _SCALARS[points.dtype]
-        side.row_stride = max(points.stride(-2) if rows > 1 else dim, 1)
-        side.item_stride = points.stride(0)
+    def like(self) -> Tensor:
+        tensor = self.C if self.x is None else self.x
+        assert tensor is not None
+        return tensor
 
-    def _pointer(self, tensor: Tensor | None) -> int:
+
+class _Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass, in the order of the schema.
+
+    `of_x` and `of_y` hold, of every point, its mass in the plan over its weight, and what its products are scaled with.
+    """
+
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    error: Tensor
+    of_x: Tensor
+    of_y: Tensor
+    distance: Tensor
+
+
+def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
+    """The problem as the engine takes it, and the tensors to keep as long as it points to them."""
+    kept: list[Tensor] = []
+
+    def address(tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
 
-    def saved(self, plan: Tensor, f: Tensor, g: Tensor, error: Tensor, of_x: Tensor, of_y: Tensor, distance: Tensor) -> Any:
-        """The struct, pointed to what the forward pass makes and the backward pass reads."""
-        p = self.struct
-        p.plan, p.error = plan.data_ptr(), error.data_ptr()
-        p.distance = distance.data_ptr() if distance.numel() else 0
-        for side, potential, of_points in ((p.x, f, of_x), (p.y, g, of_y)):
-            side.potential, side.mass, side.scale = potential.data_ptr(), of_points[0].data_ptr(), of_points[1].data_ptr()
-        return p
+    p = backends.extension().Problem()
+    p.items, p.is_double = inputs.x_lengths.shape[0], inputs.dtype == torch.float64
+    p.cost, p.prior = _COSTS[inputs.cost], _PRIORS[inputs.prior]
+    p.prior_parameters = (*inputs.prior_parameters, 0.0, 0.0)[:2]
+    p.rho_x, p.rho_y, p.max_iter, p.tol = inputs.rho_x, inputs.rho_y, inputs.max_iter, inputs.tol
+    p.reg, p.init = address(inputs.reg), address(inputs.init)
+    p.capacity, p.threads = inputs.capacity, torch.get_num_threads()
+    p.plan, p.error, p.distance = saved.plan.data_ptr(), saved.error.data_ptr(), saved.distance.data_ptr()
+    for side, points, lengths, starts, weights, size, potential, of_points in (
+        (p.x, inputs.x, inputs.x_lengths, inputs.x_starts, inputs.a, inputs.size_x, saved.f, saved.of_x),
+        (p.y, inputs.y, inputs.y_lengths, inputs.y_starts, inputs.b, inputs.size_y, saved.g, saved.of_y),
+    ):
+        side.size, side.rows = size, potential.numel()
+        side.lengths, side.starts, side.weights = address(lengths), address(starts), address(weights)
+        side.potential = potential.data_ptr()
+        side.mass, side.scale = of_points[0].data_ptr(), of_points[1].data_ptr()
+        if points is not None:
+            rows, p.dim = points.shape[-2:]
+            if points.stride(-1) != 1 or (rows > 1 and points.stride(-2) < p.dim):
+                points = points.contiguous()
+            kept.append(points)
+            side.points, side.points_type = points.data_ptr(), _SCALARS[points.dtype]
+            side.item_stride, side.row_stride = points.stride(0), max(points.stride(-2) if rows > 1 else p.dim, 1)
+    if inputs.C is not None:
+        p.given, p.given_type, p.given_strides = inputs.C.data_ptr(), _SCALARS[inputs.C.dtype], inputs.C.stride()
+    return p, kept
 
 
 def _new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -144,68 +175,54 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
-def _outputs(
-    x: Tensor | None,
-    y: Tensor | None,
-    C: Tensor | None,
-    x_lengths: Tensor,
-    y_lengths: Tensor,
-    x_starts: Tensor | None,
-    y_starts: Tensor | None,
-    *rest: Any,
-    empty: Any = _new_empty,
-) -> tuple[Tensor, ...]:
-    cost, (size_x, size_y, capacity, dtype) = rest[4], rest[-4:]
-    like = C if x is None else x
-    assert like is not None
-    items = x_lengths.shape[0]
-    shape_x = (items, size_x) if x_starts is None else (x.shape[0],)  # type: ignore[union-attr]
-    shape_y = (items, size_y) if y_starts is None else (y.shape[0],)  # type: ignore[union-attr]
-
-    # of_x and of_y hold, of every point, its mass in the plan over its weight, and what its products are scaled with.
-    shapes = {
-        "value": (items,),
-        "linear": (items,),
-        "plan": (capacity,),
-        "f": shape_x,
-        "g": shape_y,
-        "error": (items,),
-        "n_iter": (items,),
-        "of_x": (2, *shape_x),
-        "of_y": (2, *shape_y),
-        "distance": (capacity if cost == "euclidean" else 0,),
-    }
-    return tuple(empty(like, shape, torch.int32 if name == "n_iter" else dtype) for name, shape in shapes.items())
+def _outputs(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments)
+    items = (inputs.x_lengths.shape[0],)
+    f, g = (
+        (*items, size) if starts is None or points is None else (points.shape[0],)
+        for points, starts, size in (
+            (inputs.x, inputs.x_starts, inputs.size_x),
+            (inputs.y, inputs.y_starts, inputs.size_y),
+        )
+    )
+    distance = inputs.capacity if inputs.cost == "euclidean" else 0
+    like = inputs.like()
+    return (
+        *(empty(like, shape, inputs.dtype) for shape in (items, items, (inputs.capacity,), f, g, items)),
+        empty(like, items, torch.int32),
+        *(empty(like, shape, inputs.dtype) for shape in ((2, *f), (2, *g), (distance,))),
+    )
 
 
-def _align(*inputs: Any) -> tuple[Tensor, ...]:
-    outputs = _outputs(*inputs, empty=_pooled)
+def _align(*arguments: Any) -> tuple[Tensor, ...]:
+    outputs = _outputs(*arguments, empty=_pooled)
     value, linear, plan, f, g, error, n_iter, of_x, of_y, distance = outputs
-    p = _Arguments(*inputs).saved(plan, f, g, error, of_x, of_y, distance)
+    p, _kept = _struct(_Inputs(*arguments), _Saved(plan, f, g, error, of_x, of_y, distance))
     p.value, p.linear, p.n_iter = value.data_ptr(), linear.data_ptr(), n_iter.data_ptr()
     backends.extension().cpu_forward(p)
     return outputs
 
 
 def _gradients(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
-    (x, y, C, _, _, _, _, a, b, *_), wanted = arguments[3:], arguments[-1]
-    like = C if x is None else x
-    tensors = zip((x, y, C, a, b), wanted, strict=True)
-    return tuple(empty(t, t.shape, t.dtype) if want else like.new_empty((0,)) for t, want in tensors)
+    inputs, wanted = _Inputs(*arguments[3 : 3 + len(_Inputs._fields)]), arguments[-1]
+    tensors = zip((inputs.x, inputs.y, inputs.C, inputs.a, inputs.b), wanted, strict=True)
+    none = inputs.like().new_empty((0,))
+    return tuple(empty(t, t.shape, t.dtype) if want and t is not None else none.clone() for t, want in tensors)
 
 
-def _align_backward(grad_value: Any, grad_linear: Any, grad_plan: Any, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, saved, wanted = rest[: len(_INPUTS)], rest[len(_INPUTS) : -1], rest[-1]
-    outputs = _gradients(grad_value, grad_linear, grad_plan, *rest, empty=_pooled)
-    arguments = _Arguments(*inputs)
-    engine = backends.extension()
-    gradients = engine.Gradients()
-    incoming = [None if grad is None else grad.contiguous() for grad in (grad_value, grad_linear, grad_plan)]
+def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    outputs = _gradients(*arguments, empty=_pooled)
+    count = 3 + len(_Inputs._fields)
+    incoming, inputs, saved, wanted = arguments[:3], arguments[3:count], arguments[count:-1], arguments[-1]
+    p, kept = _struct(_Inputs(*inputs), _Saved(*saved))
+    gradients = backends.extension().Gradients()
     for name, grad in zip(("value", "linear", "plan"), incoming, strict=True):
-        setattr(gradients, name, 0 if grad is None else grad.data_ptr())
+        if grad is not None:
+            kept.append(grad.contiguous())
+            setattr(gradients, name, kept[-1].data_ptr())
     for name, output, want in zip(("x", "y", "given", "a", "b"), outputs, wanted, strict=True):
         setattr(gradients, name, output.data_ptr() if want else 0)
-    engine.cpu_backward(arguments.saved(*saved), gradients)
+    backends.extension().cpu_backward(p, gradients)
     return outputs
 
 
@@ -231,7 +248,7 @@ def _empty_dense(plan: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int
 def _pack(dense: Tensor, x_lengths: Tensor, y_lengths: Tensor, capacity: int) -> Tensor:
     dense, x_lengths, y_lengths = dense.contiguous(), x_lengths.contiguous(), y_lengths.contiguous()
     plan = dense.new_empty((capacity,))
-    problem = _plans(x_lengths, y_lengths, *dense.shape[1:], plan)
+    problem = _plans(x_lengths, y_lengths, dense.shape[1], dense.shape[2], plan)
     backends.extension().cpu_pack(problem, dense.data_ptr(), plan.data_ptr())
     return plan
 
@@ -259,12 +276,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _align_autograd(ctx: Any, value: Any, linear: Any, plan: Any, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    tensors = saved[: len(_INPUTS)]
+    tensors = saved[: len(_Inputs._fields)]
     inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
-    positions = [_INPUTS.index(name) for name in ("x", "y", "C", "a", "b")]
+    positions = [_Inputs._fields.index(name) for name in ("x", "y", "C", "a", "b")]
     wanted = [ctx.needs_input_grad[position] for position in positions]
-    found = torch.ops.otalign.align_backward(value, linear, plan, *inputs, *saved[len(_INPUTS) :], wanted)
-    gradients: list[Tensor | None] = [None] * len(_INPUTS)
+    found = torch.ops.otalign.align_backward(value, linear, plan, *inputs, *saved[len(_Inputs._fields) :], wanted)
+    gradients: list[Tensor | None] = [None] * len(_Inputs._fields)
     for position, gradient, want in zip(positions, found, wanted, strict=True):
         gradients[position] = gradient if want else None
     return tuple(gradients)
@@ -294,16 +311,16 @@ def _pack_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.otalign.unpack(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
 
 
-
 class _Align(torch.autograd.Function):
     """What is registered below, for eager calls: it saves the 100 us that the library's wrapper takes."""
 
-    setup_context = staticmethod(_save)
     backward = staticmethod(_align_autograd)
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return torch.ops.otalign.align(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        outputs = torch.ops.otalign.align(*inputs)
+        _save(ctx, inputs, outputs)
+        return outputs
 
 
 torch.library.register_autograd("otalign::align", _align_autograd, setup_context=_save, lib=_library)

@@ -275,7 +275,11 @@ def _weights(
 
 
 def _init(
-    init: tuple[Tensor, Tensor] | None, x_segments: Segments, y_segments: Segments, dtype: torch.dtype, device: torch.device
+    init: tuple[Tensor, Tensor] | None,
+    x_segments: Segments,
+    y_segments: Segments,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
     """Of a warm start only g is needed: the first row update makes the f that belongs to it."""
     if init is None:

@@ -223,7 +223,6 @@ def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.nn.functional.pad(plan, (0, shape[1] - plan.shape[1], 0, shape[0] - plan.shape[0]))
 
 
-
 def _items(p: Problem) -> Iterator[Item]:
     x_spans, y_spans = p.x_segments.spans(), p.y_segments.spans()
     for index, (xs, ys, reg) in enumerate(zip(x_spans, y_spans, p.reg.tolist(), strict=True)):

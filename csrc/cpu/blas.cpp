@@ -71,7 +71,7 @@ void gemm_tn_add(int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const
   gemm<T>(true, false, m, n, k, A, lda, B, ldb, 1, C, ldc);
 }
 
-#define OTALIGN_INSTANTIATE(T)                                                                                  \
+#define OTALIGN_INSTANTIATE(T)                                                                             \
   template void gemm_nt(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t);     \
   template void gemm_nn_add(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t); \
   template void gemm_tn_add(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t);

@@ -224,9 +224,8 @@ void clear(void* memory, size_t bytes) {
 }
 
 template <class T>
-constexpr Kernels<T> table{scratch<T>, read<T>,    write<T>, squares<T>, cost<T>,
-                           solve<T>,   fail<T>, reverse<T>, panel<T>, scale_rows<T>,
-                           clear};
+constexpr Kernels<T> table{scratch<T>, read<T>,    write<T>, squares<T>,    cost<T>, solve<T>,
+                           fail<T>,    reverse<T>, panel<T>, scale_rows<T>, clear};
 
 }  // namespace
 

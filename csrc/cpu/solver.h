@@ -41,7 +41,7 @@ static OTALIGN_INLINE typename Simd<T>::V exponent(typename Simd<T>::V k) {
 template <class T>
 static OTALIGN_INLINE typename Simd<T>::V entry(typename Simd<T>::V t) {
   using S = Simd<T>;
-  const auto small = t < S::splat(-Absorb<T>::kFar), large = t > S::splat(Absorb<T>::kFar);
+  const auto small = t<S::splat(-Absorb<T>::kFar), large = t> S::splat(Absorb<T>::kFar);
   const auto k = S::select(small, t, exp<T>(t));
   return S::any(large) ? S::select(large, -1 / t, k) : k;
 }
@@ -184,7 +184,8 @@ class Solver {
         next = 1 / sum;
         ratio = S::load(u + i) * sum;
       } else {
-        next = exp<T>(S::load(z + i) - static_cast<T>(keep_x) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
+        next =
+            exp<T>(S::load(z + i) - static_cast<T>(keep_x) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
         ratio = S::load(u + i) / next;
       }
       const auto near = inside_range(sum) & inside_range(next);
@@ -245,9 +246,8 @@ class Solver {
     ratio = first ? T(1) : static_cast<T>(std::exp(keep_x == 1 ? old_log + sum_log : old_log - next_log));
     if (!absorb) return;
     const V factor = S::splat(static_cast<T>(std::exp(next_log))), shift = S::splat(static_cast<T>(next_log));
-    for_vectors<T>(m, [&](int64_t j, int count, auto) {
-      S::store(row + j, grown<T>(S::load(row + j), factor, shift), count);
-    });
+    for_vectors<T>(
+        m, [&](int64_t j, int count, auto) { S::store(row + j, grown<T>(S::load(row + j), factor, shift), count); });
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
     next = 1;

@@ -1,0 +1,59 @@
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+READY := $(VENV)/.ready
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+# The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export OTALIGN_REQUIRE_EXT := 1
+
+.PHONY: help demo test test-all sanitize lint bench wheel clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train a small aligner on real speech, end with a picture and its errors
+	$(PY) examples/demo.py
+
+test: $(READY)  ## the tests and doctests of a few minutes
+	$(PY) -m pytest --doctest-modules -m "not slow and not gpu" tests otalign
+
+test-all: $(READY)  ## every test that needs no GPU, and the engine's under sanitizers
+	$(PY) -m pytest --doctest-modules -m "not gpu" tests otalign
+	$(MAKE) sanitize
+
+sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan
+	rm -rf build/sanitize
+	OTALIGN_BUILD_CUDA=0 CMAKE_ARGS=-DOTALIGN_SANITIZE=address,undefined \
+	  $(PIP) install -q --no-deps --target build/sanitize .
+	OTALIGN_EXT_DIR=build/sanitize/otalign ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest -m "not slow and not gpu" -k "cpu or engine" tests
+
+lint: $(READY)  ## ruff, mypy and clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(READY)  ## the table of times against the alternatives
+	$(PY) benchmarks/run.py
+
+wheel: $(READY)  ## a wheel for this Python in dist/
+	rm -rf build
+	$(PIP) wheel --no-deps -w dist .
+
+clean:  ## remove whatever these targets made
+	rm -rf $(VENV) build dist out *.egg-info otalign/_C*.so otalign/_build_info.py
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))" || $(PIP) install -q $(TORCH)
+	$(PIP) install -q -e ".[dev]"
+	touch $@
