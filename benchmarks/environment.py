@@ -1,0 +1,61 @@
+"""Where and with what a figure was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("otalign", "torch", "POT", "numpy")
+
+
+def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "commit": _commit(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "cpu": _cpu(),
+        "threads": str(threads),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "allocator": "memory kept" if memory_kept else "default",
+        "versions": " ".join([f"Python={platform.python_version()}", *map(_version, PACKAGES)]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package}={importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package}=source"
+
+
+def _cpu() -> str:
+    """Model and vector instructions: virtual machines hide the name, but not the capability."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _commit() -> str:
+    """The commit, with a + where tracked files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,121 @@
+"""Peak memory of one loss with both gradients, in a process of its own: `python memory.py slm25` prints JSON.
+
+Counted is what is needed beyond the inputs, the loss and the gradients, in two ways: resident pages of the process
+(sees everything, C++ too, with a resolution of some hundred kB) and torch's own allocations (exact, blind to C++; NaN
+if even the gradients are not torch's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import peers
+from shapes import SHAPES, SMALL, Batch, make_batch, repeat_items
+
+RESOLVED = 8e6  # bytes of cost from which pages resolve a ratio; smaller batches are repeated up to that
+
+
+def measure(shape: str, contestant: str, *, threads: int, reg: float, tol: float) -> dict[str, float]:
+    """Runs this file in a fresh process."""
+    options = ["--contestant", contestant, "--threads", str(threads), "--reg", str(reg), "--tol", str(tol)]
+    done = subprocess.run(
+        (sys.executable, __file__, shape, *options), capture_output=True, text=True, cwd=Path.cwd(), check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"memory.py {shape} failed:\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _resident() -> int:
+    """Bytes, counted page by page (the counters in /proc/self/status lag behind)."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/smaps_rollup has no Rss line")
+
+
+def _peak_resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+def _peak_by_pages(run: Callable[[], tuple[Tensor, ...]]) -> int:
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # no freed memory for the run to use uncounted,
+    libc.mallopt(-3, 2**16)  # and none kept by the run (M_MMAP_THRESHOLD), so that the peak is of what is alive
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _resident()
+    outputs = run()
+    return _peak_resident() - before - sum(output.nbytes for output in outputs)
+
+
+def _peak_by_torch(run: Callable[[], tuple[Tensor, ...]]) -> float:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = run()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    peak = current = 0
+    for _, change in changes:
+        current += change
+        peak = max(peak, current)
+    beyond = peak - sum(output.nbytes for output in outputs)
+    return (
+        beyond if beyond >= 0 else math.nan
+    )  # torch did not even see the outputs: they have an allocator of their own
+
+
+def _loss(batch: Batch, contestant: str, reg: float, tol: float) -> Callable[[], tuple[Tensor, ...]]:
+    x, y = batch.x.requires_grad_(), batch.y.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        if contestant == "torch log":
+            loss = peers.CosineLoss.apply(x, y, batch, peers.torch_log(reg, tol))
+        else:
+            import otalign
+
+            loss = otalign.sinkhorn_loss(x, y, batch.n, batch.m, reg=reg, tol=tol, max_iter=5000, backend=contestant)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y))
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--contestant", default="cpu", help="an otalign backend, or 'torch log'")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reg", type=float, default=0.05)
+    parser.add_argument("--tol", type=float, default=1e-3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    batch = make_batch(SHAPES[args.shape])
+    for _ in range(math.ceil(math.log2(max(1.0, RESOLVED / (4 * batch.valid))))):
+        batch = repeat_items(batch)
+    # Code, thread stacks and BLAS's own packing buffers belong to nobody: a small loss, and bare products at full size.
+    for _ in range(2):
+        _loss(make_batch(SMALL), args.contestant, args.reg, args.tol)()
+        peers.bare_products(batch, torch.zeros(len(batch.n), batch.x.shape[1], batch.y.shape[1]))()
+
+    run = _loss(batch, args.contestant, args.reg, args.tol)
+    cost = 4 * batch.valid
+    print(json.dumps({"pages": _peak_by_pages(run) / cost, "torch": _peak_by_torch(run) / cost, "cost_bytes": cost}))
+
+
+if __name__ == "__main__":
+    main()

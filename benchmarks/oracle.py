@@ -1,0 +1,59 @@
+"""The check beside each figure: distance from the reference, float64 and converged. A wrong answer has no speed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import otalign
+from shapes import Batch
+
+CONVERGED = 1e-6  # marginal error of the oracle, a thousandth of what is compared
+
+# A contestant that stopped at a marginal error of 1e-3 is about that far from the optimum: its gradients to first order,
+# its loss to second (and to first where it is the primal expression, as in POT).
+LOSS_BOUND = 1e-3
+GRADIENT_BOUND = 1e-2
+MARGINAL_SLACK = 1.02  # float32 sums of the plan against the error that the contestant itself saw
+
+
+class Oracle(NamedTuple):
+    """Mean loss (), its gradients, values `(B,)` and plan `(B, N, M)` of the converged reference in float64."""
+
+    loss: Tensor
+    dx: Tensor
+    dy: Tensor
+    value: Tensor
+    plan: Tensor
+
+
+class Check(NamedTuple):
+    """How far a contestant is from the oracle, relative; NaN where it has no such output."""
+
+    n_iter: int
+    marginal_error: float
+    loss_error: float
+    dx_error: float = float("nan")
+    dy_error: float = float("nan")
+
+    def passed(self, tol: float) -> bool:
+        gradients = all(not error > GRADIENT_BOUND for error in (self.dx_error, self.dy_error))
+        return self.marginal_error <= MARGINAL_SLACK * tol and self.loss_error <= LOSS_BOUND and gradients
+
+
+def solve_reference(batch: Batch, reg: float) -> Oracle:
+    batch = batch.double()
+    x, y = batch.x.requires_grad_(), batch.y.requires_grad_()
+    result = otalign.solve(x, y, batch.n, batch.m, reg=reg, max_iter=5000, tol=CONVERGED, backend="reference")
+    loss = result.value.mean()
+    dx, dy = torch.autograd.grad(loss, (x, y))
+    with torch.no_grad():
+        return Oracle(loss.detach(), dx, dy, result.value.detach(), result.plan().detach())
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||; NaN anywhere makes it infinite, so that no bound lets it through."""
+    error = float((actual - expected).norm() / expected.norm())
+    return error if error == error else float("inf")

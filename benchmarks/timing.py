@@ -1,0 +1,106 @@
+"""Interleaved timing on a shared, noisy machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PAUSE = 0.02  # seconds; OpenMP workers of the contestant before spin for up to about this long
+
+
+class Spread(NamedTuple):
+    """Median with the 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(samples: np.ndarray) -> Spread:
+    low, median, high = np.percentile(samples, (20, 50, 80))
+    return Spread(float(median), float(low), float(high))
+
+
+def keep_memory() -> bool:
+    """Tells glibc to keep freed memory, as allocators of long-running trainers do; returns whether it could.
+
+    By default it asks the kernel anew for every block above 32 MB, and for smaller ones after a trim. Those page faults
+    can cost more than the problem, and hit whoever happens to allocate such a block.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """CPU time that the whole machine and that this process have used so far (both 0 where there is no /proc/stat)."""
+    try:
+        fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    except OSError:
+        return 0.0, 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy, time.process_time()
+
+
+class Times(dict[str, np.ndarray]):
+    """Seconds a call, by contestant; entry i of all of them is from the same round.
+
+    `others` is the share of the machine's CPUs that other processes took meanwhile. Beyond some percent, ratios are
+    wrong, not only noisy: many short parallel regions (torch's loops) wait for a thread without a CPU far longer than
+    one long region does.
+    """
+
+    def __init__(self, samples: Mapping[str, list[float]], others: float) -> None:
+        super().__init__({name: np.array(values) for name, values in samples.items()})
+        self.others = others
+
+    def ms(self, name: str) -> Spread:
+        return spread(1e3 * self[name])
+
+    def ratio(self, slow: str, fast: str) -> Spread:
+        """Of the times within a round, so that what slows a whole round down cancels."""
+        return spread(self[slow] / self[fast])
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int, budget: float = 20.0, pause: float = PAUSE
+) -> Times:
+    """Times the contestants in turn (A B C A B C ...), for `rounds` rounds or, after three, until `budget` seconds are over."""
+    for call in contestants.values():  # warm-up
+        call()
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    gc.collect()
+    start, (busy, own) = time.perf_counter(), _cpu_seconds()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - start > budget:
+                break
+            shift = done % len(names)  # nobody always follows the same one
+            for name in names[shift:] + names[:shift]:
+                time.sleep(pause)
+                begin = time.perf_counter()
+                result = contestants[name]()
+                samples[name].append(time.perf_counter() - begin)
+                del result
+    finally:
+        gc.enable()
+    busy_now, own_now = _cpu_seconds()
+    available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    return Times(samples, others=max(0.0, (busy_now - busy) - (own_now - own)) / available)
