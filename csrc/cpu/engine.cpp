@@ -346,6 +346,9 @@ bool forward(const Problem& p, Poll poll) {
 
 // Backward ------------------------------------------------------------------------------------------------------------
 
+// Vectors of an item that outlast its reverse pass: the diagonals, and what an implicit gradient is made of.
+int64_t vectors_size(bool implicit, int64_t n, int64_t m) { return (implicit ? 3 : 1) * (n + padded(m)); }
+
 template <class T>
 Reverse<T> reverse_of(const Batch<T>& batch, const Gradients& g, int64_t b, T* vectors) {
   const int64_t n = batch.n(b), m = batch.m(b);
@@ -353,16 +356,17 @@ Reverse<T> reverse_of(const Batch<T>& batch, const Gradients& g, int64_t b, T* v
   r.value = g.value ? static_cast<const T*>(g.value)[b] : 0;
   r.linear = g.linear ? static_cast<const T*>(g.linear)[b] : 0;
   r.plan = at<T>(g.plan, batch.offsets[b]);
-  for (T** vector : {&r.term_x, &r.lift_x, &r.diagonal_x}) {
-    *vector = vectors;
-    vectors += n;
-  }
-  for (T** vector : {&r.term_y, &r.lift_y, &r.diagonal_y}) {
-    *vector = vectors;
-    vectors += padded(m);
-  }
   r.a = at<T>(g.a, batch.p.x.row(b));
   r.b = at<T>(g.b, batch.p.y.row(b));
+  r.diagonal_x = vectors;
+  r.diagonal_y = vectors + n;
+  vectors += n + padded(m);
+  if (g.linear || g.plan) {
+    r.term_x = vectors;
+    r.term_y = vectors + n;
+    r.lift_x = vectors + n + padded(m);
+    r.lift_y = vectors + 2 * n + padded(m);
+  }
   return r;
 }
 
@@ -431,7 +435,7 @@ void given_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>* it
 template <class T>
 bool backward(const Problem& p, const Gradients& g, Poll poll) {
   const Batch<T> batch(p);
-  const bool points = p.cost != Cost::given && (g.x || g.y);
+  const bool points = p.cost != Cost::given && (g.x || g.y), implicit = g.linear || g.plan;
   std::vector<Task> items, slices;
   std::vector<int64_t> vectors(1, 0);
   size_t widest = 0;
@@ -439,7 +443,7 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     const double work = static_cast<double>(n) * m;
     items.push_back({b, 0, 0, work});
-    vectors.push_back(vectors.back() + 3 * (n + padded(m)));
+    vectors.push_back(vectors.back() + vectors_size(implicit, n, m));
     if (!points) continue;
     const int64_t pieces =
         std::max<int64_t>(1, std::min<int64_t>(std::llround(2 * work * p.dim / kSliceWork), p.dim / kSlice));
@@ -458,7 +462,8 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
   const size_t x_part = batch.converts(p.x) ? rows * widest * number : 0;
   const size_t y_part = batch.converts(p.y) ? batch.most_m * widest * number : 0;
   const size_t panel = std::max<size_t>(points ? rows * batch.most_m : 0, p.y.size + kPlanGap) * number;
-  const Scratch scratch(team.threads(), {batch.scratch, panel, x_part, y_part, x_part, y_part});
+  const Scratch scratch(team.threads(), {batch.scratch, panel, x_part, y_part, x_part, y_part,
+                                         (batch.most_n + padded(batch.most_m)) * number});
   const Buffer store(vectors.back() * number);
 
   const auto reverse_item = [&](int64_t b) { return reverse_of(batch, g, b, store.as<T>(vectors[b] * number)); };
@@ -485,8 +490,12 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
     Reverse<T> r = reverse_item(b);
     const bool works = active(b, r);
     if (works) {
-      std::fill_n(r.lift_y, padded(it.m), T(0));
+      if (!implicit) {
+        r.term_x = scratch.get<T>(thread, 6);
+        r.term_y = r.term_x + it.n;
+      }
       std::fill_n(r.term_y, padded(it.m), T(0));
+      if (implicit) std::fill_n(r.lift_y, padded(it.m), T(0));
       kernels<T>().reverse(it, r, scratch.get<char>(thread, 0));
     } else {
       if (r.a) std::fill_n(r.a, it.n, constant(b, r));

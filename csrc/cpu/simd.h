@@ -109,15 +109,15 @@ struct Simd {
       return fold<2 * H>(rows);
     }
   }
-  // Lane l gets a[l] + a[l + H] where bit H of l is clear, b[l - H] + b[l] where it is set.
+  // Lane l gets a[l] + a[l + H] where bit H of l is clear, b[l] + b[l - H] where it is set: a blend and a shuffle.
   template <int H>
   static OTALIGN_INLINE V interleave(V a, V b) {
-    I low, high;
+    I stay, move;
     for (int l = 0; l < W; ++l) {
-      low[l] = (l & H) ? W + l - H : l;
-      high[l] = (l & H) ? W + l : l + H;
+      stay[l] = (l & H) ? W + l : l;
+      move[l] = (l & H) ? W + l - H : l + H;
     }
-    return shuffle(a, b, low) + shuffle(a, b, high);
+    return shuffle(a, b, stay) + shuffle(a, b, move);
   }
   static OTALIGN_INLINE V shuffle(V a, V b, I index) {
 #if defined(__clang__)

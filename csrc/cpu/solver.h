@@ -65,11 +65,14 @@ class Solver {
 
  public:
   static size_t scratch(int64_t n, int64_t m) {
-    return (4 * padded(n) + 6 * padded(m)) * sizeof(T) + (n + m) * sizeof(double) + 16 * 64;
+    const int64_t own = small(n, m) ? n * aligned(m) : 0;
+    return (own + 4 * padded(n) + 6 * padded(m)) * sizeof(T) + (n + m) * sizeof(double) + 16 * 64;
   }
 
-  Solver(Item<T>& item, void* memory) : it(item), n(item.n), m(item.m), K(item.K) {
+  Solver(Item<T>& item, void* memory) : it(item), n(item.n), m(item.m) {
     Arena arena{static_cast<char*>(memory)};
+    stride = small(n, m) ? aligned(m) : m;
+    K = small(n, m) ? arena.take<T>(n * stride) : item.K;
     a = arena.take<T>(padded(n));
     u = arena.take<T>(padded(n));
     u_next = arena.take<T>(padded(n));
@@ -128,16 +131,17 @@ class Solver {
     }
     const V infinity = S::splat(T(HUGE_VAL));
     for (int64_t i = 0; i < n; ++i) {
-      T* row = K + i * m;
+      const T* cost = it.K + i * m;
+      T* row = K + i * stride;
       V least = infinity;
       for_vectors<T>(m, [&](int64_t j, int, auto inside) {
-        const V h = S::load(row + j) - S::load(top + j);
+        const V h = S::load(cost + j) - S::load(top + j);
         least = S::select(inside & (S::load(b + j) > 0), S::min(least, h), least);
       });
       const T lowest = S::smallest(least);
       if (!(lowest < T(HUGE_VAL))) return false;  // no finite cost where there is mass
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-        const V t = (lowest - S::load(row + j) + S::load(top + j)) * per_reg;
+        const V t = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
         far = far || S::any(inside & (S::abs(t) > S::splat(Absorb<T>::kFar)));
         S::store(row + j, entry<T>(t), count);
       });
@@ -171,7 +175,7 @@ class Solver {
     for (int64_t i = 0; i < n; i += W) {
       const int count = n - i < W ? static_cast<int>(n - i) : W;
       const T* rows[W];
-      for (int k = 0; k < W; ++k) rows[k] = K + (i + (k < count ? k : 0)) * m;
+      for (int k = 0; k < W; ++k) rows[k] = K + (i + (k < count ? k : 0)) * stride;
       V sums[W] = {};
       for (int64_t j = 0; j < m; j += W) {
         const V wj = S::load(w + j);
@@ -222,7 +226,7 @@ class Solver {
 
   // A row whose sum floats cannot hold: made exactly, and its potential absorbed unless K is only being looked at.
   void rescue_row(int64_t i, bool absorb, bool first, T& next, T& ratio) {
-    T* row = K + i * m;
+    T* row = K + i * stride;
     V most = S::splat(T(-HUGE_VAL));
     const auto terms = [&](auto use) {
       for_vectors<T>(m, [&](int64_t j, int, auto inside) {
@@ -286,7 +290,7 @@ class Solver {
       for (int64_t i = 0; i < n; ++i) {
         if (!(a[i] > 0)) continue;
         const T weight = static_cast<T>(std::log(static_cast<double>(a[i])) + std::log(static_cast<double>(u[i])));
-        const T* row = K + i * m;
+        const T* row = K + i * stride;
         for_vectors<T>(m, [&](int64_t j, int count, auto) { use(j, count, exponent<T>(S::load(row + j)) + weight); });
       }
     };
@@ -317,7 +321,7 @@ class Solver {
       w[j] = b[j];
     }
     for (int64_t i = 0; i < n && feasible; ++i) {
-      T* row = K + i * m;
+      T* row = K + i * stride;
       for_vectors<T>(m, [&](int64_t j, int count, auto) {
         S::store(row + j, grown<T>(S::load(row + j), S::load(column_log + j), S::load(top + j)), count);
       });
@@ -341,7 +345,8 @@ class Solver {
     }
     double linear = 0, mass = 0, value = 0;
     for (int64_t i = 0; i < n; ++i) {
-      T* row = K + i * m;
+      const T* row = K + i * stride;
+      T* plan = it.K + i * m;
       const T weight = a[i] * u[i], potential = static_cast<T>(it.reg * phi[i]);
       V sum = V{}, cost = V{};
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
@@ -351,7 +356,7 @@ class Solver {
         sum += kept * wj;
         cost += S::select(inside & (p > 0), p * C, V{});
         S::store(column + j, S::load(column + j) + weight * kept, count);
-        S::store(row + j, p, count);
+        S::store(plan + j, p, count);
       });
       it.mass_x[i] = u[i] * S::sum(sum);
       linear += S::sum(cost);
@@ -381,9 +386,14 @@ class Solver {
   // What a potential adds to the dual per unit of mass.
   static double worth(double f, double rho) { return rho > 1.7e308 ? f : -rho * std::expm1(-f / rho); }
 
+  // An item that fits into the first-level cache is iterated on in a copy with aligned rows.
+  static bool small(int64_t n, int64_t m) { return n * aligned(m) * sizeof(T) <= 64 * 1024; }
+  static int64_t aligned(int64_t m) { return (m + W - 1) / W * W; }
+
   Item<T>& it;
   const int64_t n, m;
-  T* const K;
+  int64_t stride;  // from row to row of K
+  T* K;
   T *a, *u, *u_next;
   T* z;  // what a relaxed update adds to log u
   T *b, *v, *w, *column, *top, *column_log;
