@@ -96,10 +96,26 @@ struct Simd {
     return least;
   }
 
+  // Four numbers; lane k of the result is the sum of rows[k].
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  static OTALIGN_INLINE Four sum_four(const V* rows) {
+    V v = interleave<2>(interleave<1>(rows[0], rows[1]), interleave<1>(rows[2], rows[3]));
+    if constexpr (W >= 16) v += rotate<8>(v);
+    if constexpr (W >= 8) v += rotate<4>(v);
+    return *reinterpret_cast<const UnalignedFour*>(&v);
+  }
+
   // Lane k of the result is the sum of rows[k]: a butterfly that halves the number of vectors at each step.
   static OTALIGN_INLINE V sum_rows(V* rows) { return fold<1>(rows); }
 
  private:
+  template <int H>
+  static OTALIGN_INLINE V rotate(V v) {
+    I index;
+    for (int l = 0; l < W; ++l) index[l] = (l + H) % W;
+    return shuffle(v, v, index);
+  }
   template <int H>
   static OTALIGN_INLINE V fold(V* rows) {
     if constexpr (H == W) {

@@ -85,6 +85,7 @@ class Solver {
     column_log = arena.take<T>(padded(m));
     phi = arena.take<double>(n);
     gamma = arena.take<double>(m);
+    for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     keep_x = damping(it.reg, it.rho_x);
     keep_y = damping(it.reg, it.rho_y);
     for (int64_t i = 0; i < n; ++i) a[i] = it.a ? it.a[i] : T(1) / n;
@@ -147,10 +148,7 @@ class Solver {
       });
       phi[i] = lowest / it.reg;
     }
-    for (int64_t i = 0; i < n; ++i) {
-      u[i] = 1;
-      z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
-    }
+    for (int64_t i = 0; i < n; ++i) z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
     return true;
   }
 
@@ -158,7 +156,68 @@ class Solver {
   // column sums with u_next. The first pass has no u yet.
   template <bool Columns>
   double sweep(bool first) {
+    if (Columns && !far && keep_x == 1 && W >= 4) {
+      switch ((m + W - 1) / W) {
+        case 1:
+          return sweep_narrow<1>(first);
+        case 2:
+          return sweep_narrow<2>(first);
+        case 3:
+          return sweep_narrow<3>(first);
+        case 4:
+          return sweep_narrow<4>(first);
+        case 5:
+          return sweep_narrow<5>(first);
+        case 6:
+          return sweep_narrow<6>(first);
+        case 7:
+          return sweep_narrow<7>(first);
+        case 8:
+          return sweep_narrow<8>(first);
+      }
+    }
     return far ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
+  }
+
+  // The same for a strict marginal and rows of up to N vectors, whose column sums stay in registers: four rows at a time.
+  template <int N>
+  double sweep_narrow(bool first) {
+    using Four = typename S::Four;
+    if constexpr (W >= 4) {
+      V sums_j[N] = {}, wj[N];
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) wj[v] = S::load(w + v * W);
+      Four least = Four{} + 1, most = least;
+      for (int64_t i = 0; i < n; i += 4) {
+        const int64_t last = n - i - 1;
+        const T* const row = K + i * stride;
+        const T* const rows[4] = {row, row + (last < 1 ? 0 : stride), row + (last < 2 ? 0 : 2 * stride),
+                                  row + (last < 3 ? 0 : 3 * stride)};
+        V sums[4] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v)
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) sums[k] += S::load(rows[k] + v * W) * wj[v];
+        const Four sum = S::sum_four(sums);
+        const Four next = 1 / sum;
+        least = sum < least ? sum : least;
+        most = sum > most ? sum : most;
+        *reinterpret_cast<typename S::UnalignedFour*>(u_next + i) = next;
+        alignas(32) T weight[4];
+        for (int k = 0; k < 4; ++k) weight[k] = next[k] * a[i + k];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v)
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) sums_j[v] += S::load(rows[k] + v * W) * weight[k];
+      }
+      for (int k = 0; k < 4; ++k)
+        if (!(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh)) return sweep_rows<true, false>(first);
+      for (int v = 0; v < N; ++v) S::store(column + v * W, sums_j[v]);
+      V error{};
+      for (int64_t i = 0; i < n; i += W) error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
+      return S::sum(error);
+    }
+    return sweep_rows<true, false>(first);
   }
 
   // A number of K as a factor: what is kept as an exponent is zero. Without such entries there is nothing to do.
