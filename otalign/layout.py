@@ -20,10 +20,11 @@ INTEGERS = (torch.int32, torch.int64)
 class Segments:
     """The rows of every item on one side of the problem."""
 
-    lengths: Tensor  # (B,) int64
+    lengths: Tensor  # (B,) int64 on the CPU
     starts: Tensor | None  # (B,) int64 in a packed batch, None in a padded one
     size: int  # longest length that the layout allows
     rows: int  # rows of the values: total, or B * N
+    counts: list[int] | None  # the lengths as Python sees them; None under torch.compile
 
     @property
     def packed(self) -> bool:
@@ -40,7 +41,7 @@ class Segments:
 
     def spans(self) -> list[slice | tuple[int, slice]]:
         """What to index a tensor in this layout with to get the rows of each item."""
-        lengths = self.lengths.tolist()
+        lengths = self.lengths.tolist() if self.counts is None else self.counts
         if self.starts is None:
             return [(item, slice(0, length)) for item, length in enumerate(lengths)]
         return [slice(start, start + length) for start, length in zip(self.starts.tolist(), lengths, strict=True)]
@@ -123,13 +124,16 @@ def points(
 
 def padded_segments(name: str, items: int, size: int, lengths: Tensor | None) -> Segments:
     """Segments of a padded batch; lengths (B,) integers in [0, size], called `name` in messages."""
+    compiling = torch.compiler.is_compiling()
     if lengths is None:
-        return Segments(torch.full((items,), size, dtype=torch.int64), None, size, items * size)
+        full = torch.full((items,), size, dtype=torch.int64)
+        return Segments(full, None, size, items * size, None if compiling else [size] * items)
     _expect_integers(name, lengths, (items,))
-    lengths = lengths.detach().to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > size)).any()):
-        raise ValueError(f"{name}: expected values in [0, {size}], got {lengths.tolist()}")
-    return Segments(lengths, None, size, items * size)
+    lengths = lengths.to("cpu", torch.int64)
+    counts = None if compiling else lengths.tolist()
+    if counts and not 0 <= min(counts) <= max(counts) <= size:
+        raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
+    return Segments(lengths, None, size, items * size, counts)
 
 
 def packed_segments(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
@@ -141,16 +145,17 @@ def packed_segments(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int | 
         raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
         raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
-    offsets = cu_seqlens.detach().to("cpu", torch.int64)
-    starts, lengths = offsets[:-1], offsets[1:] - offsets[:-1]
+    offsets = cu_seqlens.to("cpu", torch.int64)
+    starts, lengths = offsets[:-1], offsets.diff()
     if torch.compiler.is_compiling():
-        return Segments(lengths, starts, rows if max_seqlen is None else max_seqlen, rows)
-    if int(offsets[0]) != 0 or int(offsets[-1]) > rows or bool((lengths < 0).any()):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to at most {rows}, got {offsets.tolist()}")
-    longest = int(lengths.max()) if len(lengths) else 0
+        return Segments(lengths, starts, rows if max_seqlen is None else max_seqlen, rows, None)
+    marks, counts = offsets.tolist(), lengths.tolist()
+    longest = max(counts, default=0)
+    if marks[0] != 0 or marks[-1] > rows or min(counts, default=0) < 0:
+        raise ValueError(f"{name}: expected offsets that rise from 0 to at most {rows}, got {marks}")
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen_{side}: the longest item has {longest} points, got {max_seqlen}")
-    return Segments(lengths, starts, longest if max_seqlen is None else max_seqlen, rows)
+    return Segments(lengths, starts, longest if max_seqlen is None else max_seqlen, rows, counts)
 
 
 def _expect_tensor(name: str, value: object) -> None:

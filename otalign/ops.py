@@ -58,20 +58,20 @@ def launch(problem: Problem) -> Solution:
         value_linear=linear,
         # The number of one with the gradient of the other: with the plan fixed, d<P, C> = P dC = d value.
         plan_cost=lambda: linear.detach() + (value - value.detach()),
-        f=f.detach(),
-        g=g.detach(),
+        f=f,
+        g=g,
         n_iter=n_iter,
-        error=error.detach(),
+        error=error,
         plan=lambda: torch.ops.otalign.unpack(plan, xs.lengths, ys.lengths, xs.size, ys.size),
     )
 
 
 def _capacity(p: Problem) -> int:
     """Numbers that the plans of this batch take; under torch.compile, where lengths are unknown, a bound."""
-    if torch.compiler.is_compiling():
+    n, m = p.x_segments.counts, p.y_segments.counts
+    if n is None or m is None:
         return p.x_segments.rows * p.y_segments.size + 2 * _GAP * p.items
-    each = p.x_segments.lengths * p.y_segments.lengths
-    return int(((each + _GAP + 15) // 16 * 16).sum())
+    return sum((i * j + _GAP + 15) // 16 * 16 for i, j in zip(n, m, strict=True))
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------

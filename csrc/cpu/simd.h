@@ -91,9 +91,11 @@ struct Simd {
     return lanes[0];
   }
   static OTALIGN_INLINE T smallest(V v) {
-    T least = v[0];
-    for (int k = 1; k < W; ++k) least = v[k] < least ? v[k] : least;
-    return least;
+    T lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] = lanes[k + half] < lanes[k] ? lanes[k + half] : lanes[k];
+    return lanes[0];
   }
 
   // Four numbers; lane k of the result is the sum of rows[k].

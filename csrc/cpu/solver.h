@@ -131,6 +131,7 @@ class Solver {
       w[j] = b[j];
     }
     const V infinity = S::splat(T(HUGE_VAL));
+    V extreme{};
     for (int64_t i = 0; i < n; ++i) {
       const T* cost = it.K + i * m;
       T* row = K + i * stride;
@@ -143,11 +144,12 @@ class Solver {
       if (!(lowest < T(HUGE_VAL))) return false;  // no finite cost where there is mass
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
         const V t = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
-        far = far || S::any(inside & (S::abs(t) > S::splat(Absorb<T>::kFar)));
+        extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
         S::store(row + j, entry<T>(t), count);
       });
       phi[i] = lowest / it.reg;
     }
+    far = S::any(extreme > S::splat(Absorb<T>::kFar));
     for (int64_t i = 0; i < n; ++i) z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
     return true;
   }
