@@ -48,7 +48,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     squares = torch.cat([(part[:, None] - y).square().sum(-1) for part in x.split(rows)])
     if cost == "sqeuclidean":
         return squares
-    apart = squares > 0
+    apart = squares != 0
     return torch.where(apart, squares, 1).sqrt() * apart  # 0 with gradient 0 where points coincide
 
 
@@ -120,18 +120,24 @@ class ImplicitPotentials(torch.autograd.Function):
         f, g = f.clone(), g.clone()
         ctx.save_for_backward(C, a, b, f, g)
         ctx.reg, ctx.rho = reg, rho
+        ctx.set_materialize_grads(False)
         return f, g
 
     @staticmethod
-    def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_f: Tensor | None, grad_g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         C, a, b, f, g = ctx.saved_tensors
+        if grad_f is None and grad_g is None:
+            return (None,) * 7
+        grad_f = torch.zeros_like(f) if grad_f is None else grad_f
+        grad_g = torch.zeros_like(g) if grad_g is None else grad_g
         reg, (damp_x, damp_y) = ctx.reg, damping(ctx.reg, ctx.rho)
         E = density(C, a, b, f, g, reg)
         pi_b = E / (E @ b)[:, None]  # pi / b
         omega_a = E / (a @ E)  # omega / a
         pi, omega = pi_b * b, omega_a * a[:, None]
         schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
-        q = torch.linalg.pinv(schur) @ (grad_g - damp_x * pi.T @ grad_f)
+        noise = 10 * len(b) * torch.finfo(b.dtype).eps  # of a matrix whose natural scale is one
+        q = torch.linalg.pinv(schur, atol=noise, rtol=0) @ (grad_g - damp_x * pi.T @ grad_f)
         p = grad_f - damp_y * omega @ q
         grad_C = damp_x * p[:, None] * pi + damp_y * q * omega
         return grad_C, -reg * damp_y * omega_a @ q, -reg * damp_x * p @ pi_b, None, None, None, None
@@ -179,13 +185,16 @@ def solve_item(
         return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
     with torch.no_grad():
         f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
+    if math.isnan(error):
+        nan = (C.sum() + a.sum() + b.sum()) * math.nan
+        return Item(nan, nan, nan, C * math.nan + nan, f * math.nan, g * math.nan, 0, error)
     f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     if math.isinf(rho[0]) and math.isinf(rho[1]):
         shift = b @ g  # the gauge <b, g> = 0
         f, g = f + shift, g - shift
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
     value = Value.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
-    C = torch.where(plan > 0, C, 0) if error == error else C  # where there is no mass the cost may be infinite
+    C = C.masked_fill(C == math.inf, 0)  # where a band forbids mass; the plan is zero there
     return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
 
 
@@ -215,7 +224,7 @@ def launch(problem: Problem) -> Solution:
         g=vector([item.g for item in items], problem.y_segments),
         n_iter=torch.tensor([item.n_iter for item in items], dtype=torch.int32, device=problem.device),
         error=torch.tensor([item.error for item in items], dtype=problem.dtype, device=problem.device),
-        plan=lambda: stack([_pad(item.plan, shape) for item in items]).reshape(-1, *shape),
+        plan=lambda: stack([_pad(item.plan, shape) for item in items]).reshape(problem.items, *shape),
     )
 
 

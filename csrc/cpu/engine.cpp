@@ -248,13 +248,39 @@ Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t 
 
 // Forward -------------------------------------------------------------------------------------------------------------
 
-// What the products are scaled with: reciprocal norms for the cosine, squared norms for the distances.
+// What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
 template <class T>
 void scales(const Problem& p, Block<T> points, int64_t rows, T* out) {
   if (p.cost == Cost::dot) return;
   kernels<T>().squares(points.data, rows, p.dim, points.stride, out);
   if (p.cost != Cost::cosine) return;
-  for (int64_t i = 0; i < rows; ++i) out[i] = out[i] == 0 ? T(0) : 1 / std::sqrt(out[i]);
+  // Shorter still, a point counts as zero where its gradient, of the order of 1 / norm, is concerned.
+  const T shortest = sizeof(T) == 4 ? T(1e-36) : T(1e-300);
+  for (int64_t i = 0; i < rows; ++i) out[i] = out[i] < shortest ? T(0) : 1 / std::sqrt(out[i]);
+}
+
+// The cosine does not know lengths, but its squares do: points so long or short that they over- or underflow are
+// brought to lengths near one in a copy, in `store`. Returns whether there were any.
+template <class T>
+bool tame(Block<T>& points, int64_t rows, int64_t dim, const T* scale, std::vector<T>& store) {
+  const T least = sizeof(T) == 4 ? T(1e-15) : T(1e-140), most = 1 / least;
+  const auto largest = [&](int64_t i) {
+    T most_of_row = 0;
+    for (int64_t d = 0; d < dim; ++d) most_of_row = std::max(most_of_row, std::abs(points.data[i * points.stride + d]));
+    return most_of_row;
+  };
+  bool wild = false;
+  for (int64_t i = 0; i < rows && !wild; ++i)
+    wild = !(scale[i] > least && scale[i] < most) && largest(i) > 0 && std::isfinite(largest(i));
+  if (!wild) return false;
+  store.resize(rows * dim);
+  for (int64_t i = 0; i < rows; ++i) {
+    const T length = largest(i);
+    for (int64_t d = 0; d < dim; ++d)
+      store[i * dim + d] = length > 0 ? points.data[i * points.stride + d] / length : T(0);
+  }
+  points = {store.data(), dim};
+  return true;
 }
 
 // Rows [begin, end) of an item's cost; false if any is not finite.
@@ -275,12 +301,22 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
     }
     return kernels<T>().cost(it, task.begin, task.end, nullptr, 0, nullptr, 0, 0, nullptr);
   }
-  const Block<T> x = read_block(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
-  const Block<T> y = read_block(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
-  scales(p, x, rows, const_cast<T*>(it.scale_x) + task.begin);
+  Block<T> x = read_block(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
+  Block<T> y = read_block(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
+  T* const scale_x = const_cast<T*>(it.scale_x) + task.begin;
+  scales(p, x, rows, scale_x);
   scales(p, y, it.m, scale_y);
   if (task.begin == 0 && p.cost != Cost::dot) std::copy(scale_y, scale_y + it.m, const_cast<T*>(it.scale_y));
   it.scale_y = scale_y;
+  std::vector<T> tame_x, tame_y, tame_scale;
+  if (p.cost == Cost::cosine) {
+    if (tame(y, it.m, p.dim, scale_y, tame_y)) scales(p, y, it.m, scale_y);
+    if (tame(x, rows, p.dim, scale_x, tame_x)) {
+      tame_scale.resize(task.end);
+      scales(p, x, rows, tame_scale.data() + task.begin);
+      it.scale_x = tame_scale.data();
+    }
+  }
   gemm_nt(rows, it.m, p.dim, x.data, x.stride, y.data, y.stride, out, it.m);
   return kernels<T>().cost(it, task.begin, task.end, x.data, x.stride, y.data, y.stride, p.dim,
                            const_cast<T*>(it.distance));
@@ -529,7 +565,9 @@ void for_rows(const Problem& p, F row) {
 template <class T>
 void unpack(const Problem& p, const T* packed, T* dense) {
   std::fill_n(dense, p.items * p.x.size * p.y.size, T(0));
-  for_rows<T>(p, [&](int64_t from, int64_t to, int64_t m) { std::copy_n(packed + from, m, dense + to); });
+  for_rows<T>(p, [&](int64_t from, int64_t to, int64_t m) {
+    for (int64_t j = 0; j < m; ++j) dense[to + j] = packed[from + j] < 0 ? T(0) : packed[from + j];
+  });
 }
 
 template <class T>

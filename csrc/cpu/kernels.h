@@ -9,7 +9,9 @@
 namespace otalign {
 
 // One item: n by m, its options, and where its results go. `K` holds the cost with any prior on entry to `solve`, the
-// plan on return; it is followed by kPlanGap zeros. a and b may be null (uniform).
+// plan on return; it is followed by kPlanGap zeros. a and b may be null (uniform). Where one of the two points has no
+// mass, the plan is kept as minus what it would be with a weight of one there: zero to all who ask for mass, and the
+// derivative by that weight.
 template <class T>
 struct Item {
   int64_t n, m;

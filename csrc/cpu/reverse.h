@@ -39,7 +39,7 @@ class ReversePass {
   }
 
   static T term(T potential, T weight, double reg) {
-    return weight > 0 ? static_cast<T>(potential + reg * std::log(static_cast<double>(weight))) : T(0);
+    return static_cast<T>(potential + (weight > 0 ? reg * std::log(static_cast<double>(weight)) : 0.0));
   }
 
   static OTALIGN_INLINE V cost(V p, V terms, T reg) {
@@ -64,7 +64,7 @@ class ReversePass {
       const T* row = P + i * m;
       V load = V{}, mass = V{};
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-        const V p = S::load(row + j);
+        const V p = S::max(S::load(row + j), V{});
         V slope = linear * cost(p, S::load(back.term_y + j) + back.term_x[i], reg);
         if (back.plan) slope += S::load(back.plan + i * m + j);
         const V q = S::select(inside & usable(p), p * slope, V{});
@@ -142,11 +142,11 @@ class ReversePass {
       const T* row = P + i * m;
       V product = V{};
       for_vectors<T>(m, [&](int64_t j, int, auto inside) {
-        product += S::select(inside, S::load(row + j) * S::load(back.lift_y + j), V{});
+        product += S::select(inside, S::max(S::load(row + j), V{}) * S::load(back.lift_y + j), V{});
       });
       const T weight = static_cast<T>(per_row(i, S::sum(product)));
       for_vectors<T>(m, [&](int64_t j, int count, auto) {
-        S::store(column + j, S::load(column + j) + weight * S::load(row + j), count);
+        S::store(column + j, S::load(column + j) + weight * S::max(S::load(row + j), V{}), count);
       });
     }
   }
@@ -194,12 +194,24 @@ class ReversePass {
   }
 
   void weights() {
-    const bool system = back.implicit();
     const double keep_x = damping(it.reg, it.rho_x), keep_y = damping(it.reg, it.rho_y);
-    for (int64_t i = 0; back.a && i < n; ++i)
-      back.a[i] = weight_gradient(it.f[i], it.mass_x[i], it.rho_x, keep_x, system ? back.lift_x[i] : T(0));
-    for (int64_t j = 0; back.b && j < m; ++j)
-      back.b[j] = weight_gradient(it.g[j], it.mass_y[j], it.rho_y, keep_y, system ? back.lift_y[j] : T(0));
+    for (int64_t i = 0; back.a && i < n; ++i) {
+      back.a[i] = weight_gradient(it.f[i], it.mass_x[i], it.rho_x, keep_x, back.implicit() ? back.lift_x[i] : T(0));
+      if (back.implicit() && it.a && it.a[i] == 0)
+        for (int64_t j = 0; j < m; ++j) back.a[i] += massless_slope(i, j, back.lift_y[j]);
+    }
+    for (int64_t j = 0; back.b && j < m; ++j) {
+      back.b[j] = weight_gradient(it.g[j], it.mass_y[j], it.rho_y, keep_y, back.implicit() ? back.lift_y[j] : T(0));
+      if (back.implicit() && it.b && it.b[j] == 0)
+        for (int64_t i = 0; i < n; ++i) back.b[j] += massless_slope(i, j, back.lift_x[i]);
+    }
+  }
+  // What a first bit of weight would add through the plan between i and j, one of which has none.
+  T massless_slope(int64_t i, int64_t j, T lift) const {
+    const T p = -P[i * m + j];
+    if (!(p >= Tiny<T>::value)) return 0;
+    const T C = back.term_x[i] + back.term_y[j] - static_cast<T>(it.reg * std::log(static_cast<double>(p)));
+    return p * (static_cast<T>(back.linear) * C + (back.plan ? back.plan[i * m + j] : T(0)) - lift);
   }
   T weight_gradient(double f, double mass, double rho, double keep, double lift) const {
     const double worth = rho > 1.7e308 ? f : -rho * std::expm1(-f / rho);
@@ -212,7 +224,8 @@ class ReversePass {
     const T* row = it.K + i * it.m;
     const T direct = static_cast<T>(back.value + back.linear);
     if (!back.implicit()) {
-      for_vectors<T>(it.m, [&](int64_t j, int count, auto) { S::store(out + j, direct * S::load(row + j), count); });
+      for_vectors<T>(
+          it.m, [&](int64_t j, int count, auto) { S::store(out + j, direct * S::max(S::load(row + j), V{}), count); });
       return;
     }
     const T reg = static_cast<T>(it.reg), per_reg = static_cast<T>(1 / it.reg), linear = static_cast<T>(back.linear);

@@ -181,7 +181,8 @@ class Solver {
     return far ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
   }
 
-  // The same for a strict marginal and rows of up to N vectors, whose column sums stay in registers: four rows at a time.
+  // The same for a strict marginal and rows of up to N vectors, whose column sums stay in registers: four rows at a
+  // time.
   template <int N>
   double sweep_narrow(bool first) {
     using Four = typename S::Four;
@@ -401,6 +402,7 @@ class Solver {
         const double shift = -(1 - keep_y) * gamma[j] - keep_y * column_log[j];
         gamma[j] += shift;
         it.mass_y[j] = static_cast<T>(std::exp(column_log[j] + shift));
+        column_log[j] = static_cast<T>(shift);
       }
       column[j] = 0;
     }
@@ -409,6 +411,7 @@ class Solver {
       const T* row = K + i * stride;
       T* plan = it.K + i * m;
       const T weight = a[i] * u[i], potential = static_cast<T>(it.reg * phi[i]);
+      const T density = a[i] > 0 ? weight : -u[i];  // see Item::K
       V sum = V{}, cost = V{};
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
         const V k = S::load(row + j), kept = S::max(k, V{}), wj = S::load(w + j);
@@ -417,7 +420,12 @@ class Solver {
         sum += kept * wj;
         cost += S::select(inside & (p > 0), p * C, V{});
         S::store(column + j, S::load(column + j) + weight * kept, count);
-        S::store(plan + j, p, count);
+        V stored = density * kept * wj;
+        if (massless && a[i] > 0) {
+          const V mass = exp<T>(exponent<T>(k) + std::log(weight) + S::load(column_log + j));
+          stored = S::select(S::load(b + j) == 0, -mass, stored);
+        }
+        S::store(plan + j, stored, count);
       });
       it.mass_x[i] = u[i] * S::sum(sum);
       linear += S::sum(cost);
