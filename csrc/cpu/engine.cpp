@@ -354,7 +354,9 @@ bool forward(const Problem& p, Poll poll) {
   team.run(items.size(), [&](int64_t k, int thread, Poll stop) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
-    std::fill_n(it.K + it.n * it.m, plan_stride(it.n, it.m) - it.n * it.m, T(0));
+    const int64_t used = it.n * it.m;
+    for (T* matrix : {it.K, const_cast<T*>(it.distance)})
+      if (matrix) std::fill_n(matrix + used, plan_stride(it.n, it.m) - used, T(0));
     if (batch.empty(b) || p.cost == Cost::given || p.cost == Cost::dot) {
       std::fill_n(at<T>(p.x.scale, p.x.row(b)), it.n, T(0));
       std::fill_n(at<T>(p.y.scale, p.y.row(b)), it.m, T(0));

@@ -1,0 +1,58 @@
+"""Fixtures and settings that all tests share."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+import otalign.backends
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=["reference", "cpu"], scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that a CPU can run. One that is not built fails its tests; it does not skip them."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Memory that is allocated without being filled holds NaN (integers: the largest), so that a hole in an output shows.
+
+    torch fills it only while deterministic algorithms are on, and these would change what some tests look at; those
+    are marked `unpoisoned`.
+    """
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    if otalign.backends.reason_missing("cpu") is None:
+        engine = otalign.backends.extension()
+        monkeypatch.setattr(engine, "Block", poisoned(engine.Block))  # the engine's own pool, unknown to torch
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
+    def block(size: int) -> Any:
+        memory = allocate(size)
+        torch.frombuffer(memory, dtype=torch.uint8).fill_(0xFF)  # NaN in every float type
+        return memory
+
+    return block
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: leaves uninitialised memory as torch gives it")

@@ -1,0 +1,121 @@
+"""Problems for the tests to solve, and how to compare what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import otalign
+
+# Converged to rounding, where the question is not how the iteration stops.
+CONVERGED: dict[str, Any] = {"tol": 1e-12, "max_iter": 20_000}
+
+
+class Batch(NamedTuple):
+    """A ragged batch of points, `x` (B, N, D) and `y` (B, M, D), whose padding is poison."""
+
+    x: Tensor
+    y: Tensor
+    x_lengths: Tensor
+    y_lengths: Tensor
+
+    def items(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The points of every item, (n, D) and (m, D), views of the batch."""
+        lengths = zip(self.x_lengths.tolist(), self.y_lengths.tolist(), strict=True)
+        for x, y, (n, m) in zip(self.x, self.y, lengths, strict=True):
+            yield x[:n], y[:m]
+
+    def packed(self) -> dict[str, Tensor]:
+        """The same problem as keyword arguments for packed points."""
+        xs, ys = zip(*self.items(), strict=True)
+        return {
+            "x": torch.cat(xs),
+            "y": torch.cat(ys),
+            "cu_seqlens_x": offsets(self.x_lengths),
+            "cu_seqlens_y": offsets(self.y_lengths),
+        }
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        return self._replace(x=self.x.to(dtype), y=self.y.to(dtype))
+
+    def requires_grad(self) -> Batch:
+        """Leaves with the same values."""
+        return self._replace(x=leaf(self.x), y=leaf(self.y))
+
+
+def draw(
+    x_lengths: Sequence[int] = (7, 1, 5, 9),
+    y_lengths: Sequence[int] = (4, 3, 6, 1),
+    D: int = 5,
+    *,
+    dtype: torch.dtype = torch.float64,
+    poison: float = math.nan,
+    seed: int = 0,
+) -> Batch:
+    """Random points at distances around one, padded by two rows of `poison` more than the longest item needs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(lengths: Sequence[int]) -> Tensor:
+        values = torch.randn(len(lengths), max(lengths, default=0) + 2, D, generator=generator, dtype=torch.float64)
+        padding = torch.arange(values.shape[1]) >= torch.tensor(lengths, dtype=torch.int64)[:, None]
+        return (values / math.sqrt(D)).masked_fill(padding[..., None], poison).to(dtype)
+
+    return Batch(side(x_lengths), side(y_lengths), torch.tensor(x_lengths), torch.tensor(y_lengths))
+
+
+def draw_weights(lengths: Tensor, size: int, *, zeros: bool = False, seed: int = 1) -> Tensor:
+    """Positive weights (B, size), not normalised; with `zeros`, none for every third point but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 0.2 + torch.rand(len(lengths), size, generator=generator, dtype=torch.float64)
+    if zeros:
+        weights[:, 2::3] = 0
+    return weights.masked_fill(torch.arange(size) >= lengths[:, None], math.nan)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def points_mask(lengths: Tensor, size: int) -> Tensor:
+    return torch.arange(size) < lengths[:, None]
+
+
+def solve_one(x: Tensor, y: Tensor, **options: Any) -> otalign.OTResult:
+    """Solve a single item, (n, D) and (m, D)."""
+    for name in ("a", "b"):
+        if isinstance(options.get(name), Tensor):
+            options[name] = options[name][None]
+    return otalign.solve(x[None], y[None], **options)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Generalised Kullback-Leibler divergence, 0 log 0 = 0."""
+    return (torch.special.xlogy(p, p / torch.where(q > 0, q, 1)) - p + q).sum()
+
+
+def close(actual: Tensor, expected: Tensor, tol: float, message: str = "") -> None:
+    """Assert equality up to `tol` times the largest entry expected (at least 1); NaN equals NaN."""
+    actual, expected = actual.detach(), expected.detach()
+    finite = expected[expected.isfinite()]
+    scale = max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
+    torch.testing.assert_close(
+        actual.to(expected.dtype),
+        expected,
+        rtol=0,
+        atol=tol * scale,
+        equal_nan=True,
+        msg=(lambda text: f"{message}: {text}") if message else None,
+    )
+
+
+def identical(actual: Tensor, expected: Tensor) -> None:
+    """Assert equality to the last bit, NaN equal to NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,195 @@
+"""Does torch.compile take the public functions whole, forward and backward, and without compiling again and again?"""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import otalign
+from otalign import Prior
+
+from .problems import close, draw, draw_weights, identical, leaf
+
+OBJECTIVES = ["value", "plan_cost", "transport", "divergence"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loss_and_gradients(function, batch, *weights):
+    leaves = batch.requires_grad()
+    loss = function(*leaves, *weights)
+    loss.sum().backward()
+    return loss.detach(), leaves.x.grad, leaves.y.grad
+
+
+def check(function, batch, *weights, backend="aot_eager", dynamic=None):
+    """`function` gives, compiled, what it gives as it is."""
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    expected = loss_and_gradients(function, batch, *weights)
+    for ours, theirs in zip(loss_and_gradients(compiled, batch, *weights), expected, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_objectives(objective, dynamic):
+    def loss(x, y, x_lengths, y_lengths):
+        return otalign.sinkhorn_loss(x, y, x_lengths, y_lengths, objective=objective, backend="cpu")
+
+    check(loss, draw(poison=0.0, dtype=torch.float32), dynamic=dynamic)
+
+
+OPTIONS = {
+    "sqeuclidean": {"cost": "sqeuclidean"},
+    "euclidean": {"cost": "euclidean"},
+    "prior": {"prior": Prior.quadratic(1.0)},
+    "band": {"prior": Prior.band(2.0)},
+    "unbalanced": {"unbalanced": (0.5, 2.0)},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
+    "norm": {"a": "norm", "b": "norm"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options):
+    def loss(x, y, x_lengths, y_lengths):
+        return otalign.sinkhorn_loss(x, y, x_lengths, y_lengths, backend="cpu", **options)
+
+    check(loss, draw(poison=0.0, dtype=torch.float32))
+
+
+def test_weights_and_reg_as_tensors():
+    batch = draw(poison=0.0)
+    a = draw_weights(batch.x_lengths, batch.x.shape[1]).nan_to_num(0)
+    reg = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def loss(x, y, x_lengths, y_lengths, a, reg):
+        return otalign.sinkhorn_loss(x, y, x_lengths, y_lengths, a, reg=reg, backend="cpu")
+
+    check(loss, batch, a, reg)
+
+
+def test_inductor():
+    """The default backend of torch.compile, around a layer and through the module."""
+    batch = draw(poison=0.0, dtype=torch.float32)
+    layer, criterion = torch.nn.Linear(5, 5), otalign.SinkhornLoss(prior=Prior.quadratic(1.0), backend="cpu")
+
+    def loss(x, y, x_lengths, y_lengths):
+        return criterion(layer(x).relu(), y, x_lengths, y_lengths)
+
+    check(loss, batch, backend="inductor")
+
+
+def test_packed():
+    arguments = draw(poison=0.0, dtype=torch.float32).packed()
+
+    def loss(x, y, cu_seqlens_x, cu_seqlens_y):
+        return otalign.sinkhorn_loss(x, y, cu_seqlens_x=cu_seqlens_x, cu_seqlens_y=cu_seqlens_y, backend="cpu")
+
+    eager, compiled = (arguments | {side: leaf(arguments[side]) for side in "xy"} for _ in range(2))
+    loss(**eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(**compiled).backward()
+    for side in "xy":
+        close(compiled[side].grad, eager[side].grad, 1e-6)
+
+
+def test_result():
+    """Everything a result computes later, in one graph with the solve."""
+    batch = draw(poison=0.0)
+
+    def outputs(*batch):
+        result = otalign.solve(*batch, backend="cpu")
+        return (
+            *(result.value, result.value_linear, result.error, result.n_iter, result.converged, result.plan()),
+            *(result.barycentric_x(), result.barycentric_y(), result.assign_y(), *result.potentials),
+        )
+
+    compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(*batch), outputs(*batch), strict=True):
+        assert ours.dtype == theirs.dtype
+        close(ours.double(), theirs.double(), 1e-12)
+
+
+def test_given_cost():
+    def outputs(C, x_lengths, y_lengths):
+        result = otalign.solve_cost(C, x_lengths, y_lengths, reg=0.1, backend="cpu")
+        return result.value.sum() + result.plan().square().sum()
+
+    C, lengths = torch.rand(2, 5, 4), (torch.tensor([5, 3]), torch.tensor([2, 4]))
+    eager, compiled = leaf(C), leaf(C)
+    outputs(eager, *lengths).backward()
+    torch.compile(outputs, fullgraph=True, backend="aot_eager")(compiled, *lengths).backward()
+    close(compiled.grad, eager.grad, 1e-6)
+
+
+def test_new_lengths_do_not_compile_again():
+    """Lengths are data; shapes that change compile at most once more, with symbols."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def loss(x, y, x_lengths, y_lengths):
+        return otalign.sinkhorn_loss(x, y, x_lengths, y_lengths, backend="cpu")
+
+    for lengths in ([7, 2, 5, 9], [9, 9, 1, 2], [3, 3, 3, 9]):
+        loss_and_gradients(loss, draw(lengths, [4, 3, 6, 2], poison=0.0))
+    assert counter.frame_count == 1
+    for lengths in ([11, 2], [4, 13, 6], [5, 5, 5, 21, 2], [8, 3, 2, 2, 2, 30]):
+        batch = draw(lengths, [n // 2 + 2 for n in lengths], poison=0.0)
+        compiled = loss_and_gradients(loss, batch)
+        eager = otalign.sinkhorn_loss(*batch, backend="cpu")
+        close(compiled[0], eager, 1e-12)
+    assert counter.frame_count <= 3
+
+
+def test_bad_words_are_still_refused():
+    @torch.compile(backend="eager")
+    def loss(x, y):
+        return otalign.sinkhorn_loss(x, y, cost="what", backend="cpu")
+
+    with pytest.raises(Exception, match="cost: expected one of"):
+        loss(torch.rand(1, 3, 2), torch.rand(1, 3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_autocast(backend, objective, dtype):
+    """Autocast changes nothing: the products are the aligner's own, from the inputs as they come."""
+    batch = draw(D=24, dtype=dtype)
+
+    def loss(*batch):
+        return otalign.sinkhorn_loss(*batch, objective=objective, backend=backend)
+
+    def autocast_loss(*batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(*batch)
+
+    expected = loss_and_gradients(loss, batch)
+    for ours, theirs in zip(loss_and_gradients(autocast_loss, batch), expected, strict=True):
+        identical(ours, theirs)
+
+
+def test_autocast_of_results(backend):
+    batch = draw(D=24, dtype=torch.float32)
+    outputs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = otalign.solve(*batch, backend=backend)
+            outputs.append((result.value, result.plan(), result.barycentric_x(), result.barycentric_y()))
+    for ours, theirs in zip(*outputs, strict=True):
+        identical(ours, theirs)
+
+
+def test_autocast_under_compile():
+    batch = draw(D=24, poison=0.0, dtype=torch.float32)
+    layer = torch.nn.Linear(24, 24)
+
+    def loss(x, y, x_lengths, y_lengths):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return otalign.sinkhorn_loss(layer(x), y, x_lengths, y_lengths, backend="cpu")
+
+    check(loss, batch)
