@@ -194,7 +194,7 @@ def solve_item(
         f, g = f + shift, g - shift
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
     value = Value.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
-    C = C.masked_fill(C == math.inf, 0)  # where a band forbids mass; the plan is zero there
+    C = C.masked_fill(C.isposinf(), 0)  # where a band forbids mass; the plan is zero there
     return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
 
 

@@ -23,7 +23,9 @@ namespace {
 constexpr int64_t kBlock = 256;                    // rows of a block of the cost
 constexpr int64_t kPanel = 128;                    // rows of a panel of its gradient
 constexpr int64_t kSlice = 256;                    // least columns of a slice of the gradient
-constexpr double kSliceWork = 64.0 * 1024 * 1024;  // multiply-adds in a slice worth a thread's while
+constexpr double kSliceWork = 64.0 * 1024 * 1024;  // multiply-adds that make a slice
+constexpr double kThreadWork = 1 << 20;            // multiply-adds that are worth waking a thread for
+constexpr double kSolveWork = 64;                  // multiply-adds for each number of an item's cost, as a guess
 
 size_t bytes(Scalar type) { return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2; }
 template <class T>
@@ -77,9 +79,11 @@ class Team {
   int threads() const { return threads_; }
   bool stopped() const { return stop_.load(std::memory_order_relaxed); }
 
+  // `work` is in multiply-adds: a little is not worth a second thread, which may have to be woken.
   template <class F>
-  void run(int64_t tasks, F task) {
-    const int team = static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(tasks, 1)));
+  void run(int64_t tasks, double work, F task) {
+    const double useful = std::min(static_cast<double>(tasks), work / kThreadWork);
+    const int team = static_cast<int>(std::max(1.0, std::min<double>(threads_, useful)));
 #pragma omp parallel num_threads(team)
     {
       const OneThread one;
@@ -345,13 +349,15 @@ bool forward(const Problem& p, Poll poll) {
                                          batch.converts(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
                                          batch.most_m * sizeof(T), batch.scratch});
   std::vector<std::atomic<bool>> broken(p.items);
-  team.run(blocks.size(), [&](int64_t k, int thread, Poll) {
+  double elements = 0;
+  for (const Task& item : items) elements += item.work;
+  team.run(blocks.size(), elements * (p.dim + 1), [&](int64_t k, int thread, Poll) {
     const Task& task = blocks[k];
     const bool finite = build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0),
                                    scratch.get<T>(thread, 1), scratch.get<T>(thread, 2));
     if (!finite) broken[task.item].store(true, std::memory_order_relaxed);
   });
-  team.run(items.size(), [&](int64_t k, int thread, Poll stop) {
+  team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
     const int64_t used = it.n * it.m;
@@ -522,7 +528,10 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
                             {&p.y, g.y, p.dim * bytes(p.y.points_type)},
                             {&p.x, g.a, number},
                             {&p.y, g.b, number}};
-  team.run(items.size(), [&](int64_t k, int thread, Poll) {
+  double elements = 0;
+  for (const Task& item : items) elements += item.work;
+  const double cleared = static_cast<double>(p.x.rows + p.y.rows) * p.dim / 16;
+  team.run(items.size(), elements * (implicit ? kSolveWork : 8) + cleared, [&](int64_t k, int thread, Poll) {
     const int64_t b = items[k].item;
     const Item<T> it = batch.item(b);
     Reverse<T> r = reverse_item(b);
@@ -542,7 +551,7 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
     for (const auto& [side, out, row] : outputs) zero_padding(*side, p.items, b, out, row);
     if (g.given) given_gradient(batch, g, works ? &it : nullptr, r, b, constant(b, r), scratch.get<T>(thread, 1));
   });
-  team.run(slices.size(), [&](int64_t k, int thread, Poll) {
+  team.run(slices.size(), 2 * elements * p.dim, [&](int64_t k, int thread, Poll) {
     const Task& task = slices[k];
     const Reverse<T> r = reverse_item(task.item);
     if (active(task.item, r))
