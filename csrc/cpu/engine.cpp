@@ -333,7 +333,7 @@ bool forward(const Problem& p, Poll poll) {
   for (int64_t b = 0; b < p.items; ++b) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
-    if (batch.empty(b)) continue;
+    if (batch.empty(b) || p.cost == Cost::given) continue;
     const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock), rows = ceil_div(n, pieces);
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
@@ -351,7 +351,7 @@ bool forward(const Problem& p, Poll poll) {
   std::vector<std::atomic<bool>> broken(p.items);
   double elements = 0;
   for (const Task& item : items) elements += item.work;
-  team.run(blocks.size(), elements * (p.dim + 1), [&](int64_t k, int thread, Poll) {
+  team.run(blocks.size(), elements * p.dim, [&](int64_t k, int thread, Poll) {
     const Task& task = blocks[k];
     const bool finite = build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0),
                                    scratch.get<T>(thread, 1), scratch.get<T>(thread, 2));
@@ -370,7 +370,8 @@ bool forward(const Problem& p, Poll poll) {
     if (batch.empty(b)) {
       for (T* vector : {it.f, it.mass_x}) std::fill_n(vector, it.n, T(0));
       for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
-    } else if (broken[b].load(std::memory_order_relaxed)) {
+    } else if (broken[b].load(std::memory_order_relaxed) ||
+               (p.cost == Cost::given && !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr))) {
       kernels<T>().fail(it);
     } else {
       kernels<T>().solve(it, scratch.get<char>(thread, 3), stop);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "../absorb.h"
 #include "kernels.h"
@@ -14,6 +15,7 @@ template <class T, class F>
 static OTALIGN_INLINE void for_vectors(int64_t m, F f) {
   constexpr int W = Simd<T>::W;
   int64_t j = 0;
+#pragma GCC unroll 2
   for (; j + W <= m; j += W) f(j, W, typename Simd<T>::I{} - 1);
   if (j < m) f(j, static_cast<int>(m - j), Simd<T>::first(static_cast<int>(m - j)));
 }
@@ -62,6 +64,7 @@ class Solver {
   using S = Simd<T>;
   using V = typename S::V;
   static constexpr int W = S::W;
+  static constexpr int kNarrow = W < 4 ? 1 : OTALIGN_VECTOR_BYTES == 64 ? 16 : 8;  // vectors that registers can hold
 
  public:
   static size_t scratch(int64_t n, int64_t m) {
@@ -129,6 +132,7 @@ class Solver {
       top[j] = it.init ? it.init[j] : T(0);
       v[j] = 1;
       w[j] = b[j];
+      massless |= b[j] == 0;
     }
     const V infinity = S::splat(T(HUGE_VAL));
     V extreme{};
@@ -142,11 +146,17 @@ class Solver {
       });
       const T lowest = S::smallest(least);
       if (!(lowest < T(HUGE_VAL))) return false;  // no finite cost where there is mass
-      for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-        const V t = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
-        extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
-        S::store(row + j, entry<T>(t), count);
-      });
+      const auto exponents = [&](auto make) {
+        for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
+          const V t = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
+          extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
+          S::store(row + j, make(t), count);
+        });
+      };
+      if (massless)
+        exponents([](V t) { return entry<T>(t); });
+      else  // no exponent is positive
+        exponents([](V t) { return S::select(t < S::splat(-Absorb<T>::kFar), t, exp<T>(t)); });
       phi[i] = lowest / it.reg;
     }
     far = S::any(extreme > S::splat(Absorb<T>::kFar));
@@ -158,38 +168,24 @@ class Solver {
   // column sums with u_next. The first pass has no u yet.
   template <bool Columns>
   double sweep(bool first) {
-    if (Columns && !far && keep_x == 1 && W >= 4) {
-      switch ((m + W - 1) / W) {
-        case 1:
-          return sweep_narrow<1>(first);
-        case 2:
-          return sweep_narrow<2>(first);
-        case 3:
-          return sweep_narrow<3>(first);
-        case 4:
-          return sweep_narrow<4>(first);
-        case 5:
-          return sweep_narrow<5>(first);
-        case 6:
-          return sweep_narrow<6>(first);
-        case 7:
-          return sweep_narrow<7>(first);
-        case 8:
-          return sweep_narrow<8>(first);
-      }
-    }
+    const int64_t vectors = (m + W - 1) / W;
+    if (Columns && !far && keep_x == 1 && W >= 4 && vectors <= kNarrow)
+      return sweep_vectors(static_cast<int>(vectors), first, std::make_integer_sequence<int, kNarrow>());
     return far ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
   }
 
-  // The same for a strict marginal and rows of up to N vectors, whose column sums stay in registers: four rows at a
-  // time.
+  template <int... N>
+  double sweep_vectors(int vectors, bool first, std::integer_sequence<int, N...>) {
+    static constexpr double (Solver::* table[])(bool) = {&Solver::sweep_narrow<N + 1>...};
+    return (this->*table[vectors - 1])(first);
+  }
+
+  // The same, four rows at a time, for a strict marginal and rows of N vectors, whose column sums stay in registers.
   template <int N>
   double sweep_narrow(bool first) {
     using Four = typename S::Four;
     if constexpr (W >= 4) {
-      V sums_j[N] = {}, wj[N];
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) wj[v] = S::load(w + v * W);
+      V sums_j[N] = {};
       Four least = Four{} + 1, most = least;
       for (int64_t i = 0; i < n; i += 4) {
         const int64_t last = n - i - 1;
@@ -197,10 +193,10 @@ class Solver {
         const T* const rows[4] = {row, row + (last < 1 ? 0 : stride), row + (last < 2 ? 0 : 2 * stride),
                                   row + (last < 3 ? 0 : 3 * stride)};
         V sums[4] = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < N; ++v)
 #pragma GCC unroll 4
-          for (int k = 0; k < 4; ++k) sums[k] += S::load(rows[k] + v * W) * wj[v];
+          for (int k = 0; k < 4; ++k) sums[k] += S::load(rows[k] + v * W) * S::load(w + v * W);
         const Four sum = S::sum_four(sums);
         const Four next = 1 / sum;
         least = sum < least ? sum : least;
@@ -208,7 +204,7 @@ class Solver {
         *reinterpret_cast<typename S::UnalignedFour*>(u_next + i) = next;
         alignas(32) T weight[4];
         for (int k = 0; k < 4; ++k) weight[k] = next[k] * a[i + k];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < N; ++v)
 #pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) sums_j[v] += S::load(rows[k] + v * W) * weight[k];
@@ -392,8 +388,6 @@ class Solver {
 
   // Potentials, masses, the plan in the place of K, and the values.
   void finish() {
-    bool massless = false;
-    for (int64_t j = 0; j < m; ++j) massless |= b[j] == 0;
     if (massless) exact_columns();  // nothing else has asked for their potentials
     const T reg = static_cast<T>(it.reg);
     for (int64_t j = 0; j < m; ++j) {
@@ -469,7 +463,8 @@ class Solver {
   double *phi, *gamma;  // absorbed potentials over reg
   double keep_x, keep_y;
   bool feasible = true;
-  bool far = false;  // K holds entries as exponents
+  bool massless = false;  // some point of y has no weight
+  bool far = false;       // K holds entries as exponents
 };
 
 }  // namespace otalign::OTALIGN_ISA
