@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+BURST = 0.01  # seconds that a turn's counted calls take at least
 PAUSE = 0.02  # seconds; OpenMP workers of the contestant before spin for up to about this long
 
 
@@ -76,10 +77,24 @@ class Times(dict[str, np.ndarray]):
         return spread(self[slow] / self[fast])
 
 
+def _burst(call: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    while sum(seconds) < BURST:
+        begin = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - begin)
+        del result
+    return float(np.median(seconds))
+
+
 def interleave(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int, budget: float = 20.0, pause: float = PAUSE
 ) -> Times:
-    """Times the contestants in turn (A B C A B C ...), for `rounds` rounds or, after three, until `budget` seconds are over."""
+    """Times the contestants in turn (A B C A B C ...), for `rounds` rounds or, after three, until `budget` seconds are over.
+
+    A turn is one call that does not count, to wake the threads and fill the caches after the pause, and then calls for
+    at least `BURST` seconds, of which the median counts: everybody is measured in a steady state.
+    """
     for call in contestants.values():  # warm-up
         call()
         call()
@@ -95,10 +110,8 @@ def interleave(
             shift = done % len(names)  # nobody always follows the same one
             for name in names[shift:] + names[:shift]:
                 time.sleep(pause)
-                begin = time.perf_counter()
-                result = contestants[name]()
-                samples[name].append(time.perf_counter() - begin)
-                del result
+                contestants[name]()
+                samples[name].append(_burst(contestants[name]))
     finally:
         gc.enable()
     busy_now, own_now = _cpu_seconds()
