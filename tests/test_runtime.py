@@ -216,3 +216,28 @@ def test_memory_does_not_grow():
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     assert float(run_python(code, OMP_NUM_THREADS="1")) < 20
+
+
+@pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_agrees_with_the_reference(most):
+    """The variable lowers the choice; a machine that cannot do what is asked for takes the best that it can."""
+    code = """
+        import torch, otalign
+        from otalign import backends
+        torch.manual_seed(0)
+        worst = 0.0
+        for dtype, unit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            for n, m in ((1, 1), (5, 3), (17, 33), (40, 40), (70, 130), (9, 300)):
+                for reg, rho in ((0.05, None), (0.002, None), (0.05, 0.5)):
+                    C = torch.rand(1, n, m, dtype=dtype)
+                    ours, true = (
+                        otalign.solve_cost(c, reg=reg, unbalanced=rho, tol=0, max_iter=30, backend=name).plan().double()
+                        for c, name in ((C, "cpu"), (C.double(), "reference"))
+                    )
+                    worst = max(worst, float((ours - true).abs().sum()) / unit)
+        print(backends.extension().simd, worst)
+    """
+    simd, worst = run_python(code, OTALIGN_SIMD=most).split()
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(simd) <= order.index(most)
+    assert float(worst) < 1
