@@ -1,0 +1,162 @@
+"""The ground cost, with the temporal prior, of every pair of points: norms and products in one pass over the embeddings."""
+
+import triton
+import triton.language as tl
+
+from .common import INFINITY, load_reg, prior_tile, segment
+
+NUMBERS = ["items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "x_item", "y_item", "ld16", "per_item"]
+NUMBERS += ["counters_size"]
+POINTERS = ["x_layout", "y_layout", "reg_items"]
+
+
+@triton.jit
+def load_tile(points, rows, inside, stride, k, dim, dim_stride, SAME: tl.constexpr, T: tl.constexpr):
+    """Rows of points, (rows, BLOCK_D), 0 outside; as they are if a tensor core takes them so, else in T."""
+    places = rows.to(tl.int64)[:, None] * stride + k.to(tl.int64)[None, :] * dim_stride
+    tile = tl.load(points + places, mask=inside[:, None] & (k < dim)[None, :], other=0)
+    if not SAME:
+        tile = tile.to(T)
+    return tile
+
+
+@triton.jit
+def products(
+    x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim, x_scale, y_scale,
+    SAME: tl.constexpr, T: tl.constexpr, SQUARES: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x, y> (BLOCK_N, BLOCK_M) and, if SQUARES, |x|^2 and |y|^2, of points times their scales if SCALED."""
+    dots = tl.zeros([BLOCK_N, BLOCK_M], T)
+    # Squares are summed by element and reduced once: a reduction in every step costs more than the tensor cores' work.
+    xx = tl.zeros([BLOCK_N, BLOCK_D], T)
+    yy = tl.zeros([BLOCK_M, BLOCK_D], T)
+    for start in range(0, dim, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)
+        x_tile = load_tile(x, rows, mine, x_row, k, dim, x_dim, SAME and not SCALED, T)
+        y_tile = load_tile(y, columns, real, y_row, k, dim, y_dim, SAME and not SCALED, T)
+        if SCALED:
+            x_tile *= x_scale[:, None]
+            y_tile *= y_scale[:, None]
+        if SQUARES:
+            x_wide, y_wide = x_tile.to(T), y_tile.to(T)
+            xx += x_wide * x_wide
+            yy += y_wide * y_wide
+        dots = tl.dot(x_tile, tl.trans(y_tile), dots, input_precision=PRECISION, out_dtype=T)
+    return dots, tl.sum(xx, 1), tl.sum(yy, 1)
+
+
+@triton.jit
+def largest(points, rows, inside, stride, dim_stride, dim, T: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The largest magnitude in every row; 1 for rows of zeros or not of numbers."""
+    most = tl.zeros([BLOCK, BLOCK_D], T)
+    for start in range(0, dim, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)
+        most = tl.maximum(most, tl.abs(load_tile(points, rows, inside, stride, k, dim, dim_stride, False, T)))
+    row = tl.max(most, 1)
+    return tl.where((row > 0) & (row < INFINITY), row, 1)
+
+
+@triton.jit
+def square_distances(
+    x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim,
+    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """sum_k (x_k - y_k)^2, one dimension at a time: slow, and exact where points are close."""
+    squares = tl.zeros([BLOCK_N, BLOCK_M], T)
+    x_at = x + rows.to(tl.int64) * x_row
+    y_at = y + columns.to(tl.int64) * y_row
+    for _ in range(0, dim):
+        apart = tl.load(x_at, mask=mine, other=0).to(T)[:, None] - tl.load(y_at, mask=real, other=0).to(T)[None, :]
+        squares += apart * apart
+        x_at += x_dim
+        y_at += y_dim
+    return squares
+
+
+@triton.jit
+def reciprocal_norm(squares):
+    """1 / sqrt(squares), 0 for 0."""
+    return tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1)), squares)
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+def cost_kernel(
+    x, y, C, x_scale, y_scale, counters, x_layout, y_layout, reg_items,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows,
+    x_item, x_row, x_dim, y_item, y_row, y_dim, dim, ld16, per_item, counters_size,
+    reg: tl.float64, first: tl.float64, second: tl.float64,
+    COST: tl.constexpr, PRIOR: tl.constexpr, PRECISION: tl.constexpr, SAME: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """C (rows of x, ld) of points x (rows of x, dim), y (rows of y, dim) with any strides, or of a given cost x.
+
+    For a given cost, x is (B, N, M) with strides x_item, x_row, x_dim, and y is not read. `x_scale` (rows of x,) and
+    `y_scale` (rows of y,) get the reciprocal norms for the cosine. Entries that are not finite become NaN, before the
+    prior adds its own infinities. The first program sets `counters` to zero for the solver.
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item = tl.program_id(1)
+    if (tl.program_id(0) == 0) & (item == 0):
+        index = tl.arange(0, 128)
+        while tl.min(index, 0) < counters_size:
+            tl.store(counters + index, tl.zeros([128], tl.int32), mask=index < counters_size)
+            index += 128
+    x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+    tiles = tl.cdiv(y_size, BLOCK_M)
+    row = (tl.program_id(0) // tiles) * BLOCK_N
+    column = (tl.program_id(0) % tiles) * BLOCK_M
+    if (row < n) & (column < m):
+        rows = row + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_M)
+        mine, real = rows < n, columns < m
+        inside = mine[:, None] & real[None, :]
+        x += tl.where(x_mode == 2, x_start * x_row, item.to(tl.int64) * x_item)
+        if COST == "given":
+            places = rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_dim
+            cost = tl.load(x + places, mask=inside, other=0).to(T)
+        else:
+            y += tl.where(y_mode == 2, y_start * y_row, item.to(tl.int64) * y_item)
+            ones_x, ones_y = tl.zeros([BLOCK_N], T) + 1, tl.zeros([BLOCK_M], T) + 1
+            dots, xx, yy = products(
+                x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim, ones_x, ones_y,
+                SAME, T, COST != "dot", False, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            if COST == "cosine":
+                least = tl.minimum(tl.min(tl.where(mine, xx, 1), 0), tl.min(tl.where(real, yy, 1), 0))
+                most = tl.maximum(tl.max(tl.where(mine, xx, 1), 0), tl.max(tl.where(real, yy, 1), 0))
+                grow_x, grow_y = ones_x, ones_y
+                if (least < 1e-30) | (most > 1e30):
+                    # The cosine does not know lengths, but their squares leave the range of floats: divide them out.
+                    grow_x = 1 / largest(x, rows, mine, x_row, x_dim, dim, T, BLOCK_N, BLOCK_D)
+                    grow_y = 1 / largest(y, columns, real, y_row, y_dim, dim, T, BLOCK_M, BLOCK_D)
+                    dots, xx, yy = products(
+                        x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim, grow_x, grow_y,
+                        SAME, T, True, True, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                over_x, over_y = reciprocal_norm(xx), reciprocal_norm(yy)
+                cost = 1 - dots * over_x[:, None] * over_y[None, :]
+                if column == 0:
+                    tl.store(x_scale + x_start + rows, over_x * grow_x, mask=mine)
+                if row == 0:
+                    tl.store(y_scale + y_start + columns, over_y * grow_y, mask=real)
+            elif COST == "dot":
+                cost = -dots
+            else:
+                total = xx[:, None] + yy[None, :]
+                cost = total - 2 * dots
+                # A distance below this share of the norms has lost too many digits in the product.
+                if tl.max(tl.max(tl.where(inside & (cost < total * 0.015625), 1, 0), 1), 0) > 0:
+                    exact = square_distances(
+                        x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim, T, BLOCK_N, BLOCK_M
+                    )
+                    cost = tl.where(cost < total * 0.015625, exact, cost)
+                if COST == "euclidean":
+                    cost = tl.sqrt(cost)
+        cost = tl.where(tl.abs(cost) < INFINITY, cost, float("nan"))
+        if PRIOR != "none":
+            i, j = rows[:, None], columns[None, :]
+            cost += prior_tile(i, j, n, m, load_reg(reg, reg_items, per_item, item, T), first, second, PRIOR, T)
+        tl.store(C + (x_start + rows)[:, None] * ld + columns[None, :], cost, mask=inside)

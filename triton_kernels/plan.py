@@ -1,0 +1,493 @@
+"""What is made of a solution: gradients, the plan, barycentric projections and assignments.
+
+The plan is never kept. Wherever it is needed, a tile of it is rebuilt from the stored cost and the potentials, and used.
+
+The gradient by the cost is H = P (v + l - (S - s_i - t_j) / reg), with v and l the gradients by value and transport cost,
+S = l C + dL/dP, and the lifts s, t that solve the implicit system (see lift_kernel); without S, H = v P.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    EXCHANGE_TAIL,
+    INFINITY,
+    damping,
+    load_reg,
+    load_weights,
+    only_if,
+    prior_tile,
+    segment,
+    sum_over_programs,
+    worth,
+)
+
+SHARED = ["items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "has_a", "has_b", "per_item", "ld16"]
+SHARED += ["has_value", "has_linear", "has_plan", "programs", "steps", "x_item", "y_item"]
+POINTERS = ["a", "b", "x_layout", "y_layout", "reg_items", "grad_value", "grad_linear"]
+
+
+@triton.jit
+def density_tile(cost, inside, f, g, a, b, per_reg):
+    """P / (a b) of a tile: exp((f + g - C) / reg), 0 outside and between points that both have no mass."""
+    some = inside & ((a > 0) | (b > 0))
+    return tl.exp(tl.where(some, (f + g - cost) * per_reg, -INFINITY))
+
+
+@triton.jit
+def times(mass, value):
+    """Their product, 0 where there is no mass, whatever the value."""
+    return tl.where(mass == 0, 0, mass * value)
+
+
+@triton.jit
+def load_gradient(gradient, given, item, T: tl.constexpr):
+    return tl.load(gradient + item, mask=given != 0, other=0).to(T)
+
+
+# The implicit system ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def plan_rows(
+    at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg,
+):  # fmt: skip
+    """Some rows of the plan (rows, BLOCK_M), and of the cost."""
+    inside = mine[:, None] & real[None, :]
+    cost = tl.load(at + rows.to(tl.int64)[:, None] * ld + columns[None, :], mask=inside, other=0)
+    a_i = load_weights(a, has_a, x_start + rows, mine, n)
+    f_i = tl.load(f + x_start + rows, mask=mine, other=0)
+    both = inside & (a_i > 0)[:, None] & (b_j > 0)[None, :]
+    weights = a_i[:, None] * b_j[None, :]
+    return weights * density_tile(cost, both, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], per_reg), cost
+
+
+@triton.jit
+def apply_plan(
+    at, ld, f, g_j, a, has_a, x_start, n, begin, end, columns, real, b_j, per_reg, z, load, mass, from_load, to_load,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """P^T t (M,) over a program's rows, t = (from_load load + to_load P z) / mass, in one pass over the plan."""
+    T: tl.constexpr = at.dtype.element_ty
+    partial = tl.zeros([BLOCK_N, BLOCK_M], T)
+    for first in range(begin, end, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        P, _ = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+        row_mass = tl.load(mass + rows, mask=mine, other=0)
+        row_load = tl.load(load + rows, mask=mine, other=0)
+        t = from_load * row_load + to_load * tl.sum(P * z[None, :], 1)
+        partial += P * tl.where(row_mass > 0, t / tl.where(row_mass > 0, row_mass, 1), 0)[:, None]
+    return tl.sum(partial, 0)
+
+
+@triton.jit
+def without_gauge(residual, column_mass, BALANCED):
+    """The residual without its component along the null vector of a balanced problem, the constant."""
+    total = tl.sum(column_mass)
+    share = tl.sum(residual) / tl.where(total > 0, total, 1)
+    return residual - tl.where(BALANCED, share, 0) * column_mass
+
+
+@triton.jit
+def over_mass(vector, column_mass):
+    return tl.where(column_mass > 0, vector / tl.where(column_mass > 0, column_mass, 1), 0)
+
+
+@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+def lift_kernel(
+    C, G, f, g, error, state, x_lift, y_lift, a, b, x_layout, y_layout, exchange, counters, grad_linear,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_linear, has_plan, steps,
+    reg_items, reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, ld16, programs,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PEERS: tl.constexpr,
+):  # fmt: skip
+    """Solve [D_x P; P^T D_y] (s, t) = (Q 1, Q^T 1), Q = P S, D = mass / keep, for s (rows of x,) and t (rows of y,).
+
+    s is eliminated; conjugate gradients, preconditioned with D_y, solve what is left for t. Kernels of the solver tell
+    about layouts, `exchange` and `counters`; `state` (2, rows of x) keeps Q 1 and D_x, C and G are (rows of x, ld).
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    rank = tl.program_id(0) % programs
+    group = tl.program_id(0) // programs
+    parts = exchange + group * (2 * programs * (2 * BLOCK_M + EXCHANGE_TAIL))
+    counter = counters + group
+    epoch = 0
+    ld = ld16 * 16
+    columns = tl.arange(0, BLOCK_M)
+    relax_x, relax_y = tl.full([], rho_x, T), tl.full([], rho_y, T)
+    balanced = (relax_x == INFINITY) & (relax_y == INFINITY)
+    if T == tl.float64:
+        tolerance = 1e-28
+    else:
+        tolerance = 1e-14
+
+    item = group
+    while item < items:
+        x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+        y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+        share = (n + programs - 1) // programs
+        begin = rank * share
+        end = tl.where(m > 0, tl.minimum(n, begin + share), 0)
+        real = columns < m
+        b_j = load_weights(b, has_b, y_start + columns, real, m)
+        g_j = tl.load(g + y_start + columns, mask=real, other=0)
+        epsilon = load_reg(reg, reg_items, per_item, item, T)
+        per_reg = 1 / epsilon
+        keep_x, keep_y = damping(epsilon, relax_x), damping(epsilon, relax_y)
+        linear = load_gradient(grad_linear, has_linear, item, T)
+        at = C + x_start * ld
+        load, mass = state + x_start, state + x_rows + x_start
+
+        partial = tl.zeros([BLOCK_N, BLOCK_M], T)
+        partial_mass = tl.zeros([BLOCK_N, BLOCK_M], T)
+        for first in range(begin, end, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            mine = rows < end
+            P, cost = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+            inside = only_if(has_plan, mine[:, None] & real[None, :])
+            places = (x_start + rows)[:, None] * ld + columns[None, :]
+            S = tl.load(G + places, mask=inside, other=0) + tl.where(linear == 0, 0, linear * cost)
+            Q = times(P, S)
+            tl.store(load + rows, tl.sum(Q, 1), mask=mine)
+            tl.store(mass + rows, tl.sum(P, 1) / keep_x, mask=mine)
+            partial += Q
+            partial_mass += P
+        right, _, epoch = sum_over_programs(
+            (tl.sum(partial, 0),), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+        )
+        masses, _, epoch = sum_over_programs(
+            (tl.sum(partial_mass, 0),), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+        )
+        column_mass = masses[0] / keep_y
+        zeros = tl.zeros([BLOCK_M], T)
+        product = apply_plan(
+            at, ld, f, g_j, a, has_a, x_start, n, begin, end, columns, real, b_j, per_reg, zeros, load, mass, 1.0, 0.0,
+            BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+        totals, _, epoch = sum_over_programs(
+            (product,), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+        )
+        residual = without_gauge(tl.where(column_mass > 0, right[0] - totals[0], 0), column_mass, balanced)
+        solution = zeros
+        direction = zeros
+        energy = tl.sum(residual * over_mass(residual, column_mass))
+        enough = energy * tolerance
+        before = energy * 0
+        left = tl.where(energy > enough, steps, 0)
+        while left > 0:
+            carry = tl.where(before > 0, energy / tl.where(before > 0, before, 1), 0)
+            direction = over_mass(residual, column_mass) + carry * direction
+            product = apply_plan(
+                at, ld, f, g_j, a, has_a, x_start, n, begin, end, columns, real, b_j, per_reg, direction, load, mass,
+                0.0, 1.0, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
+            totals, _, epoch = sum_over_programs(
+                (product,), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+            )
+            image = column_mass * direction - totals[0]
+            curvature = tl.sum(direction * image)
+            step = tl.where(curvature > 0, energy / tl.where(curvature > 0, curvature, 1), 0)
+            solution += step * direction
+            residual = without_gauge(residual - step * image, column_mass, balanced)
+            before = energy
+            energy = tl.sum(residual * over_mass(residual, column_mass))
+            left = tl.where((energy > enough) & (curvature > 0), left - 1, 0)
+
+        for first in range(begin, end, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            mine = rows < end
+            P, _ = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+            row_mass = tl.load(mass + rows, mask=mine, other=0)
+            lift = tl.load(load + rows, mask=mine, other=0) - tl.sum(P * solution[None, :], 1)
+            tl.store(x_lift + x_start + rows, over_mass(lift, row_mass), mask=mine)
+        if rank == 0:
+            tl.store(y_lift + y_start + columns, solution, mask=real)
+        tl.debug_barrier()
+        item += tl.num_programs(0) // programs
+
+
+# Gradients, plans and projections --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def cost_gradient(
+    P, cost, places, inside, G, has_plan, value, linear, own_lift, other_lift, per_reg, IMPLICIT: tl.constexpr
+):
+    """H of a tile."""
+    if IMPLICIT:
+        S = tl.load(G + places, mask=only_if(has_plan, inside), other=0) + tl.where(linear == 0, 0, linear * cost)
+        return times(P, value + linear - (S - own_lift - other_lift) * per_reg)
+    else:
+        return times(P, value)
+
+
+@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+def project_kernel(
+    x, y, out, C, G, f, g, x_scale, y_scale, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    x_item, x_row, x_dim, y_item, y_row, y_dim, dim, reg_items, reg: tl.float64,
+    first_parameter: tl.float64, second_parameter: tl.float64, ld16,
+    COST: tl.constexpr, PRIOR: tl.constexpr, IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient by x, or by y if BY_Y, as out (rows, dim): a product of a matrix made of H with the other side.
+
+    With COST "average", instead, the barycentric projection: the mean of the other side's points, weighted by the plan.
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item = tl.program_id(1)
+    x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+    x_at = x + tl.where(x_mode == 2, x_start * x_row, item.to(tl.int64) * x_item)
+    y_at = y + tl.where(y_mode == 2, y_start * y_row, item.to(tl.int64) * y_item)
+    if BY_Y:
+        own_start, own_n, slot, size, own_at, own_row, own_dim = y_start, m, y_slot, y_size, y_at, y_row, y_dim
+        other_start, other_n, other_at, other_row, other_dim = x_start, n, x_at, x_row, x_dim
+        own_f, other_f, own_scale, other_scale, own_lift, other_lift = g, f, y_scale, x_scale, y_lift, x_lift
+        own_w, other_w, has_own, has_other = b, a, has_b, has_a
+        own_step, other_step = ld * 0 + 1, ld
+    else:
+        own_start, own_n, slot, size, own_at, own_row, own_dim = x_start, n, x_slot, x_size, x_at, x_row, x_dim
+        other_start, other_n, other_at, other_row, other_dim = y_start, m, y_at, y_row, y_dim
+        own_f, other_f, own_scale, other_scale, own_lift, other_lift = f, g, x_scale, y_scale, x_lift, y_lift
+        own_w, other_w, has_own, has_other = a, b, has_a, has_b
+        own_step, other_step = ld, ld * 0 + 1
+
+    tiles = tl.cdiv(dim, BLOCK_D)
+    begin = (tl.program_id(0) // tiles) * BLOCK_R
+    rows = begin + tl.arange(0, BLOCK_R)
+    k = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mine = rows < own_n
+    epsilon = load_reg(reg, reg_items, per_item, item, T)
+    per_reg = 1 / epsilon
+    value = load_gradient(grad_value, has_value, item, T)
+    linear = load_gradient(grad_linear, has_linear, item, T)
+    if COST == "average":
+        count = other_n
+    else:
+        # Nothing flows into an item whose loss is not used, were it not a number.
+        idle = (value == 0) & (linear == 0) & (has_plan == 0)
+        count = tl.where(idle, 0, other_n)
+    f_i = tl.load(own_f + own_start + rows, mask=mine, other=0)
+    a_i = load_weights(own_w, has_own, own_start + rows, mine, own_n)
+    if IMPLICIT:
+        lift_i = tl.load(own_lift + own_start + rows, mask=mine, other=0)
+    else:
+        lift_i = f_i
+
+    sums = tl.zeros([BLOCK_R, BLOCK_D], T)
+    diagonal = tl.zeros([BLOCK_R], T)
+    for first in range(0, tl.where(begin < own_n, count, 0), BLOCK_K):
+        others = first + tl.arange(0, BLOCK_K)
+        real = others < other_n
+        inside = mine[:, None] & real[None, :]
+        places = x_start * ld + rows.to(tl.int64)[:, None] * own_step + others.to(tl.int64)[None, :] * other_step
+        cost = tl.load(C + places, mask=inside, other=0)
+        g_j = tl.load(other_f + other_start + others, mask=real, other=0)
+        b_j = load_weights(other_w, has_other, other_start + others, real, other_n)
+        both = inside & (a_i > 0)[:, None] & (b_j > 0)[None, :]
+        P = (a_i[:, None] * b_j[None, :]) * density_tile(
+            cost, both, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], per_reg
+        )
+        if COST == "average":
+            W = P
+            diagonal += tl.sum(P, 1)
+        else:
+            if IMPLICIT:
+                lift_j = tl.load(other_lift + other_start + others, mask=real, other=0)
+            else:
+                lift_j = g_j
+            H = cost_gradient(
+                P, cost, places, inside, G, has_plan, value, linear, lift_i[:, None], lift_j[None, :], per_reg, IMPLICIT
+            )
+            if PRIOR != "none" and (COST == "cosine" or COST == "euclidean"):
+                own, other = rows[:, None], others[None, :]
+                if BY_Y:
+                    cost -= prior_tile(other, own, n, m, epsilon, first_parameter, second_parameter, PRIOR, T)
+                else:
+                    cost -= prior_tile(own, other, n, m, epsilon, first_parameter, second_parameter, PRIOR, T)
+            if COST == "cosine":
+                W = H * tl.load(other_scale + other_start + others, mask=real, other=0)[None, :]
+                diagonal += tl.sum(times(H, 1 - cost), 1)
+            elif COST == "euclidean":
+                W = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
+                W = tl.where(H == 0, 0, W)
+                diagonal += tl.sum(W, 1)
+            elif COST == "sqeuclidean":
+                W = 2 * H
+                diagonal += tl.sum(W, 1)
+            else:
+                W = H
+        other_places = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
+        points = tl.load(other_at + other_places, mask=real[:, None] & (k < dim)[None, :], other=0)
+        if SAME:
+            sums = tl.dot(W.to(points.dtype), points, sums, input_precision=PRECISION, out_dtype=T)
+        else:
+            sums = tl.dot(W, points.to(T), sums, input_precision=PRECISION, out_dtype=T)
+
+    if COST == "average":
+        result = sums / tl.where(diagonal == 0, 1, diagonal)[:, None]
+    else:
+        result = -sums
+        if COST != "dot":
+            own_places = rows.to(tl.int64)[:, None] * own_row + k.to(tl.int64)[None, :] * own_dim
+            points = tl.load(own_at + own_places, mask=mine[:, None] & (k < dim)[None, :], other=0).to(T)
+            if COST == "cosine":
+                scale = tl.load(own_scale + own_start + rows, mask=mine, other=0)
+                result = (result + (diagonal * scale)[:, None] * points) * scale[:, None]
+            else:
+                result += diagonal[:, None] * points
+        if count == 0:
+            result = tl.zeros([BLOCK_R, BLOCK_D], T)
+    out_at = out + own_start * dim
+    result = tl.where(mine[:, None], result, 0).to(out.dtype.element_ty)
+    tl.store(out_at + rows.to(tl.int64)[:, None] * dim + k[None, :], result, mask=(rows < slot)[:, None] & (k < dim)[None, :])
+    # Rows behind the last item of a packed batch.
+    span = tl.cdiv(size, BLOCK_R) * BLOCK_R
+    rows += span
+    while tl.min(rows, 0) < slot:
+        at = out_at + rows.to(tl.int64)[:, None] * dim + k[None, :]
+        tl.store(at, tl.zeros_like(result), mask=(rows < slot)[:, None] & (k < dim)[None, :])
+        rows += span
+
+
+@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+def weights_kernel(
+    out, C, G, f, g, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    reg_items, reg: tl.float64, rho: tl.float64, ld16,
+    IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient by the weights of x, or of y if BY_Y, whose relaxation is `rho`: out (rows,)."""
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item = tl.program_id(1)
+    x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+    if BY_Y:
+        own_start, own_n, slot, size, other_start, other_n = y_start, m, y_slot, y_size, x_start, n
+        own_f, other_f, own_w, other_w, has_own, has_other, other_lift = g, f, b, a, has_b, has_a, x_lift
+        own_step, other_step = ld * 0 + 1, ld
+    else:
+        own_start, own_n, slot, size, other_start, other_n = x_start, n, x_slot, x_size, y_start, m
+        own_f, other_f, own_w, other_w, has_own, has_other, other_lift = f, g, a, b, has_a, has_b, y_lift
+        own_step, other_step = ld, ld * 0 + 1
+    begin = tl.program_id(0) * BLOCK_R
+    rows = begin + tl.arange(0, BLOCK_R)
+    mine = rows < own_n
+    epsilon = load_reg(reg, reg_items, per_item, item, T)
+    relax = tl.full([], rho, T)
+    value = load_gradient(grad_value, has_value, item, T)
+    linear = load_gradient(grad_linear, has_linear, item, T)
+    idle = ((value == 0) & (linear == 0) & (has_plan == 0)) | (other_n == 0)
+    count = tl.where(idle, 0, other_n)
+    f_i = tl.load(own_f + own_start + rows, mask=mine, other=0)
+    a_i = load_weights(own_w, has_own, own_start + rows, mine, own_n)
+    mass = tl.zeros([BLOCK_R], T)
+    load = tl.zeros([BLOCK_R], T)
+    for first in range(0, tl.where(begin < own_n, count, 0), BLOCK_K):
+        others = first + tl.arange(0, BLOCK_K)
+        real = others < other_n
+        inside = mine[:, None] & real[None, :]
+        places = x_start * ld + rows.to(tl.int64)[:, None] * own_step + others.to(tl.int64)[None, :] * other_step
+        cost = tl.load(C + places, mask=inside, other=0)
+        g_j = tl.load(other_f + other_start + others, mask=real, other=0)
+        b_j = load_weights(other_w, has_other, other_start + others, real, other_n)
+        have = inside & (b_j > 0)[None, :]
+        E = b_j[None, :] * density_tile(
+            cost, have, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], 1 / epsilon
+        )
+        mass += tl.sum(E, 1)
+        if IMPLICIT:
+            lift_j = tl.load(other_lift + other_start + others, mask=real, other=0)
+            S = tl.load(G + places, mask=only_if(has_plan, inside), other=0) + tl.where(linear == 0, 0, linear * cost)
+            load += tl.sum(times(E, S - lift_j[None, :]), 1)
+    result = tl.where(value == 0, 0, value * (worth(f_i, relax, True) + epsilon * (1 - mass))) + load
+    result = tl.where(idle, 0, tl.where(mine, result, 0))
+    tl.store(out + own_start + rows, result, mask=rows < slot)
+    span = tl.cdiv(size, BLOCK_R) * BLOCK_R
+    rows += span
+    while tl.min(rows, 0) < slot:
+        tl.store(out + own_start + rows, tl.zeros_like(result), mask=rows < slot)
+        rows += span
+
+
+@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+def dense_kernel(
+    out, C, G, f, g, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    reg_items, reg: tl.float64, ld16,
+    GRADIENT: tl.constexpr, IMPLICIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The plan, or with GRADIENT the gradient by the cost, as out (B, size of x, size of y), 0 on the padding."""
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item = tl.program_id(1)
+    x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+    tiles = tl.cdiv(y_size, BLOCK_K)
+    rows = (tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mine, real = rows < n, columns < m
+    inside = mine[:, None] & real[None, :]
+    epsilon = load_reg(reg, reg_items, per_item, item, T)
+    per_reg = 1 / epsilon
+    f_i = tl.load(f + x_start + rows, mask=mine, other=0)
+    g_j = tl.load(g + y_start + columns, mask=real, other=0)
+    a_i = load_weights(a, has_a, x_start + rows, mine, n)
+    b_j = load_weights(b, has_b, y_start + columns, real, m)
+    places = (x_start + rows)[:, None] * ld + columns[None, :]
+    cost = tl.load(C + places, mask=inside, other=0)
+    both = inside & (a_i > 0)[:, None] & (b_j > 0)[None, :]
+    P = (a_i[:, None] * b_j[None, :]) * density_tile(
+        cost, both, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], per_reg
+    )
+    if GRADIENT:
+        value = load_gradient(grad_value, has_value, item, T)
+        linear = load_gradient(grad_linear, has_linear, item, T)
+        lift_i, lift_j = f_i, g_j
+        if IMPLICIT:
+            lift_i = tl.load(x_lift + x_start + rows, mask=mine, other=0)
+            lift_j = tl.load(y_lift + y_start + columns, mask=real, other=0)
+        P = cost_gradient(
+            P, cost, places, inside, G, has_plan, value, linear, lift_i[:, None], lift_j[None, :], per_reg, IMPLICIT
+        )
+        P = tl.where((value == 0) & (linear == 0) & (has_plan == 0), 0, P)
+    out += item.to(tl.int64) * x_size * y_size
+    at = out + rows.to(tl.int64)[:, None] * y_size + columns[None, :]
+    tl.store(at, tl.where(inside, P, 0).to(out.dtype.element_ty), mask=(rows < x_size)[:, None] & (columns < y_size)[None, :])
+
+
+@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+def assign_kernel(
+    out, C, f, g, a, b, x_layout, y_layout,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, reg_items, reg: tl.float64, ld16,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """For every y the first x that gives it most mass, -1 where there is none: out (rows of y,) int64."""
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item = tl.program_id(1)
+    x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    real = columns < m
+    per_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
+    g_j = tl.load(g + y_start + columns, mask=real, other=0)
+    b_j = load_weights(b, has_b, y_start + columns, real, m)
+    most = tl.zeros([BLOCK_K], T)
+    best = tl.zeros([BLOCK_K], tl.int64) - 1
+    for first in range(0, n, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        P, _ = plan_rows(C + x_start * ld, rows, rows < n, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+        tile_most = tl.max(P, 0)
+        where = tl.min(tl.where(P == tile_most[None, :], rows[:, None], n), 0)
+        best = tl.where(tile_most > most, where.to(tl.int64), best)
+        most = tl.maximum(most, tile_most)
+    tl.store(out + y_start + columns, best, mask=columns < y_slot)
+    span = tl.cdiv(y_size, BLOCK_K) * BLOCK_K
+    columns += span
+    while tl.min(columns, 0) < y_slot:
+        tl.store(out + y_start + columns, tl.zeros([BLOCK_K], tl.int64) - 1, mask=columns < y_slot)
+        columns += span
