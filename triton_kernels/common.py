@@ -5,12 +5,8 @@ other at `offsets` (B + 1,). One kernel reads all three; `mode` says which, at r
 point of x, such as the cost, are (rows of x, ld): they follow the layout of x, so that packed batches stay packed.
 """
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit decorated the kernels
 

@@ -342,7 +342,9 @@ def project_kernel(
             result = tl.zeros([BLOCK_R, BLOCK_D], T)
     out_at = out + own_start * dim
     result = tl.where(mine[:, None], result, 0).to(out.dtype.element_ty)
-    tl.store(out_at + rows.to(tl.int64)[:, None] * dim + k[None, :], result, mask=(rows < slot)[:, None] & (k < dim)[None, :])
+    tl.store(
+        out_at + rows.to(tl.int64)[:, None] * dim + k[None, :], result, mask=(rows < slot)[:, None] & (k < dim)[None, :]
+    )
     # Rows behind the last item of a packed batch.
     span = tl.cdiv(size, BLOCK_R) * BLOCK_R
     rows += span
@@ -395,9 +397,7 @@ def weights_kernel(
         g_j = tl.load(other_f + other_start + others, mask=real, other=0)
         b_j = load_weights(other_w, has_other, other_start + others, real, other_n)
         have = inside & (b_j > 0)[None, :]
-        E = b_j[None, :] * density_tile(
-            cost, have, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], 1 / epsilon
-        )
+        E = b_j[None, :] * density_tile(cost, have, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], 1 / epsilon)
         mass += tl.sum(E, 1)
         if IMPLICIT:
             lift_j = tl.load(other_lift + other_start + others, mask=real, other=0)
@@ -456,7 +456,9 @@ def dense_kernel(
         P = tl.where((value == 0) & (linear == 0) & (has_plan == 0), 0, P)
     out += item.to(tl.int64) * x_size * y_size
     at = out + rows.to(tl.int64)[:, None] * y_size + columns[None, :]
-    tl.store(at, tl.where(inside, P, 0).to(out.dtype.element_ty), mask=(rows < x_size)[:, None] & (columns < y_size)[None, :])
+    tl.store(
+        at, tl.where(inside, P, 0).to(out.dtype.element_ty), mask=(rows < x_size)[:, None] & (columns < y_size)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
@@ -480,7 +482,9 @@ def assign_kernel(
     best = tl.zeros([BLOCK_K], tl.int64) - 1
     for first in range(0, n, BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
-        P, _ = plan_rows(C + x_start * ld, rows, rows < n, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+        P, _ = plan_rows(
+            C + x_start * ld, rows, rows < n, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg
+        )
         tile_most = tl.max(P, 0)
         where = tl.min(tl.where(P == tile_most[None, :], rows[:, None], n), 0)
         best = tl.where(tile_most > most, where.to(tl.int64), best)

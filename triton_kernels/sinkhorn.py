@@ -348,9 +348,7 @@ def patch_pass(
 
 
 @triton.jit
-def column_scaling(
-    column_sums, gamma, m, keep_y, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr
-):
+def column_scaling(column_sums, gamma, m, keep_y, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr):
     """The next scalings of columns, a tuple of vectors, and whether they stay in range."""
     v_next = ()
     far = tl.zeros([WIDTH], tl.int32)
@@ -459,7 +457,9 @@ def sinkhorn_kernel(
                         column_sums, off, epoch = sum_over_programs(
                             column_sums, off, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS
                         )
-                        v_next, columns_near = column_scaling(column_sums, absorbed_y, m, keep_y, SLAB, SLABS, UNBALANCED)
+                        v_next, columns_near = column_scaling(
+                            column_sums, absorbed_y, m, keep_y, SLAB, SLABS, UNBALANCED
+                        )
                         ahead, reached, accept = verdict(off, reached, made, tolerance, max_iter, columns_near)
                         if accept:
                             u = u_next
@@ -504,7 +504,9 @@ def sinkhorn_kernel(
         )  # fmt: skip
         clear_rows(f, x_start, n, x_slot, rank, programs, BLOCK_N)
         sums = tl.where(columns == 0, mass, tl.where(columns == 1, transport, tl.where(columns == 2, worth_x, 0)))
-        totals, _, epoch = sum_over_programs((sums,), mass, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS)
+        totals, _, epoch = sum_over_programs(
+            (sums,), mass, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+        )
         store_results(
             item, rank, columns, y_start, m, y_slot, filled, broken, G, b_j, totals[0], shift, epsilon, relax_y, made,
             reached, g, value, linear, error, n_iter, UNBALANCED,
