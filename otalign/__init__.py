@@ -5,9 +5,9 @@ from importlib.metadata import version as _version
 
 from . import layout
 from .functional import sinkhorn_loss, solve, solve_cost
+from .layout import debug
 from .modules import SinkhornLoss
 from .prior import Prior
-from .problem import debug
 from .result import OTResult
 
 try:

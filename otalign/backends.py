@@ -16,6 +16,7 @@ import torch
 
 from .problem import Problem, Solution, one_of
 
+TRITON = (3, 6)  # the first version that compiles the kernels
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -23,12 +24,15 @@ def resolve(backend: str, device: torch.device) -> str:
     """The backend that will compute a problem on `device`; raises if the one asked for cannot."""
     one_of("backend", backend, NAMES)
     if backend == "auto":
-        return "cpu" if device.type == "cpu" and reason_missing("cpu") is None else "reference"
+        best = "cpu" if device.type == "cpu" else "triton"
+        return best if reason_missing(best) is None else "reference"
     reason = reason_missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device}")
+    if backend == "triton" and device.type == "cpu" and not _interpreting():
+        raise ValueError("backend: 'triton' takes tensors on a GPU, or any with TRITON_INTERPRET=1; got cpu")
     return backend
 
 
@@ -42,6 +46,10 @@ def launcher(name: str) -> Callable[[Problem], Solution]:
         from . import ops
 
         return ops.launch
+    if name == "triton":
+        from . import gpu
+
+        return gpu.launch
     from . import reference
 
     return reference.launch
@@ -62,13 +70,32 @@ def reason_missing(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "triton":
-        return "otalign.triton_kernels holds no kernels in this version"
+        return _why_no_triton()
     module, reason = _extension()
     if name == "cpu" or module is None:
         return reason
     if module.cuda_reason:
         return f"otalign._C was built without CUDA: {module.cuda_reason}"
     return "otalign._C was built with CUDA, but this version has no CUDA kernels"
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+        return f"triton {triton.__version__} is too old: the kernels need {'.'.join(map(str, TRITON))}"
+    if _interpreting() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return (
+        "no GPU was found (TRITON_INTERPRET=1, set before the first import of triton, runs the kernels slowly without)"
+    )
+
+
+def _interpreting() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 def extension() -> ModuleType:

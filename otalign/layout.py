@@ -7,7 +7,10 @@ layout: (total,) or (B, N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,24 +18,51 @@ from torch import Tensor
 
 INTEGERS = (torch.int32, torch.int64)
 
+_debug = contextvars.ContextVar("otalign_debug", default=False)
+
+
+@contextlib.contextmanager
+def debug() -> Iterator[None]:
+    """Within this context, values on a GPU are checked as they always are on a CPU, at a synchronisation each.
+
+    Example:
+        >>> with otalign.debug():
+        ...     loss = otalign.sinkhorn_loss(torch.rand(2, 5, 8), torch.rand(2, 3, 8))
+    """
+    token = _debug.set(True)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def debugging() -> bool:
+    """Whether values on a GPU are to be looked at."""
+    return _debug.get()
+
 
 @dataclass(frozen=True)
 class Segments:
     """The rows of every item on one side of the problem."""
 
-    lengths: Tensor  # (B,) int64 on the CPU
-    starts: Tensor | None  # (B,) int64 in a packed batch, None in a padded one
+    items: int
     size: int  # longest length that the layout allows
     rows: int  # rows of the values: total, or B * N
-    counts: list[int] | None  # the lengths as Python sees them; None under torch.compile
+    packed: bool
+    layout: Tensor | None  # int64, lengths (B,) or, packed, offsets (B + 1,); None where all are full. With the values
+    counts: list[int] | None  # the lengths, where Python may know: not under torch.compile, nor if they are on a GPU
 
     @property
-    def packed(self) -> bool:
-        return self.starts is not None
+    def lengths(self) -> Tensor:
+        """(B,) int64."""
+        if self.layout is None:
+            return torch.full((self.items,), self.size, dtype=torch.int64)
+        return self.layout.diff() if self.packed else self.layout
 
     @property
-    def items(self) -> int:
-        return self.lengths.shape[0]
+    def starts(self) -> Tensor | None:
+        """(B,) int64 in a packed batch, None in a padded one."""
+        return self.layout[:-1] if self.packed and self.layout is not None else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,15 +78,16 @@ class Segments:
 
     def item_of_row(self) -> Tensor:
         """Packed only: the item of every row, B for rows after the last one: (total,)."""
-        assert self.starts is not None
-        rows = torch.arange(self.rows, device=self.lengths.device)
-        return torch.searchsorted(self.starts + self.lengths, rows, right=True)
+        assert self.layout is not None
+        rows = torch.arange(self.rows, device=self.layout.device)
+        return torch.searchsorted(self.layout[1:], rows, right=True)
 
     def mask(self) -> Tensor:
         """True on the points, False on the padding, in the shape of a vector."""
         if self.packed:
             return self.item_of_row() < self.items
-        return torch.arange(self.size, device=self.lengths.device) < self.lengths[:, None]
+        lengths = self.lengths
+        return torch.arange(self.size, device=lengths.device) < lengths[:, None]
 
     def item_sums(self, vector: Tensor) -> Tensor:
         """Sum of a vector (zero on the padding) over each item, spread to the item's points again: vector's shape."""
@@ -70,9 +101,10 @@ class Segments:
         if self.starts is None:
             mask = self.mask().to(values.device)
             return torch.where(mask.reshape(mask.shape + (1,) * (values.dim() - 2)), values, 0)
-        rows = torch.arange(self.size, device=self.lengths.device)
+        lengths = self.lengths
+        rows = torch.arange(self.size, device=lengths.device)
         index = (self.starts[:, None] + rows).clamp(max=max(self.rows - 1, 0)).to(values.device)
-        inside = (rows < self.lengths[:, None]).to(values.device)
+        inside = (rows < lengths[:, None]).to(values.device)
         if self.rows == 0:
             return values.new_zeros(self.items, self.size, *values.shape[1:]) + values.sum()
         return torch.where(inside.reshape(inside.shape + (1,) * (values.dim() - 1)), values[index], 0)
@@ -111,7 +143,7 @@ def points(
             raise ValueError(f"give either {side}_lengths (padded) or cu_seqlens_{side} (packed), not both")
         if values.dim() != 2:
             raise ValueError(f"{side}: packed points must be (total, D), got shape {tuple(values.shape)}")
-        return values, packed_segments(side, values.shape[0], cu_seqlens, max_seqlen)
+        return values, packed_segments(side, values, cu_seqlens, max_seqlen)
     if max_seqlen is not None:
         raise ValueError(f"max_seqlen_{side} belongs to packed input; cu_seqlens_{side} is missing")
     if values.dim() != 3:
@@ -119,43 +151,57 @@ def points(
             f"{side}: padded points must be (B, N, D), got shape {tuple(values.shape)}; "
             f"for packed points (total, D) give cu_seqlens_{side}"
         )
-    return values, padded_segments(f"{side}_lengths", values.shape[0], values.shape[1], lengths)
+    return values, padded_segments(f"{side}_lengths", values, values.shape[1], lengths)
 
 
-def padded_segments(name: str, items: int, size: int, lengths: Tensor | None) -> Segments:
-    """Segments of a padded batch; lengths (B,) integers in [0, size], called `name` in messages."""
-    compiling = torch.compiler.is_compiling()
+def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None) -> Segments:
+    """Segments of padded `values` (B, ...); lengths (B,) integers in [0, size], called `name` in messages."""
+    items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
-        full = torch.full((items,), size, dtype=torch.int64)
-        return Segments(full, None, size, items * size, None if compiling else [size] * items)
+        return Segments(items, size, items * size, False, None, None if compiling else [size] * items)
     _expect_integers(name, lengths, (items,))
-    lengths = lengths.to("cpu", torch.int64)
-    counts = None if compiling else lengths.tolist()
+    counts = _contents(lengths, values)
     if counts and not 0 <= min(counts) <= max(counts) <= size:
         raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
-    return Segments(lengths, None, size, items * size, counts)
+    return Segments(items, size, items * size, False, _beside(lengths, values), counts)
 
 
-def packed_segments(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
-    """Segments of a packed batch from offsets (B + 1,)."""
-    name = f"cu_seqlens_{side}"
+def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
+    """Segments of packed `values` (total, D) from offsets (B + 1,)."""
+    name, rows = f"cu_seqlens_{side}", values.shape[0]
     _expect_tensor(name, cu_seqlens)
     _expect_integers(name, cu_seqlens, None)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
         raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
-    offsets = cu_seqlens.to("cpu", torch.int64)
-    starts, lengths = offsets[:-1], offsets.diff()
+    items, offsets = cu_seqlens.shape[0] - 1, _beside(cu_seqlens, values)
     if torch.compiler.is_compiling():
-        return Segments(lengths, starts, rows if max_seqlen is None else max_seqlen, rows, None)
-    marks, counts = offsets.tolist(), lengths.tolist()
+        return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None)
+    marks = _contents(cu_seqlens, values)
+    if marks is None and max_seqlen is not None:
+        return Segments(items, max_seqlen, rows, True, offsets, None)
+    if marks is None:
+        marks = cu_seqlens.tolist()  # the synchronisation that max_seqlen would have spared
+    counts = [end - start for start, end in itertools.pairwise(marks)]
     longest = max(counts, default=0)
     if marks[0] != 0 or marks[-1] > rows or min(counts, default=0) < 0:
         raise ValueError(f"{name}: expected offsets that rise from 0 to at most {rows}, got {marks}")
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen_{side}: the longest item has {longest} points, got {max_seqlen}")
-    return Segments(lengths, starts, longest if max_seqlen is None else max_seqlen, rows, counts)
+    return Segments(items, longest if max_seqlen is None else max_seqlen, rows, True, offsets, counts)
+
+
+def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
+    """What a tensor holds if looking costs no synchronisation, or the values are on the CPU, or otalign.debug() asks."""
+    if torch.compiler.is_compiling():
+        return None
+    return integers.tolist() if "cpu" in (integers.device.type, values.device.type) or debugging() else None
+
+
+def _beside(integers: Tensor, values: Tensor) -> Tensor:
+    """As contiguous int64 on the device of the values, without waiting for it."""
+    return integers.to(values.device, torch.int64, non_blocking=True).contiguous()
 
 
 def _expect_tensor(name: str, value: object) -> None:
@@ -233,7 +279,7 @@ def from_time_major(h: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Pack time-major states `(N, B, D)` with integer `lengths` `(B,)`: `(total, D)` values, `(B + 1,)` offsets."""
     _expect_batch(h)
     h = h.transpose(0, 1)
-    segments = padded_segments("lengths", h.shape[0], h.shape[1], lengths)
+    segments = padded_segments("lengths", h, h.shape[1], lengths)
     return _pack(h, _length_mask(segments.lengths, h))
 
 

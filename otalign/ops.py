@@ -47,10 +47,11 @@ _library.define("pack(Tensor dense, Tensor x_lengths, Tensor y_lengths, SymInt c
 def launch(problem: Problem) -> Solution:
     """Solve a batch with the compiled engine."""
     p, xs, ys = problem, problem.x_segments, problem.y_segments
+    x_lengths, y_lengths = xs.lengths, ys.lengths
     prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
     align = torch.ops.otalign.align if torch.compiler.is_compiling() else _Align.apply
     value, linear, plan, f, g, error, n_iter, _, _, _ = align(
-        p.x, p.y, p.C, xs.lengths, ys.lengths, xs.starts, ys.starts, p.a, p.b, p.init, p.reg, p.cost,
+        p.x, p.y, p.C, x_lengths, y_lengths, xs.starts, ys.starts, p.a, p.b, p.init, p.regs, p.cost,
         prior, parameters, p.rho[0], p.rho[1], p.max_iter, p.tol, xs.size, ys.size, _capacity(p), p.dtype,
     )  # fmt: skip
     return Solution(
@@ -62,7 +63,7 @@ def launch(problem: Problem) -> Solution:
         g=g,
         n_iter=n_iter,
         error=error,
-        plan=lambda: torch.ops.otalign.unpack(plan, xs.lengths, ys.lengths, xs.size, ys.size),
+        plan=lambda: torch.ops.otalign.unpack(plan, x_lengths, y_lengths, xs.size, ys.size),
     )
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Segments, padded_segments, points
+from .layout import Segments, debugging, padded_segments, points
 from .prior import Prior
 
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
 REDUCTIONS = ("mean", "sum", "none")
-
-_debug = contextvars.ContextVar("otalign_debug", default=False)
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Problem:
     a: Tensor | None  # normalised, in the layout of x and in `dtype`; None = uniform
     b: Tensor | None
     init: Tensor | None  # g to start from, in the layout of y and in `dtype`
-    reg: Tensor  # (B,) float64 on the CPU
+    reg: float | Tensor  # for all items, or (B,) float64 with the values
     cost: str
     prior: Prior | None
     rho: tuple[float, float]
@@ -45,6 +41,11 @@ class Problem:
     @property
     def items(self) -> int:
         return self.x_segments.items
+
+    @property
+    def regs(self) -> Tensor:
+        """(B,) float64."""
+        return self.reg if isinstance(self.reg, Tensor) else torch.full((self.items,), self.reg, dtype=torch.float64)
 
     @property
     def device(self) -> torch.device:
@@ -64,28 +65,15 @@ class Solution(NamedTuple):
     n_iter: Tensor
     error: Tensor
     plan: Callable[[], Tensor]
-
-
-@contextlib.contextmanager
-def debug() -> Iterator[None]:
-    """Within this context, values on a GPU are checked as they always are on a CPU, at a synchronisation each.
-
-    Example:
-        >>> with otalign.debug():
-        ...     loss = otalign.sinkhorn_loss(torch.rand(2, 5, 8), torch.rand(2, 3, 8))
-    """
-    token = _debug.set(True)
-    try:
-        yield
-    finally:
-        _debug.reset(token)
+    barycentric: Callable[[bool], Tensor] | None = None  # by_y; None = to be made of the plan, as `assign`
+    assign: Callable[[], Tensor] | None = None
 
 
 def checks_values(tensor: Tensor) -> bool:
     """Whether the contents of this tensor may be looked at now."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or _debug.get()
+    return tensor.device.type == "cpu" or debugging()
 
 
 def from_points(
@@ -143,8 +131,8 @@ def from_cost(
         raise ValueError(f"C: expected shape (B, N, M), got {'nested' if C.is_nested else tuple(C.shape)}")
     if not C.is_floating_point() or C.dtype.itemsize < 2:
         raise TypeError(f"C: expected a float16, bfloat16, float32 or float64 tensor, got {C.dtype}")
-    x_segments = padded_segments("x_lengths", C.shape[0], C.shape[1], x_lengths)
-    y_segments = padded_segments("y_lengths", C.shape[0], C.shape[2], y_lengths)
+    x_segments = padded_segments("x_lengths", C, C.shape[1], x_lengths)
+    y_segments = padded_segments("y_lengths", C, C.shape[2], y_lengths)
     dtype = torch.float64 if C.dtype == torch.float64 else torch.float32
     return _problem(
         None, None, C, x_segments, y_segments, a, b, init, reg, "given", prior, unbalanced, max_iter, tol, dtype
@@ -187,7 +175,7 @@ def _problem(
         a=_weights("a", a, x, x_segments, dtype, device),
         b=_weights("b", b, y, y_segments, dtype, device),
         init=_init(init, x_segments, y_segments, dtype, device),
-        reg=_reg(reg, x_segments.items),
+        reg=_reg(reg, x_segments.items, device),
         cost=cost,
         prior=prior,
         rho=_rho(unbalanced),
@@ -210,19 +198,19 @@ def _expect_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def _reg(reg: float | Tensor, items: int) -> Tensor:
+def _reg(reg: float | Tensor, items: int, device: torch.device) -> float | Tensor:
     if not isinstance(reg, Tensor):
         _expect_number("reg", reg)
         if not 0 < reg < math.inf:
             raise ValueError(f"reg: expected a finite number > 0, got {reg}")
-        return torch.full((items,), float(reg), dtype=torch.float64)
+        return float(reg)
     if reg.dtype == torch.bool or reg.is_complex():
         raise TypeError(f"reg: expected a float tensor, got {reg.dtype}")
     if reg.dim() > 0 and tuple(reg.shape) != (items,):
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
     if checks_values(reg) and not bool((torch.isfinite(reg) & (reg > 0)).all()):
         raise ValueError(f"reg: expected finite numbers > 0, got {reg.tolist()}")
-    return reg.detach().to("cpu", torch.float64).expand(items).contiguous()
+    return reg.detach().to(device, torch.float64, non_blocking=True).expand(items).contiguous()
 
 
 def _rho(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -264,10 +252,12 @@ def _weights(
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {weights.device}")
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"{name}: expected a float or integer tensor, got {weights.dtype}")
-    mask = segments.mask().to(device)
+    mask = segments.mask().to(device, non_blocking=True)
     weights = torch.where(mask, weights.to(dtype), 0)
     if checks_values(weights) and bool((weights < 0).any()):
         raise ValueError(f"{name}: expected non-negative weights, got {float(weights.detach().min())}")
+    if not checks_values(weights):
+        weights = torch.where(weights < 0, math.nan, weights)  # and so is the item
     total = torch.where(mask, segments.item_sums(weights), 1)
     if checks_values(weights) and bool((total == 0).any()):
         raise ValueError(f"{name}: expected some positive weight in every item, got an item of only zeros")

@@ -234,9 +234,10 @@ def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _items(p: Problem) -> Iterator[Item]:
     x_spans, y_spans = p.x_segments.spans(), p.y_segments.spans()
-    for index, (xs, ys, reg) in enumerate(zip(x_spans, y_spans, p.reg.tolist(), strict=True)):
+    x_lengths, y_lengths = p.x_segments.lengths, p.y_segments.lengths
+    for index, (xs, ys, reg) in enumerate(zip(x_spans, y_spans, p.regs.tolist(), strict=True)):
         if p.C is not None:
-            n, m = int(p.x_segments.lengths[index]), int(p.y_segments.lengths[index])
+            n, m = int(x_lengths[index]), int(y_lengths[index])
             C = p.C[index, :n, :m].to(p.dtype)
         else:
             assert p.x is not None and p.y is not None

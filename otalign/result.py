@@ -49,6 +49,8 @@ class OTResult:
         Zero for points without mass. Differentiable in the plan and in `y`.
         """
         _, y = self._points()
+        if self._solution.barycentric is not None:
+            return self._solution.barycentric(False)
         plan = self.plan()
         image = _average(plan, self._problem.y_segments.to_padded(y.to(plan.dtype)))
         return self._problem.x_segments.from_padded(image)
@@ -56,6 +58,8 @@ class OTResult:
     def barycentric_y(self) -> Tensor:
         """For every `y` its image under the plan, `sum_i P_ij x_i / sum_i P_ij`: `(B, M, D)`, or `(total_y, D)`."""
         x, _ = self._points()
+        if self._solution.barycentric is not None:
+            return self._solution.barycentric(True)
         plan = self.plan()
         image = _average(plan.mT, self._problem.x_segments.to_padded(x.to(plan.dtype)))
         return self._problem.y_segments.from_padded(image)
@@ -66,6 +70,8 @@ class OTResult:
         Indices count from the item's first point. Ties go to the first. Also -1 where there is no finite mass to
         compare: an empty other side, a point of weight zero, an item that is NaN.
         """
+        if self._solution.assign is not None:
+            return self._solution.assign()
         with torch.no_grad():
             plan = self.plan()
             if plan.shape[1] == 0:

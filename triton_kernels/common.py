@@ -5,6 +5,8 @@ other at `offsets` (B + 1,). One kernel reads all three; `mode` says which, at r
 point of x, such as the cost, are (rows of x, ld): they follow the layout of x, so that packed batches stay packed.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -14,7 +16,23 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when tr
 NEAR_LOW = tl.constexpr(2.0611536e-9)
 NEAR_HIGH = tl.constexpr(4.8516520e8)
 INFINITY = tl.constexpr(float("inf"))
+# Arguments that are integers. Triton compiles a kernel for each kind of integer (1, multiples of 16, others) and of
+# pointer (aligned or not) unless told not to: only strides and the dimension gain anything by it.
+STRIDES = ("x_row", "x_dim", "y_row", "y_dim", "dim")
+COUNTS = ("items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "x_item", "y_item", "ld16")
+COUNTS += ("has_a", "has_b", "has_init", "has_plan", "per_item", "value_step", "linear_step")
+COUNTS += ("max_iter", "programs", "counters_size")
+ANY_ALIGNMENT = ("a", "b", "init", "x_layout", "y_layout", "reg_items", "grad_value", "grad_linear")
+
 EXCHANGE_TAIL = tl.constexpr(16)  # numbers behind the vectors that a program hands to its group
+
+
+def kernel(function):
+    """Compile with Triton, for any counts and any alignment of small vectors."""
+    names = inspect.signature(function).parameters
+    counts, any_alignment = ([name for name in given if name in names] for given in (COUNTS, ANY_ALIGNMENT))
+    return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=any_alignment)
+
 
 # Items -----------------------------------------------------------------------------------------------------------------
 

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import INFINITY, load_reg, prior_tile, segment
-
-NUMBERS = ["items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "x_item", "y_item", "ld16", "per_item"]
-NUMBERS += ["counters_size"]
-POINTERS = ["x_layout", "y_layout", "reg_items"]
+from .common import INFINITY, kernel, load_reg, prior_tile, segment
 
 
 @triton.jit
@@ -80,12 +76,12 @@ def reciprocal_norm(squares):
     return tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1)), squares)
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def cost_kernel(
     x, y, C, x_scale, y_scale, counters, x_layout, y_layout, reg_items,
     items, x_mode, x_size, x_rows, y_mode, y_size, y_rows,
     x_item, x_row, x_dim, y_item, y_row, y_dim, dim, ld16, per_item, counters_size,
-    reg: tl.float64, first: tl.float64, second: tl.float64,
+    reg: tl.float64, prior_first: tl.float64, prior_second: tl.float64,
     COST: tl.constexpr, PRIOR: tl.constexpr, PRECISION: tl.constexpr, SAME: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -113,11 +109,12 @@ def cost_kernel(
         columns = column + tl.arange(0, BLOCK_M)
         mine, real = rows < n, columns < m
         inside = mine[:, None] & real[None, :]
-        x += tl.where(x_mode == 2, x_start * x_row, item.to(tl.int64) * x_item)
         if COST == "given":
+            x += item.to(tl.int64) * x_item
             places = rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_dim
             cost = tl.load(x + places, mask=inside, other=0).to(T)
         else:
+            x += tl.where(x_mode == 2, x_start * x_row, item.to(tl.int64) * x_item)
             y += tl.where(y_mode == 2, y_start * y_row, item.to(tl.int64) * y_item)
             ones_x, ones_y = tl.zeros([BLOCK_N], T) + 1, tl.zeros([BLOCK_M], T) + 1
             dots, xx, yy = products(
@@ -158,5 +155,6 @@ def cost_kernel(
         cost = tl.where(tl.abs(cost) < INFINITY, cost, float("nan"))
         if PRIOR != "none":
             i, j = rows[:, None], columns[None, :]
-            cost += prior_tile(i, j, n, m, load_reg(reg, reg_items, per_item, item, T), first, second, PRIOR, T)
+            epsilon = load_reg(reg, reg_items, per_item, item, T)
+            cost += prior_tile(i, j, n, m, epsilon, prior_first, prior_second, PRIOR, T)
         tl.store(C + (x_start + rows)[:, None] * ld + columns[None, :], cost, mask=inside)

@@ -13,6 +13,7 @@ from .common import (
     EXCHANGE_TAIL,
     INFINITY,
     damping,
+    kernel,
     load_reg,
     load_weights,
     only_if,
@@ -21,10 +22,6 @@ from .common import (
     sum_over_programs,
     worth,
 )
-
-SHARED = ["items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "has_a", "has_b", "per_item", "ld16"]
-SHARED += ["has_value", "has_linear", "has_plan", "programs", "steps", "x_item", "y_item"]
-POINTERS = ["a", "b", "x_layout", "y_layout", "reg_items", "grad_value", "grad_linear"]
 
 
 @triton.jit
@@ -41,8 +38,9 @@ def times(mass, value):
 
 
 @triton.jit
-def load_gradient(gradient, given, item, T: tl.constexpr):
-    return tl.load(gradient + item, mask=given != 0, other=0).to(T)
+def load_gradient(gradient, step, item, T: tl.constexpr):
+    """The gradient by a number of the item; step is -1 where there is none, and 0 where all items have the same."""
+    return tl.load(gradient + item * tl.maximum(step, 0), mask=step >= 0, other=0).to(T)
 
 
 # The implicit system ---------------------------------------------------------------------------------------------------
@@ -94,10 +92,10 @@ def over_mass(vector, column_mass):
     return tl.where(column_mass > 0, vector / tl.where(column_mass > 0, column_mass, 1), 0)
 
 
-@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def lift_kernel(
-    C, G, f, g, error, state, x_lift, y_lift, a, b, x_layout, y_layout, exchange, counters, grad_linear,
-    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_linear, has_plan, steps,
+    C, G, f, g, state, x_lift, y_lift, a, b, x_layout, y_layout, exchange, counters, grad_linear,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, linear_step, has_plan,
     reg_items, reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, ld16, programs,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PEERS: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +132,7 @@ def lift_kernel(
         epsilon = load_reg(reg, reg_items, per_item, item, T)
         per_reg = 1 / epsilon
         keep_x, keep_y = damping(epsilon, relax_x), damping(epsilon, relax_y)
-        linear = load_gradient(grad_linear, has_linear, item, T)
+        linear = load_gradient(grad_linear, linear_step, item, T)
         at = C + x_start * ld
         load, mass = state + x_start, state + x_rows + x_start
 
@@ -173,7 +171,7 @@ def lift_kernel(
         energy = tl.sum(residual * over_mass(residual, column_mass))
         enough = energy * tolerance
         before = energy * 0
-        left = tl.where(energy > enough, steps, 0)
+        left = tl.where(energy > enough, 4 * m + 40, 0)
         while left > 0:
             carry = tl.where(before > 0, energy / tl.where(before > 0, before, 1), 0)
             direction = over_mass(residual, column_mass) + carry * direction
@@ -221,18 +219,19 @@ def cost_gradient(
         return times(P, value)
 
 
-@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def project_kernel(
     x, y, out, C, G, f, g, x_scale, y_scale, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
-    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, value_step, linear_step, has_plan,
     x_item, x_row, x_dim, y_item, y_row, y_dim, dim, reg_items, reg: tl.float64,
-    first_parameter: tl.float64, second_parameter: tl.float64, ld16,
+    prior_first: tl.float64, prior_second: tl.float64, ld16,
     COST: tl.constexpr, PRIOR: tl.constexpr, IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, PRECISION: tl.constexpr,
     SAME: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient by x, or by y if BY_Y, as out (rows, dim): a product of a matrix made of H with the other side.
 
-    With COST "average", instead, the barycentric projection: the mean of the other side's points, weighted by the plan.
+    With COST "average", instead, the barycentric projection: the mean of the other side's points, weighted by the plan,
+    with the points' masses in the place of their scales.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
@@ -261,8 +260,8 @@ def project_kernel(
     mine = rows < own_n
     epsilon = load_reg(reg, reg_items, per_item, item, T)
     per_reg = 1 / epsilon
-    value = load_gradient(grad_value, has_value, item, T)
-    linear = load_gradient(grad_linear, has_linear, item, T)
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
     if COST == "average":
         count = other_n
     else:
@@ -304,9 +303,9 @@ def project_kernel(
             if PRIOR != "none" and (COST == "cosine" or COST == "euclidean"):
                 own, other = rows[:, None], others[None, :]
                 if BY_Y:
-                    cost -= prior_tile(other, own, n, m, epsilon, first_parameter, second_parameter, PRIOR, T)
+                    cost -= prior_tile(other, own, n, m, epsilon, prior_first, prior_second, PRIOR, T)
                 else:
-                    cost -= prior_tile(own, other, n, m, epsilon, first_parameter, second_parameter, PRIOR, T)
+                    cost -= prior_tile(own, other, n, m, epsilon, prior_first, prior_second, PRIOR, T)
             if COST == "cosine":
                 W = H * tl.load(other_scale + other_start + others, mask=real, other=0)[None, :]
                 diagonal += tl.sum(times(H, 1 - cost), 1)
@@ -328,6 +327,8 @@ def project_kernel(
 
     if COST == "average":
         result = sums / tl.where(diagonal == 0, 1, diagonal)[:, None]
+        if tl.program_id(0) % tiles == 0:
+            tl.store(own_scale + own_start + rows, tl.where(mine, diagonal, 0), mask=rows < slot)
     else:
         result = -sums
         if COST != "dot":
@@ -349,15 +350,17 @@ def project_kernel(
     span = tl.cdiv(size, BLOCK_R) * BLOCK_R
     rows += span
     while tl.min(rows, 0) < slot:
+        if COST == "average":
+            tl.store(own_scale + own_start + rows, tl.zeros_like(diagonal), mask=rows < slot)
         at = out_at + rows.to(tl.int64)[:, None] * dim + k[None, :]
         tl.store(at, tl.zeros_like(result), mask=(rows < slot)[:, None] & (k < dim)[None, :])
         rows += span
 
 
-@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def weights_kernel(
     out, C, G, f, g, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
-    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, value_step, linear_step, has_plan,
     reg_items, reg: tl.float64, rho: tl.float64, ld16,
     IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -380,8 +383,8 @@ def weights_kernel(
     mine = rows < own_n
     epsilon = load_reg(reg, reg_items, per_item, item, T)
     relax = tl.full([], rho, T)
-    value = load_gradient(grad_value, has_value, item, T)
-    linear = load_gradient(grad_linear, has_linear, item, T)
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
     idle = ((value == 0) & (linear == 0) & (has_plan == 0)) | (other_n == 0)
     count = tl.where(idle, 0, other_n)
     f_i = tl.load(own_f + own_start + rows, mask=mine, other=0)
@@ -413,10 +416,10 @@ def weights_kernel(
         rows += span
 
 
-@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def dense_kernel(
     out, C, G, f, g, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
-    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, has_value, has_linear, has_plan,
+    items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, value_step, linear_step, has_plan,
     reg_items, reg: tl.float64, ld16,
     GRADIENT: tl.constexpr, IMPLICIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -444,8 +447,8 @@ def dense_kernel(
         cost, both, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], per_reg
     )
     if GRADIENT:
-        value = load_gradient(grad_value, has_value, item, T)
-        linear = load_gradient(grad_linear, has_linear, item, T)
+        value = load_gradient(grad_value, value_step, item, T)
+        linear = load_gradient(grad_linear, linear_step, item, T)
         lift_i, lift_j = f_i, g_j
         if IMPLICIT:
             lift_i = tl.load(x_lift + x_start + rows, mask=mine, other=0)
@@ -461,7 +464,7 @@ def dense_kernel(
     )
 
 
-@triton.jit(do_not_specialize=SHARED, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def assign_kernel(
     out, C, f, g, a, b, x_layout, y_layout,
     items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, per_item, reg_items, reg: tl.float64, ld16,

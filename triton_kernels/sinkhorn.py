@@ -24,6 +24,7 @@ from .common import (
     NEAR_LOW,
     damping,
     finite_top,
+    kernel,
     load_reg,
     load_weights,
     log_sum_over_programs,
@@ -34,10 +35,6 @@ from .common import (
     sum_over_programs,
     worth,
 )
-
-NUMBERS = ["items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "has_a", "has_b", "has_init"]
-NUMBERS += ["per_item", "max_iter", "ld16", "programs"]
-POINTERS = ["a", "b", "init", "x_layout", "y_layout", "reg_items"]
 
 # Updates ---------------------------------------------------------------------------------------------------------------
 
@@ -364,20 +361,19 @@ def column_scaling(column_sums, gamma, m, keep_y, WIDTH: tl.constexpr, COUNT: tl
 # The kernel ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+@kernel
 def sinkhorn_kernel(
     C, K, state, f, g, value, linear, error, n_iter, a, b, init, x_layout, y_layout, exchange, desks, counters,
     items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, has_init, per_item, max_iter,
     reg_items, reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, tol: tl.float64, ld16,
-    programs, LD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    PEERS: tl.constexpr, UNBALANCED: tl.constexpr, STAGES: tl.constexpr,
+    programs, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PEERS: tl.constexpr,
+    UNBALANCED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Solve a batch: C (rows of x, ld) costs; f, a (rows of x,), g, b, init (rows of y,); the others (B,).
 
     A tile (BLOCK_N, BLOCK_M) has whole rows: BLOCK_M is at least the longest y. If GROUPS > 0, K stays in registers,
     GROUPS x ROWS rows of it, as many as a program can have of an item; else it lies in memory (rows of x, ld). `state`
-    (4, rows of x), `exchange` and `desks` are scratch memory, `counters` zeros. The leading dimension is LD, or 16 `ld16`
-    if that is 0. An item has `programs` <= PEERS programs.
+    (4, rows of x), `exchange` and `desks` are scratch memory, `counters` zeros, ld is 16 `ld16`. An item has `programs` <= PEERS programs.
     """
     T: tl.constexpr = C.dtype.element_ty
     rank = tl.program_id(0) % programs
@@ -387,10 +383,7 @@ def sinkhorn_kernel(
     counter = counters + group
     nothing = counters + tl.num_programs(0)
     epoch = 0
-    if LD > 0:
-        ld = LD
-    else:
-        ld = ld16 * 16
+    ld = ld16 * 16
     columns = tl.arange(0, BLOCK_M)
     SLAB: tl.constexpr = min(BLOCK_M, 32)
     SLABS: tl.constexpr = BLOCK_M // SLAB

@@ -1,0 +1,352 @@
+"""The torch.library boundary of the kernels on a GPU: operators with fakes and gradients, and nothing besides.
+
+`otalign::gpu_align` solves a batch; what it saves, the costs and the potentials, is what gradients, plans, barycentric
+projections and assignments are made of, by the operators that follow. Arity is fixed: what does not apply is None, or
+comes back empty. Lengths and offsets are on the device, and nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, Solution
+
+_PROBLEM = (
+    "Tensor? x, Tensor? y, Tensor? C, Tensor? x_layout, Tensor? y_layout, Tensor? a, Tensor? b, Tensor? reg_items, "
+    "float reg, str cost, str prior, float[] prior_parameters, float rho_x, float rho_y, bool x_packed, bool y_packed, "
+    "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype"
+)
+_SAVED = "Tensor f, Tensor g, Tensor costs, Tensor x_scale, Tensor y_scale"
+
+_library = torch.library.Library("otalign", "FRAGMENT")
+_library.define(
+    f"gpu_align({_PROBLEM}, Tensor? init, int max_iter, float tol) -> (Tensor value, Tensor linear, Tensor error, "
+    "Tensor n_iter, Tensor f, Tensor g, Tensor costs, Tensor x_scale, Tensor y_scale)"
+)
+_library.define(
+    f"gpu_align_backward({_PROBLEM}, {_SAVED}, Tensor? grad_value, Tensor? grad_linear, Tensor? grad_plan, "
+    "bool[] wanted) -> (Tensor x, Tensor y, Tensor C, Tensor a, Tensor b)"
+)
+_library.define(f"gpu_plan({_PROBLEM}, {_SAVED}) -> Tensor")
+_library.define(f"gpu_barycentric({_PROBLEM}, {_SAVED}, bool by_y) -> (Tensor image, Tensor mass)")
+_library.define(
+    f"gpu_barycentric_backward({_PROBLEM}, {_SAVED}, Tensor image, Tensor mass, Tensor grad_image, bool by_y, "
+    "bool[] wanted) -> (Tensor x, Tensor y, Tensor C, Tensor a, Tensor b)"
+)
+_library.define(f"gpu_assign({_PROBLEM}, {_SAVED}) -> Tensor")
+
+
+class _Inputs(NamedTuple):
+    """The operators' problem, in the order of the schema."""
+
+    x: Tensor | None
+    y: Tensor | None
+    C: Tensor | None
+    x_layout: Tensor | None
+    y_layout: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    reg_items: Tensor | None
+    reg: float
+    cost: str
+    prior: str
+    prior_parameters: Sequence[float]
+    rho_x: float
+    rho_y: float
+    x_packed: bool
+    y_packed: bool
+    items: int
+    size_x: int
+    size_y: int
+    dtype: torch.dtype
+
+    def like(self) -> Tensor:
+        tensor = self.C if self.x is None else self.x
+        assert tensor is not None
+        return tensor
+
+    def rows_x(self) -> int:
+        return self.x.shape[0] if self.x_packed and self.x is not None else self.items * self.size_x
+
+    def rows_y(self) -> int:
+        return self.y.shape[0] if self.y_packed and self.y is not None else self.items * self.size_y
+
+    def differentiable(self) -> dict[str, Tensor | None]:
+        return {"x": self.x, "y": self.y, "C": self.C, "a": self.a, "b": self.b}
+
+
+_PROBLEM_ARITY = len(_Inputs._fields)
+_SAVED_ARITY = 5
+_POSITIONS = {name: _Inputs._fields.index(name) for name in ("x", "y", "C", "a", "b")}
+
+
+def launch(problem: Problem) -> Solution:
+    """Solve a batch with the Triton kernels."""
+    p, xs, ys = problem, problem.x_segments, problem.y_segments
+    prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
+    reg, reg_items = (0.0, p.reg) if isinstance(p.reg, Tensor) else (p.reg, None)
+    inputs = (
+        p.x, p.y, p.C, xs.layout, ys.layout, p.a, p.b, reg_items, reg, p.cost, prior, parameters,
+        p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype,
+    )  # fmt: skip
+    align = torch.ops.otalign.gpu_align if torch.compiler.is_compiling() else _Align.apply
+    value, linear, error, n_iter, *saved = align(*inputs, p.init, p.max_iter, p.tol)
+    return Solution(
+        value=value,
+        value_linear=linear,
+        # The number of one with the gradient of the other: with the plan fixed, d<P, C> = P dC = d value.
+        plan_cost=lambda: linear.detach() + (value - value.detach()),
+        f=saved[0],
+        g=saved[1],
+        n_iter=n_iter,
+        error=error,
+        plan=lambda: torch.ops.otalign.gpu_plan(*inputs, *saved),
+        barycentric=lambda by_y: torch.ops.otalign.gpu_barycentric(*inputs, *saved, by_y)[0],
+        assign=lambda: torch.ops.otalign.gpu_assign(*inputs, *saved),
+    )
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    return importlib.import_module(".triton_kernels.launch", __package__)
+
+
+def _batch(inputs: _Inputs) -> Any:
+    kernels, p = _kernels(), inputs
+    return kernels.Batch(
+        kernels.Side(p.x, p.x_layout, p.a, p.x_packed, p.size_x, p.rows_x()),
+        kernels.Side(p.y, p.y_layout, p.b, p.y_packed, p.size_y, p.rows_y()),
+        items=p.items,
+        reg=p.reg,
+        reg_items=p.reg_items,
+        cost=p.cost,
+        prior=p.prior,
+        prior_parameters=tuple(p.prior_parameters),
+        rho=(p.rho_x, p.rho_y),
+        dtype=p.dtype,
+        device=p.like().device,
+    )
+
+
+def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Sequence[Any], Sequence[Any]]:
+    """The problem, what was saved, and what else there is."""
+    end = _PROBLEM_ARITY + _SAVED_ARITY
+    return _Inputs(*arguments[:_PROBLEM_ARITY]), arguments[_PROBLEM_ARITY:end], arguments[end:]
+
+
+def _align(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
+    init, max_iter, tol = arguments[_PROBLEM_ARITY:]
+    return tuple(_kernels().solve(_batch(inputs), inputs.C, init, max_iter, tol))
+
+
+def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
+    tensors = zip(inputs.differentiable().items(), wanted, strict=True)
+    return {name: tensor for (name, tensor), want in tensors if want and tensor is not None}
+
+
+def _found(inputs: _Inputs, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(found[name] if name in found else inputs.like().new_empty(0) for name in _POSITIONS)
+
+
+def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, (value, linear, plan, wanted) = _split(arguments)
+    batch = _batch(inputs)
+    found = _kernels().gradients(batch, _kernels().Saved(*saved), value, linear, plan, _wanted(inputs, wanted))
+    return _found(inputs, found)
+
+
+def _plan(*arguments: Any) -> Tensor:
+    inputs, saved, _ = _split(arguments)
+    batch = _batch(inputs)
+    return _kernels().plan(batch, _kernels().Saved(*saved))
+
+
+def _barycentric(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, saved, (by_y,) = _split(arguments)
+    batch = _batch(inputs)
+    return _kernels().barycentric(batch, _kernels().Saved(*saved), by_y=by_y)
+
+
+def _barycentric_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, (image, mass, gradient, by_y, wanted) = _split(arguments)
+    batch, asked = _batch(inputs), _wanted(inputs, wanted)
+    of = _kernels().barycentric_gradients
+    return _found(inputs, of(batch, _kernels().Saved(*saved), image, mass, gradient, asked, by_y=by_y))
+
+
+def _assign(*arguments: Any) -> Tensor:
+    inputs, saved, _ = _split(arguments)
+    batch = _batch(inputs)
+    return _kernels().assign(batch, _kernels().Saved(*saved))
+
+
+for _name, _function in (
+    ("gpu_align", _align),
+    ("gpu_align_backward", _align_backward),
+    ("gpu_plan", _plan),
+    ("gpu_barycentric", _barycentric),
+    ("gpu_barycentric_backward", _barycentric_backward),
+    ("gpu_assign", _assign),
+):
+    for _key in ("CUDA", "XPU", "CPU"):  # on the CPU, through Triton's interpreter
+        _library.impl(_name, _function, _key)
+
+# Fakes --------------------------------------------------------------------------------------------------------------
+
+
+def _vectors(inputs: _Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    x = (inputs.rows_x(),) if inputs.x_packed else (inputs.items, inputs.size_x)
+    y = (inputs.rows_y(),) if inputs.y_packed else (inputs.items, inputs.size_y)
+    return x, y
+
+
+def _fake_align(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
+    (x, y), items = _vectors(inputs), (inputs.items,)
+    new, dtype = inputs.like().new_empty, inputs.dtype
+    pitch = (inputs.size_y + 31) // 32 * 32  # rule.leading_dimension
+    scales = (x, y) if inputs.cost == "cosine" else ((0,), (0,))
+    return (
+        new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=torch.int32),
+        *(new(shape, dtype=dtype) for shape in (x, y, (inputs.rows_x(), pitch), *scales)),
+    )  # fmt: skip
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, wanted = _Inputs(*arguments[:_PROBLEM_ARITY]), arguments[-1]
+    found = {name: t.new_empty(t.shape) for name, t in _wanted(inputs, wanted).items()}
+    return _found(inputs, found)
+
+
+def _fake_plan(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
+    return inputs.like().new_empty((inputs.items, inputs.size_x, inputs.size_y), dtype=inputs.dtype)
+
+
+def _fake_barycentric(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, by_y = _Inputs(*arguments[:_PROBLEM_ARITY]), arguments[-1]
+    shape, like = _vectors(inputs)[by_y], inputs.like()
+    return like.new_empty((*shape, like.shape[-1]), dtype=inputs.dtype), like.new_empty(shape, dtype=inputs.dtype)
+
+
+def _fake_assign(*arguments: Any) -> Tensor:
+    inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
+    return inputs.like().new_empty(_vectors(inputs)[1], dtype=torch.int64)
+
+
+torch.library.register_fake("otalign::gpu_align", _fake_align, lib=_library)
+torch.library.register_fake("otalign::gpu_align_backward", _fake_backward, lib=_library)
+torch.library.register_fake("otalign::gpu_plan", _fake_plan, lib=_library)
+torch.library.register_fake("otalign::gpu_barycentric", _fake_barycentric, lib=_library)
+torch.library.register_fake("otalign::gpu_barycentric_backward", _fake_backward, lib=_library)
+torch.library.register_fake("otalign::gpu_assign", _fake_assign, lib=_library)
+
+# Gradients ----------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, arguments: Sequence[Any], outputs: Sequence[Tensor] = ()) -> None:
+    """Keep the arguments of an operator for the backward pass: tensors where autograd wants them, the rest beside."""
+    ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in arguments), *outputs)
+    ctx.others = [None if isinstance(t, Tensor) else t for t in arguments]
+    ctx.set_materialize_grads(False)
+
+
+def _kept(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+    saved, count = ctx.saved_tensors, len(ctx.others)
+    pairs = zip(saved[:count], ctx.others, strict=True)
+    return [other if tensor is None else tensor for tensor, other in pairs], saved[count:]
+
+
+def _spread(ctx: Any, wanted: Sequence[bool], found: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The gradients, each at its place among the arguments."""
+    gradients: list[Tensor | None] = [None] * len(ctx.others)
+    for position, gradient, want in zip(_POSITIONS.values(), found, wanted, strict=True):
+        gradients[position] = gradient if want else None
+    return tuple(gradients)
+
+
+def _needed(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[position] for position in _POSITIONS.values()]
+
+
+def _save_align(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, error, n_iter, *saved = output
+    _keep(ctx, inputs, saved)
+    ctx.mark_non_differentiable(error, n_iter, *saved)
+
+
+def _align_autograd(ctx: Any, value: Any, linear: Any, *_: Any) -> tuple[Any, ...]:
+    inputs, saved = _kept(ctx)
+    wanted = _needed(ctx)
+    if value is None and linear is None:
+        return (None,) * len(inputs)
+    backward = torch.ops.otalign.gpu_align_backward
+    found = backward(*inputs[:_PROBLEM_ARITY], *saved, value, linear, None, wanted)
+    return _spread(ctx, wanted, found)
+
+
+def _save_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep(ctx, inputs)
+
+
+def _plan_autograd(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    inputs, _ = _kept(ctx)
+    wanted = _needed(ctx)
+    if grad is None:
+        return (None,) * len(inputs)
+    found = torch.ops.otalign.gpu_align_backward(*inputs, None, None, grad, wanted)
+    return _spread(ctx, wanted, found)
+
+
+def _save_barycentric(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _barycentric_autograd(ctx: Any, image: Any, _: Any) -> tuple[Any, ...]:
+    inputs, output = _kept(ctx)
+    wanted = _needed(ctx)
+    if image is None:
+        return (None,) * len(inputs)
+    *problem, by_y = inputs
+    found = torch.ops.otalign.gpu_barycentric_backward(*problem, *output, image, by_y, wanted)
+    return _spread(ctx, wanted, found)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError("second derivatives need backend='reference'; the kernels have first ones only")
+
+
+class _Align(torch.autograd.Function):
+    """What is registered below, for eager calls: straight to the kernels, without the 100 us of the library's wrapper."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # a second derivative is wanted: let the library say that there is none
+            return _align_autograd(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _align_autograd(ctx, *grads)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.otalign.gpu_align(*inputs)
+        _save_align(ctx, inputs, outputs)
+        return outputs
+
+
+torch.library.register_autograd("otalign::gpu_align", _align_autograd, setup_context=_save_align, lib=_library)
+torch.library.register_autograd("otalign::gpu_align_backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("otalign::gpu_plan", _plan_autograd, setup_context=_save_plan, lib=_library)
+torch.library.register_autograd(
+    "otalign::gpu_barycentric", _barycentric_autograd, setup_context=_save_barycentric, lib=_library
+)
+torch.library.register_autograd("otalign::gpu_barycentric_backward", _no_second_derivative, lib=_library)
