@@ -15,9 +15,9 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.fixture(params=["reference", "cpu"], scope="session")
+@pytest.fixture(params=["reference", "cpu", "triton"], scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that a CPU can run. One that is not built fails its tests; it does not skip them."""
+    """Every backend, Triton's kernels through its interpreter. One that is not built fails its tests; it does not skip."""
     return request.param
 
 
@@ -55,4 +55,9 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        from .interpreter import make_quicker
+
+        make_quicker()
     config.addinivalue_line("markers", "unpoisoned: leaves uninitialised memory as torch gives it")

@@ -105,6 +105,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether this is NVIDIA's Hopper or a later chip."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def device_guard(device: torch.device) -> Any:
     """Makes `device` the current one, whose stream Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else getattr(torch, device.type).device(device)
@@ -222,6 +229,7 @@ class Batch:
             double=self.dtype == torch.float64,
             relaxed=self.relaxed,
             processors=processors(self.device),
+            hopper=hopper(self.device),
             in_memory=in_memory,
         )
 
@@ -455,7 +463,7 @@ def project(
     tile = rule.project(dim, bits=bits)
     constants = {
         "COST": cost,
-        "PRIOR": batch.prior,
+        "PRIOR": batch.prior if cost in ("cosine", "euclidean") else "none",  # whose gradients look at the cost
         "IMPLICIT": implicit,
         "BY_Y": by_y,
         "PRECISION": precision,

@@ -20,6 +20,7 @@ class Resident(NamedTuple):
     warps: int
     fewest: int  # programs an item: the same tile fits together with one exchange, but not with another
     most: int
+    before_hopper: int  # as `most`, on chips whose compiler needs a few registers more
 
     @property
     def rows(self) -> int:
@@ -27,12 +28,12 @@ class Resident(NamedTuple):
 
 
 RESIDENT = (
-    Resident(width=32, groups=4, warps=8, fewest=1, most=16),
-    Resident(width=64, groups=2, warps=4, fewest=1, most=1),
-    Resident(width=64, groups=4, warps=8, fewest=1, most=16),
-    Resident(width=128, groups=2, warps=8, fewest=1, most=1),
-    Resident(width=128, groups=3, warps=8, fewest=2, most=16),
-    Resident(width=256, groups=1, warps=8, fewest=2, most=16),
+    Resident(width=32, groups=4, warps=8, fewest=1, most=16, before_hopper=16),
+    Resident(width=64, groups=2, warps=8, fewest=1, most=1, before_hopper=1),
+    Resident(width=64, groups=4, warps=8, fewest=1, most=16, before_hopper=4),
+    Resident(width=128, groups=2, warps=8, fewest=1, most=1, before_hopper=4),
+    Resident(width=128, groups=3, warps=8, fewest=2, most=16, before_hopper=0),
+    Resident(width=256, groups=1, warps=8, fewest=2, most=16, before_hopper=4),
 )
 MOST_RELAXED = 4  # programs of a relaxed problem, whose updates take more registers
 
@@ -62,12 +63,20 @@ def leading_dimension(size_y: int) -> int:
 
 
 def solver(
-    items: int, size_x: int, size_y: int, *, double: bool, relaxed: bool, processors: int, in_memory: bool = False
+    items: int,
+    size_x: int,
+    size_y: int,
+    *,
+    double: bool,
+    relaxed: bool,
+    processors: int,
+    hopper: bool,
+    in_memory: bool = False,
 ) -> Solver:
     """The rule for Sinkhorn's iterations.
 
     `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
-    cooperative, else 1. The fewest programs an item that keep the kernel matrix in registers; if none do, as many as
+    cooperative, else 1; `hopper` is for that generation of NVIDIA's chips or a later one. The fewest programs an item that keep the kernel matrix in registers; if none do, as many as
     there may be, each reading its rows from memory, as where it is to be `in_memory` at any rate.
     """
     most = MOST_PROGRAMS
@@ -78,9 +87,9 @@ def solver(
         while programs <= (min(most, MOST_RELAXED) if relaxed else most):
             for tile in RESIDENT:
                 fits = size_y <= tile.width and size_x <= programs * tile.rows
-                if fits and tile.fewest <= programs <= tile.most:
+                if fits and tile.fewest <= programs <= (tile.most if hopper else tile.before_hopper):
                     block_n = 8 if tile.width > 128 else 16
-                    return _solver(items, programs, processors, block_n, tile.width, tile, stages=1)
+                    return _solver(items, programs, processors, block_n, tile.width, tile.groups, tile.warps)
             programs *= 2
     block_m = power_of_two(size_y, 32)
     if block_m > SLOTS:
@@ -88,16 +97,21 @@ def solver(
     numbers = 4096 if double else 8192
     warps = 4 if block_m <= 64 else 8
     block_n = max(1, min(64, numbers * warps // 8 // block_m))
-    tile = Resident(width=block_m, groups=0, warps=warps, fewest=1, most=most)
-    return _solver(items, most, processors, block_n, block_m, tile, stages=3 if block_n > 1 else 1)
+    return _solver(items, most, processors, block_n, block_m, 0, warps)
 
 
-def _solver(
-    items: int, programs: int, processors: int, block_n: int, block_m: int, tile: Resident, stages: int
-) -> Solver:
-    peers = next(peers for peers in PEERS if programs <= peers)
-    in_flight = items if programs == 1 else min(items, processors // programs)
-    return Solver(programs, in_flight, block_n, block_m, 8 * tile.warps, tile.groups, peers, stages, tile.warps)
+def _solver(items: int, programs: int, processors: int, block_n: int, block_m: int, groups: int, warps: int) -> Solver:
+    return Solver(
+        programs=programs,
+        in_flight=items if programs == 1 else min(items, processors // programs),
+        block_n=block_n,
+        block_m=block_m,
+        rows=8 * warps,
+        groups=groups,
+        peers=next(peers for peers in PEERS if programs <= peers),
+        stages=3 if not groups and block_n > 1 else 1,
+        warps=warps,
+    )
 
 
 class Tile(NamedTuple):
