@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("otalign", "torch", "POT", "numpy")
+PACKAGES = ("otalign", "torch", "triton", "POT", "numpy")
 
 
 def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:

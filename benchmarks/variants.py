@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from otalign.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from otalign.triton_kernels import launch
 
 META = torch.device("meta")
 INF = float("inf")
@@ -73,13 +72,14 @@ class Report(NamedTuple):
 
 
 @contextmanager
-def recording(*, hopper: bool = True, processors: int = 132) -> Iterator[dict[Variant, None]]:
-    """Launches become entries of the dictionary, in their order."""
-    found: dict[Variant, None] = {}
+def recording(*, hopper: bool = True, processors: int = 132) -> Iterator[dict[Variant, Any]]:
+    """Launches become entries of the dictionary: what Triton would compile, and the key that the launcher goes by."""
+    found: dict[Variant, Any] = {}
 
-    def record(self: launch.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any) -> None:
-        assert all(0 < size < 2**31 for size in grid), grid
-        found[variant(self.function, values, constants)] = None
+    def record(
+        self: launch.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any, kind: Any
+    ) -> None:
+        found.setdefault(variant(self.function, values, constants), (self, kind, tuple(constants.values())))
 
     old, launch.Kernel.launch = launch.Kernel.launch, record  # type: ignore[method-assign]
     chip = launch.processors, launch.hopper

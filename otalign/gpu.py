@@ -7,6 +7,7 @@ comes back empty. Lengths and offsets are on the device, and nothing here waits 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from .problem import Problem, Solution
 
 _PROBLEM = (
-    "Tensor? x, Tensor? y, Tensor? C, Tensor? x_layout, Tensor? y_layout, Tensor? a, Tensor? b, Tensor? reg_items, "
+    "Tensor? x, Tensor? y, Tensor? C, Tensor? a, Tensor? b, Tensor? x_layout, Tensor? y_layout, Tensor? reg_items, "
     "float reg, str cost, str prior, float[] prior_parameters, float rho_x, float rho_y, bool x_packed, bool y_packed, "
     "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype"
 )
@@ -47,10 +48,10 @@ class _Inputs(NamedTuple):
     x: Tensor | None
     y: Tensor | None
     C: Tensor | None
-    x_layout: Tensor | None
-    y_layout: Tensor | None
     a: Tensor | None
     b: Tensor | None
+    x_layout: Tensor | None
+    y_layout: Tensor | None
     reg_items: Tensor | None
     reg: float
     cost: str
@@ -76,13 +77,10 @@ class _Inputs(NamedTuple):
     def rows_y(self) -> int:
         return self.y.shape[0] if self.y_packed and self.y is not None else self.items * self.size_y
 
-    def differentiable(self) -> dict[str, Tensor | None]:
-        return {"x": self.x, "y": self.y, "C": self.C, "a": self.a, "b": self.b}
-
 
 _PROBLEM_ARITY = len(_Inputs._fields)
 _SAVED_ARITY = 5
-_POSITIONS = {name: _Inputs._fields.index(name) for name in ("x", "y", "C", "a", "b")}
+_DIFFERENTIABLE = _Inputs._fields[:5]
 
 
 def launch(problem: Problem) -> Solution:
@@ -91,11 +89,14 @@ def launch(problem: Problem) -> Solution:
     prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
     reg, reg_items = (0.0, p.reg) if isinstance(p.reg, Tensor) else (p.reg, None)
     inputs = (
-        p.x, p.y, p.C, xs.layout, ys.layout, p.a, p.b, reg_items, reg, p.cost, prior, parameters,
+        p.x, p.y, p.C, p.a, p.b, xs.layout, ys.layout, reg_items, reg, p.cost, prior, parameters,
         p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype,
     )  # fmt: skip
-    align = torch.ops.otalign.gpu_align if torch.compiler.is_compiling() else _Align.apply
-    value, linear, error, n_iter, *saved = align(*inputs, p.init, p.max_iter, p.tol)
+    if _eager(inputs):
+        outputs = _Align.apply(*inputs[:5], inputs[5:], p.init, p.max_iter, p.tol)
+    else:
+        outputs = torch.ops.otalign.gpu_align(*inputs, p.init, p.max_iter, p.tol)
+    value, linear, error, n_iter, *saved = outputs
     return Solution(
         value=value,
         value_linear=linear,
@@ -114,6 +115,7 @@ def launch(problem: Problem) -> Solution:
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _kernels() -> Any:
     return importlib.import_module(".triton_kernels.launch", __package__)
 
@@ -148,12 +150,12 @@ def _align(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
-    tensors = zip(inputs.differentiable().items(), wanted, strict=True)
-    return {name: tensor for (name, tensor), want in tensors if want and tensor is not None}
+    tensors = zip(_DIFFERENTIABLE, inputs, wanted)  # noqa: B905 - the first five
+    return {name: tensor for name, tensor, want in tensors if want and isinstance(tensor, Tensor)}
 
 
 def _found(inputs: _Inputs, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(found[name] if name in found else inputs.like().new_empty(0) for name in _POSITIONS)
+    return tuple(found[name] if name in found else inputs.like().new_empty(0) for name in _DIFFERENTIABLE)
 
 
 def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -267,14 +269,12 @@ def _kept(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
 
 def _spread(ctx: Any, wanted: Sequence[bool], found: Sequence[Tensor]) -> tuple[Any, ...]:
     """The gradients, each at its place among the arguments."""
-    gradients: list[Tensor | None] = [None] * len(ctx.others)
-    for position, gradient, want in zip(_POSITIONS.values(), found, wanted, strict=True):
-        gradients[position] = gradient if want else None
-    return tuple(gradients)
+    gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    return (*gradients, *[None] * (len(ctx.others) - len(gradients)))
 
 
-def _needed(ctx: Any) -> list[bool]:
-    return [ctx.needs_input_grad[position] for position in _POSITIONS.values()]
+def _needed(ctx: Any) -> Sequence[bool]:
+    return ctx.needs_input_grad[: len(_DIFFERENTIABLE)]
 
 
 def _save_align(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -325,22 +325,43 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise NotImplementedError("second derivatives need backend='reference'; the kernels have first ones only")
 
 
+def _eager(inputs: Sequence[Any]) -> bool:
+    """Whether nobody traces: the tensors are real, and no mode listens to operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs[:8] if t is not None)
+
+
 class _Align(torch.autograd.Function):
-    """What is registered below, for eager calls: straight to the kernels, without the 100 us of the library's wrapper."""
+    """What is registered below, for eager calls: straight to the kernels, without the library's 100 us and more.
+
+    Of the problem, the five inputs with gradients come one by one and the `rest` as a tuple.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # a second derivative is wanted: let the library say that there is none
-            return _align_autograd(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _align_autograd(ctx, *grads)
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.otalign.gpu_align(*inputs)
-        _save_align(ctx, inputs, outputs)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Any, y: Any, C: Any, a: Any, b: Any, rest: Any, init: Any, max_iter: int, tol: float
+    ) -> tuple[Tensor, ...]:
+        outputs = tuple(_kernels().solve(_batch(_Inputs(x, y, C, a, b, *rest)), C, init, max_iter, tol))
+        ctx.save_for_backward(x, y, C, a, b, *outputs[4:])
+        ctx.rest = rest
+        ctx.mark_non_differentiable(*outputs[2:])
+        ctx.set_materialize_grads(False)
         return outputs
+
+    @staticmethod
+    def backward(ctx: Any, value: Any, linear: Any, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        if value is None and linear is None:
+            return (None,) * 9
+        tensors, wanted = ctx.saved_tensors, _needed(ctx)
+        inputs, saved = _Inputs(*tensors[:5], *ctx.rest), tensors[5:]
+        if torch.is_grad_enabled():  # a second derivative is wanted: let the library say that there is none
+            backward = torch.ops.otalign.gpu_align_backward
+            found = backward(*inputs, *saved, value, linear, None, wanted)
+            return (*[grad if want else None for grad, want in zip(found, wanted, strict=True)], None, None, None, None)
+        kernels = _kernels()
+        found = kernels.gradients(_batch(inputs), kernels.Saved(*saved), value, linear, None, _wanted(inputs, wanted))
+        return (*[found.get(name) for name in _DIFFERENTIABLE], None, None, None, None)
 
 
 torch.library.register_autograd("otalign::gpu_align", _align_autograd, setup_context=_save_align, lib=_library)

@@ -54,6 +54,18 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
     return block
 
 
+# Through the interpreter a solve takes seconds. In these modules it makes part of `make test`, elsewhere of `make test-all`.
+QUICK_WITH_TRITON = ("test_agreement", "test_agreement_gradients", "test_layouts", "test_odd_input", "test_compile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        with_triton = parameters is not None and parameters.params.get("backend") == "triton"
+        if with_triton and item.path.stem not in QUICK_WITH_TRITON:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton

@@ -44,3 +44,107 @@ def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def make_quicker() -> None:
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
+
+
+class Baton:
+    """Threads of which one runs at a time; at a memory access it may hand on, to whichever the dice say."""
+
+    def __init__(
+        self, functions: list[Callable[[], None]], resume: Callable[[int], None], seed: int, odds: float
+    ) -> None:
+        self.random, self.odds, self.resume = random.Random(seed), odds, resume
+        self.turns = [threading.Semaphore(0) for _ in functions]
+        self.alive = list(range(len(functions)))
+        self.current, self.idle = 0, 0
+        self.failure: BaseException | None = None
+        self.done = threading.Semaphore(0)
+        self.threads = [threading.Thread(target=self._run, args=(i, f), daemon=True) for i, f in enumerate(functions)]
+
+    def run(self) -> None:
+        for thread in self.threads:
+            thread.start()
+        self._wake(self.random.choice(self.alive))
+        self.done.acquire()
+        if self.failure is not None:
+            raise self.failure
+
+    def hand_on(self, *, waiting: bool) -> None:
+        """Let another run: always if this one waits for others, else now and then."""
+        me = self.current
+        self.idle = self.idle + 1 if waiting else 0
+        if self.idle > 1000 * len(self.threads):
+            raise RuntimeError("the programs of a launch wait for each other for ever")
+        if not waiting and self.random.random() > self.odds:
+            return
+        others = [i for i in self.alive if i != me]
+        if others:
+            self._wake(self.random.choice(others))
+            self.turns[me].acquire()
+            if self.failure is not None:
+                raise SystemExit
+            self.resume(me)
+
+    def _wake(self, index: int) -> None:
+        self.current = index
+        self.turns[index].release()
+
+    def _run(self, index: int, function: Callable[[], None]) -> None:
+        self.turns[index].acquire()
+        try:
+            if self.failure is None:
+                self.resume(index)
+                function()
+        except SystemExit:
+            pass
+        except BaseException as error:
+            self.failure = error
+        self.alive.remove(index)
+        if self.alive:
+            self._wake(self.random.choice(self.alive))
+        else:
+            self.done.release()
+
+
+@contextmanager
+def together(seed: int = 0, odds: float = 0.05) -> Iterator[list[int]]:
+    """All programs of a launch at the same time. Gives a list of how many there were, launch by launch.
+
+    They change places when one waits and, with these `odds`, at any load, store or atomic, so that what they hand each
+    other without a barrier between is read too early on some seed.
+    """
+    launches: list[int] = []
+    builder = interpreter.interpreter_builder
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        grid = (*self.grid, 1, 1)[:3]
+        kwargs = {name: value for name, value in kwargs.items() if name in inspect.signature(self.fn).parameters}
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            named = inspect.getcallargs(self.fn, *args, **kwargs)
+            named = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in named.items()}
+            builder.set_grid_dim(*grid)
+            places = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+            launches.append(len(places))
+            baton = Baton(
+                [lambda: self.fn(**named)] * len(places), lambda i: builder.set_grid_idx(*places[i]), seed, odds
+            )
+
+            def switching(function: Callable[..., Any], *, atomic: bool) -> Callable[..., Any]:
+                def call(*arguments: Any, **keywords: Any) -> Any:
+                    result = function(*arguments, **keywords)
+                    baton.hand_on(waiting=atomic)
+                    return result
+
+                return call
+
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
+                    function = switching(getattr(builder, name), atomic=name == "create_atomic_rmw")
+                    patch.setattr(builder, name, function)
+                baton.run()
+        finally:
+            scope.restore()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", run)
+        yield launches

@@ -22,7 +22,8 @@ STRIDES = ("x_row", "x_dim", "y_row", "y_dim", "dim")
 COUNTS = ("items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "x_item", "y_item", "ld16")
 COUNTS += ("has_a", "has_b", "has_init", "has_plan", "per_item", "value_step", "linear_step")
 COUNTS += ("max_iter", "programs", "counters_size")
-ANY_ALIGNMENT = ("a", "b", "init", "x_layout", "y_layout", "reg_items", "grad_value", "grad_linear")
+ANY_ALIGNMENT = ("f", "g", "a", "b", "init", "value", "linear", "error", "n_iter", "x_layout", "y_layout", "reg_items")
+ANY_ALIGNMENT += ("x_scale", "y_scale", "x_lift", "y_lift", "grad_value", "grad_linear", "counters")
 
 EXCHANGE_TAIL = tl.constexpr(16)  # numbers behind the vectors that a program hands to its group
 

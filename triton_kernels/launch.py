@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from . import rule
@@ -21,6 +20,7 @@ from .cost import cost_kernel
 from .plan import assign_kernel, dense_kernel, lift_kernel, project_kernel, weights_kernel
 from .sinkhorn import sinkhorn_kernel
 
+INFINITE = float("inf")
 INT32_MAX = 2**31 - 1
 
 # Kernels ---------------------------------------------------------------------------------------------------------------
@@ -29,9 +29,9 @@ INT32_MAX = 2**31 - 1
 class Kernel:
     """A Triton kernel that takes its arguments from a dictionary and keeps its compiled variants.
 
-    Triton finds the variant for a call by looking at all arguments in Python, at tens of microseconds. The key here has
-    what can differ between calls: constants, types, and, where Triton looks, whether pointers are aligned and whether
-    numbers are one or multiples of 16. (A number beyond 32 bits has another type: such calls go Triton's own way.)
+    Triton finds the variant for a call by looking at all arguments in Python, at tens of microseconds a launch. Here the
+    caller says what can differ: the `kind` of the call, which has to tell types, whether pointers are aligned, and which
+    strides are one or multiples of 16. (Integers beyond 32 bits have another type: such calls go Triton's own way.)
     """
 
     def __init__(self, function: Any) -> None:
@@ -39,42 +39,36 @@ class Kernel:
         self.compiled: dict[Any, Any] = {}
         if INTERPRETED:
             return
-        parameters = [p for p in function.params if not p.is_constexpr]
-        numbers = [p for p in parameters if not p.annotation_type and p.name in (*STRIDES, *COUNTS)]
-        pointers = [p for p in parameters if not p.annotation_type and p.name not in (*STRIDES, *COUNTS)]
-        self._arguments = itemgetter(*[p.name for p in parameters])
+        names = [p.name for p in function.params if not p.is_constexpr]
+        self._arguments = itemgetter(*names)
         self._constants = itemgetter(*[p.name for p in function.params if p.is_constexpr])
-        self._numbers = itemgetter(*[p.name for p in numbers])
-        self._pointers = itemgetter(*[p.name for p in pointers])
-        self._aligned = itemgetter(*[p.name for p in pointers if not p.do_not_specialize_on_alignment])
-        self._classes = [p.name for p in numbers if not p.do_not_specialize]
-        self._names = [p.name for p in parameters]
+        self._integers = itemgetter(*[name for name in names if name in STRIDES or name in COUNTS])
+        self._names = names
 
     def launch(
-        self, grid: tuple[int, ...], values: dict[str, Any], constants: dict[str, Any], device: torch.device
+        self,
+        grid: tuple[int, int, int],
+        values: dict[str, Any],
+        constants: dict[str, Any],
+        device: torch.device,
+        kind: tuple[Any, ...],
     ) -> None:
         """Launch on the current stream of `device`. `constants` are the kernel's, and Triton's options."""
         if INTERPRETED:
             function = self.function
             function[grid](**{name: values[name] for name in function.arg_names if name in values}, **constants)
         elif device.index == torch.accelerator.current_device_index():
-            self._launch(grid, values, constants, device)
+            self._launch(grid, values, constants, (device.index, kind))
         else:
             with device_guard(device):
-                self._launch(grid, values, constants, device)
+                self._launch(grid, values, constants, (device.index, kind))
 
     def _launch(
-        self, grid: tuple[int, ...], values: dict[str, Any], constants: dict[str, Any], device: torch.device
+        self, grid: tuple[int, int, int], values: dict[str, Any], constants: dict[str, Any], kind: tuple[Any, ...]
     ) -> None:
-        wide = max(self._numbers(values)) > INT32_MAX
-        key = (
-            device.index,
-            *constants.values(),
-            *[pointer.dtype for pointer in self._pointers(values)],
-            *[pointer.data_ptr() % 16 == 0 for pointer in self._aligned(values)],
-            *[(values[name] == 1, values[name] % 16 == 0) for name in self._classes],
-        )
-        compiled = None if wide else self.compiled.get(key)
+        narrow = max(self._integers(values)) <= INT32_MAX
+        key = (kind, *constants.values())
+        compiled = self.compiled.get(key) if narrow else None
         arguments = self._arguments(values)
         if compiled is not None:
             compiled[grid](*arguments, *self._constants(constants))
@@ -82,8 +76,12 @@ class Kernel:
         named = dict(zip(self._names, arguments, strict=True))
         # Multiply-adds are contracted, whatever the version of Triton: its default will change.
         compiled = self.function[grid](**named, **constants, enable_fp_fusion=True)
-        if not wide:
+        if narrow:
             self.compiled[key] = compiled
+
+
+def aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
 
 
 _cost, _sinkhorn, _lift = Kernel(cost_kernel), Kernel(sinkhorn_kernel), Kernel(lift_kernel)
@@ -92,9 +90,10 @@ _dense, _assign = Kernel(dense_kernel), Kernel(assign_kernel)
 
 
 @functools.cache
-def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What stands for a tensor that is not given; it is never read."""
-    return torch.zeros(1, dtype=dtype, device=device)
+def _nothing(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands for vectors, lengths and values of reg that are not given; none is ever read."""
+    vector, integers, doubles = (torch.zeros(1, dtype=t, device=device) for t in (dtype, torch.int64, torch.float64))
+    return vector, integers, doubles
 
 
 @functools.cache
@@ -115,6 +114,11 @@ def hopper(device: torch.device) -> bool:
 def device_guard(device: torch.device) -> Any:
     """Makes `device` the current one, whose stream Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else getattr(torch, device.type).device(device)
+
+
+def divide(count: int, size: int) -> int:
+    """Blocks of `size` for `count`. (triton.cdiv takes microseconds.)"""
+    return -(-count // size)
 
 
 def tf32_allowed() -> bool:
@@ -148,7 +152,7 @@ class Saved(NamedTuple):
 
 
 class Batch:
-    """A batch as the kernels take it."""
+    """A batch as the kernels take it: `values`, their arguments by name, and the `kind` of the calls made with them."""
 
     def __init__(
         self,
@@ -167,58 +171,70 @@ class Batch:
     ) -> None:
         self.x, self.y, self.items = x, y, items
         self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
-        self.relaxed = min(rho) != float("inf")
+        self.relaxed = rho != (INFINITE, INFINITE)
         self.ld = rule.leading_dimension(y.size)
         self.empty = not (items and x.rows and y.rows)
-        vector = _nothing(device, dtype)
-        integers = _nothing(device, torch.int64)
-        first, second = (*prior_parameters, 0.0, 0.0)[:2]
+        vector, integers, doubles = _nothing(device, dtype)
         self.values: dict[str, Any] = {
             "items": items,
+            "x_layout": integers if x.layout is None else x.layout,
+            "y_layout": integers if y.layout is None else y.layout,
+            "x_mode": 2 if x.packed else int(x.layout is not None),
+            "y_mode": 2 if y.packed else int(y.layout is not None),
+            "x_size": x.size,
+            "y_size": y.size,
+            "x_rows": x.rows,
+            "y_rows": y.rows,
+            "ld16": self.ld // 16,
             "reg": reg,
-            "reg_items": _nothing(device, torch.float64) if reg_items is None else reg_items,
+            "reg_items": doubles if reg_items is None else reg_items,
             "per_item": int(reg_items is not None),
-            "prior_first": first,
-            "prior_second": second,
+            "prior_first": prior_parameters[0] if prior_parameters else 0.0,
+            "prior_second": prior_parameters[1] if len(prior_parameters) > 1 else 0.0,
             "rho_x": rho[0],
             "rho_y": rho[1],
-            "ld16": self.ld // 16,
-            "has_a": int(x.weights is not None),
-            "has_b": int(y.weights is not None),
             "a": vector if x.weights is None else x.weights,
             "b": vector if y.weights is None else y.weights,
+            "has_a": int(x.weights is not None),
+            "has_b": int(y.weights is not None),
             "G": vector,
             "x_lift": vector,
             "y_lift": vector,
+            "has_plan": 0,
             "grad_value": vector,
             "grad_linear": vector,
             "value_step": -1,
             "linear_step": -1,
-            "has_plan": 0,
         }
-        for letter, side in (("x", x), ("y", y)):
-            self.values[letter + "_layout"] = integers if side.layout is None else side.layout
-            self.values[letter + "_mode"] = 2 if side.packed else int(side.layout is not None)
-            self.values[letter + "_size"] = side.size
-            self.values[letter + "_rows"] = side.rows
-            if side.points is not None:
-                self.points(letter, side.points)
+        self.kind: tuple[Any, ...] = (dtype,)
+        if x.points is not None and y.points is not None:
+            self.set_points(x.points, y.points)
+
+    def set_points(self, x: Tensor, y: Tensor) -> None:
+        x_row, x_dim = x.stride()[-2:]
+        y_row, y_dim = y.stride()[-2:]
+        dim = x.shape[-1]
+        self.values |= {
+            "x": x,
+            "y": y,
+            "x_item": x.stride(0) if x.dim() == 3 else 0,
+            "y_item": y.stride(0) if y.dim() == 3 else 0,
+            "x_row": x_row,
+            "y_row": y_row,
+            "x_dim": x_dim,
+            "y_dim": y_dim,
+            "dim": dim,
+        }
+        of_x = (x.dtype, aligned(x), x_row % 16 == 0, x_row == 1, x_dim % 16 == 0, x_dim == 1)
+        of_y = (y.dtype, aligned(y), y_row % 16 == 0, y_row == 1, y_dim % 16 == 0, y_dim == 1)
+        self.kind = (self.dtype, dim % 16 == 0, dim == 1, of_x, of_y)
 
     def with_points(self, x: Tensor, y: Tensor, cost: str) -> Batch:
         """This batch with other points."""
         other = copy.copy(self)
         other.values, other.cost = dict(self.values), cost
-        other.points("x", x)
-        other.points("y", y)
+        other.set_points(x, y)
         return other
-
-    def points(self, letter: str, points: Tensor) -> None:
-        """Set the points of a side."""
-        item = points.stride(0) if points.dim() == 3 else 0
-        self.values[letter] = points
-        self.values["dim"] = points.shape[-1]
-        for name, stride in zip(("_item", "_row", "_dim"), (item, points.stride(-2), points.stride(-1)), strict=True):
-            self.values[letter + name] = stride
 
     def solver(self, *, in_memory: bool = False) -> rule.Solver:
         """How this batch is solved; with the kernel matrix in memory at any rate, if so."""
@@ -245,9 +261,19 @@ class Batch:
         """One number for every point of a side, in its layout."""
         return self.empty_tensor(side.rows) if side.packed else self.empty_tensor(self.items, side.size)
 
-    def launch(self, kernel: Kernel, grid: tuple[int, ...], constants: dict[str, Any], /, **others: Any) -> None:
-        """Launch a kernel on the values of the batch and `others`; the options of the launch come with the constants."""
-        kernel.launch(grid, {**self.values, **others}, constants, self.device)
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        constants: dict[str, Any],
+        others: dict[str, Any],
+        kind: tuple[Any, ...] = (),
+    ) -> None:
+        """Launch on the values of the batch and `others`, whose `kind`, beyond that of the batch, the caller tells.
+
+        Freshly allocated tensors of the batch's type need no mention. The options of the launch come with the constants.
+        """
+        kernel.launch(grid, self.values | others, constants, self.device, (*self.kind, *kind))
 
 
 def _factors(dtype: torch.dtype, *tensors: Tensor) -> tuple[bool, int, str]:
@@ -312,32 +338,28 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
         "UNBALANCED": batch.relaxed,
         "STAGES": choice.stages,
     }
-    batch.launch(
-        _sinkhorn,
-        (programs, 1, 1),
-        constants | together(choice),
-        C=out.costs,
-        K=out.costs if choice.groups else torch.empty_like(out.costs),
-        state=empty(4, batch.x.rows),
-        exchange=exchange(batch, choice),
-        desks=empty(programs, choice.block_m),
-        counters=counters,
-        init=out.g if init is None else init,
-        has_init=int(init is not None),
-        programs=choice.programs,
-        max_iter=max_iter,
-        tol=tol,
-        **out._asdict(),
-    )
+    others = out._asdict() | {
+        "C": out.costs,
+        "K": out.costs if choice.groups else torch.empty_like(out.costs),
+        "state": empty(4, batch.x.rows),
+        "exchange": exchange(batch, choice, out.costs),
+        "desks": empty(programs, choice.block_m),
+        "counters": counters,
+        "init": out.g if init is None else init,
+        "has_init": int(init is not None),
+        "programs": choice.programs,
+        "max_iter": max_iter,
+        "tol": tol,
+    }
+    batch.launch(_sinkhorn, (programs, 1, 1), constants | together(choice), others)
     return out
 
 
-def exchange(batch: Batch, choice: rule.Solver) -> Tensor:
-    """Where the programs of an item hand over what they have summed."""
-    one = choice.programs == 1
-    return batch.empty_tensor(
-        0 if one else choice.in_flight, 2, choice.programs, 2 * choice.block_m + EXCHANGE_TAIL.value
-    )
+def exchange(batch: Batch, choice: rule.Solver, costs: Tensor) -> Tensor:
+    """Where the programs of an item hand over what they have summed; if there is but one, any tensor."""
+    if choice.programs == 1:
+        return costs
+    return batch.empty_tensor(choice.in_flight, 2, choice.programs, 2 * choice.block_m + EXCHANGE_TAIL.value)
 
 
 def together(choice: rule.Solver) -> dict[str, Any]:
@@ -348,13 +370,18 @@ def together(choice: rule.Solver) -> dict[str, Any]:
 
 def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, counters: Tensor) -> None:
     """Fill the costs (rows of x, ld) from the points, or with what is `given` (B, N, M); set the counters to zero."""
+    others: dict[str, Any] = {"C": out.costs, "x_scale": out.x_scale, "y_scale": out.y_scale}
+    others |= {"counters": counters, "counters_size": counters.numel()}
+    beyond: tuple[Any, ...] = ()
     if given is None:
-        x, y = batch.values["x"], batch.values["y"]
-        (same, bits, precision), cost, others = _factors(batch.dtype, x, y), batch.cost, {}
+        same, bits, precision = _factors(batch.dtype, batch.values["x"], batch.values["y"])
+        cost = batch.cost
     else:
         same, bits, precision, cost = False, 8 * batch.dtype.itemsize, "ieee", "given"
-        others = dict(zip(("x_item", "x_row", "x_dim"), given.stride(), strict=True))
-        others |= {"x": given, "y": given, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
+        item, row, column = given.stride()
+        others |= {"x": given, "x_item": item, "x_row": row, "x_dim": column}
+        others |= {"y": given, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
+        beyond = (given.dtype, aligned(given), row % 16 == 0, row == 1, column % 16 == 0, column == 1)
     tile = rule.cost(batch.x.size, batch.y.size, bits=bits)
     constants = {
         "COST": cost,
@@ -367,21 +394,18 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    tiles = triton.cdiv(batch.x.size, tile.rows) * triton.cdiv(batch.y.size, tile.columns)
-    batch.launch(
-        _cost,
-        (tiles, batch.items, 1),
-        constants,
-        C=out.costs,
-        x_scale=out.x_scale,
-        y_scale=out.y_scale,
-        counters=counters,
-        counters_size=counters.numel(),
-        **others,
-    )
+    tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
+    batch.launch(_cost, (tiles, batch.items, 1), constants, others, beyond)
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
+
+
+def from_saved(saved: Saved) -> dict[str, Any]:
+    """What was saved, as the kernels call it."""
+    values = saved._asdict()
+    values["C"] = values.pop("costs")
+    return values
 
 
 def gradients(
@@ -398,8 +422,7 @@ def gradients(
     """
     if batch.empty:
         return {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
-    values: dict[str, Any] = {"C": saved.costs, "f": saved.f, "g": saved.g}
-    values |= {"x_scale": saved.x_scale, "y_scale": saved.y_scale}
+    values = from_saved(saved)
     for name, gradient in (("value", value), ("linear", linear)):
         if gradient is not None:
             values |= {"grad_" + name: gradient, name + "_step": gradient.stride(0)}
@@ -427,8 +450,8 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
             tile = rule.WEIGHTS
             constants = {"IMPLICIT": implicit, "BY_Y": name == "b", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
             constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-            grid = (triton.cdiv(side.size, tile.rows), batch.items, 1)
-            batch.launch(_weights, grid, constants, **values, out=out[name], rho=batch.values[rho])
+            grid = (divide(side.size, tile.rows), batch.items, 1)
+            batch.launch(_weights, grid, constants, values | {"out": out[name], "rho": batch.values[rho]}, kind(values))
     return out
 
 
@@ -437,24 +460,23 @@ def lifts(batch: Batch, values: dict[str, Any], counters: Tensor) -> dict[str, T
     choice = batch.solver(in_memory=True)
     constants = {"BLOCK_N": choice.block_n, "BLOCK_M": choice.block_m, "PEERS": choice.peers}
     found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}
-    batch.launch(
-        _lift,
-        (choice.in_flight * choice.programs, 1, 1),
-        constants | together(choice),
-        **values | found,
-        state=batch.empty_tensor(2, batch.x.rows),
-        exchange=exchange(batch, choice),
-        counters=counters,
-        programs=choice.programs,
-    )
+    others: dict[str, Any] = {"state": batch.empty_tensor(2, batch.x.rows), "counters": counters}
+    others |= {"exchange": exchange(batch, choice, values["C"]), "programs": choice.programs}
+    grid = (choice.in_flight * choice.programs, 1, 1)
+    batch.launch(_lift, grid, constants | together(choice), values | found | others, kind(values))
     return found
+
+
+def kind(values: dict[str, Any], out: Tensor | None = None) -> tuple[Any, ...]:
+    """What can differ between calls on saved costs: whether autograd gave them back aligned, and the type of `out`."""
+    return aligned(values["C"]), None if out is None else out.dtype
 
 
 def project(
     batch: Batch, out: Tensor, values: dict[str, Any], cost: str, *, by_y: bool, implicit: bool = False
 ) -> None:
     """Fill `out` with the gradient by one side's points, or with their images if `cost` is "average"."""
-    other = (batch.values | values)["x" if by_y else "y"]
+    other = batch.values["x" if by_y else "y"]
     same, bits, precision = _factors(batch.dtype, other)
     if same and (cost == "average" or other.dtype == torch.float16):
         # The plan is beyond the range of float16, and an image is wanted better than in bfloat16.
@@ -475,16 +497,16 @@ def project(
         "num_stages": tile.stages,
     }
     side = batch.y if by_y else batch.x
-    grid = (triton.cdiv(side.size, tile.rows) * triton.cdiv(dim, tile.columns), batch.items, 1)
-    batch.launch(_project_kernel, grid, constants, **values, out=out)
+    grid = (divide(side.size, tile.rows) * divide(dim, tile.columns), batch.items, 1)
+    batch.launch(_project_kernel, grid, constants, values | {"out": out}, kind(values, out))
 
 
 def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient: bool, implicit: bool = False) -> None:
     tile = rule.DENSE
     constants = {"GRADIENT": gradient, "IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    tiles = triton.cdiv(batch.x.size, tile.rows) * triton.cdiv(batch.y.size, tile.columns)
-    batch.launch(_dense, (tiles, batch.items, 1), constants, **values, out=out)
+    tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
+    batch.launch(_dense, (tiles, batch.items, 1), constants, values | {"out": out}, kind(values, out))
 
 
 # What is made of a plan ------------------------------------------------------------------------------------------------
@@ -495,7 +517,7 @@ def plan(batch: Batch, saved: Saved) -> Tensor:
     out = batch.empty_tensor(batch.items, batch.x.size, batch.y.size)
     if batch.empty:
         return out.zero_()
-    _dense_launch(batch, out, {"C": saved.costs, "f": saved.f, "g": saved.g}, gradient=False)
+    _dense_launch(batch, out, from_saved(saved), gradient=False)
     return out
 
 
@@ -506,7 +528,7 @@ def barycentric(batch: Batch, saved: Saved, *, by_y: bool) -> tuple[Tensor, Tens
     out = batch.empty_tensor(*mass.shape, batch.values["dim"])
     if batch.empty:
         return out.zero_(), mass.zero_()
-    values = {"C": saved.costs, "f": saved.f, "g": saved.g, "x_scale": mass, "y_scale": mass}
+    values = from_saved(saved) | {"x_scale": mass, "y_scale": mass}
     project(batch, out, values, "average", by_y=by_y)
     return out, mass
 
@@ -536,8 +558,7 @@ def barycentric_gradients(
     product = batch.with_points(
         **{own: torch.cat([load, offset], -1), other: F.pad(points, (0, 1), value=1)}, cost="dot"
     )
-    values: dict[str, Any] = {"C": saved.costs, "f": saved.f, "g": saved.g}
-    values |= {"x_scale": saved.x_scale, "y_scale": saved.y_scale}
+    values = from_saved(saved)
     values |= {"G": torch.empty_like(saved.costs), "has_plan": 1}
     counters = batch.counters()
     fill_costs(product, saved._replace(costs=values["G"]), None, "none", counters)
@@ -559,6 +580,7 @@ def assign(batch: Batch, saved: Saved) -> Tensor:
         return out.fill_(-1)
     tile = rule.ASSIGN
     constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (triton.cdiv(batch.y.size, tile.columns), batch.items, 1)
-    batch.launch(_assign, grid, constants, out=out, C=saved.costs, f=saved.f, g=saved.g)
+    grid = (divide(batch.y.size, tile.columns), batch.items, 1)
+    values = from_saved(saved) | {"out": out}
+    batch.launch(_assign, grid, constants, values, kind(values))
     return out

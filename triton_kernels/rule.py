@@ -5,6 +5,7 @@ figures come from the compilers' reports (docs/performance.md has the table): a 
 takes about 96 of a thread's 255, and what is listed here is what Triton 3.6 to 3.9 compile without a spill.
 """
 
+import functools
 from typing import NamedTuple
 
 MOST_PROGRAMS = 16  # that share an item: the exchange of column sums grows with them
@@ -62,6 +63,7 @@ def leading_dimension(size_y: int) -> int:
     return (size_y + 31) // 32 * 32
 
 
+@functools.lru_cache(4096)
 def solver(
     items: int,
     size_x: int,
