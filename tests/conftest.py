@@ -55,7 +55,14 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 # Through the interpreter a solve takes seconds. In these modules it makes part of `make test`, elsewhere of `make test-all`.
-QUICK_WITH_TRITON = ("test_agreement", "test_agreement_gradients", "test_layouts", "test_odd_input", "test_compile")
+QUICK_WITH_TRITON = (
+    "test_agreement",
+    "test_agreement_gradients",
+    "test_layouts",
+    "test_odd_input",
+    "test_compile",
+    "test_ops",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

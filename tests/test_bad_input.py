@@ -190,13 +190,11 @@ def test_reg_of_a_given_cost_has_no_default():
         otalign.solve_cost(torch.rand(1, 2, 2))
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_that_is_not_there(name):
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_a_backend_that_is_not_there(name, monkeypatch):
     """An error with the reason; never another backend in silence."""
-    reason = otalign.backends.available()[name]
-    if reason is None:
-        pytest.skip(f"{name} is there")
-    check(otalign.sinkhorn_loss, RuntimeError, [repr(name), reason], {"x": X, "y": Y, "backend": name})
+    monkeypatch.setattr(otalign.backends, "reason_missing", lambda name: f"{name} is on holiday")
+    check(otalign.sinkhorn_loss, RuntimeError, [repr(name), "on holiday"], {"x": X, "y": Y, "backend": name})
 
 
 def test_the_cpu_backend_is_there():
@@ -206,6 +204,13 @@ def test_the_cpu_backend_is_there():
 def test_the_cpu_backend_refuses_other_devices():
     x, y = X.to("meta"), Y.to("meta")
     check(otalign.sinkhorn_loss, ValueError, ["backend", "'cpu'", "meta"], {"x": x, "y": y, "backend": "cpu"})
+
+
+def test_the_triton_backend_refuses_the_cpu(monkeypatch):
+    """Unless Triton interprets, as it does in these tests."""
+    monkeypatch.setattr(otalign.backends, "_interpreting", lambda: False)
+    words = ["backend", "'triton'", "GPU", "TRITON_INTERPRET=1", "cpu"]
+    check(otalign.sinkhorn_loss, ValueError, words, {"x": X, "y": Y, "backend": "triton"})
 
 
 def test_nothing_is_computed_before_the_check(monkeypatch):

@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -48,7 +50,16 @@ def test_import_is_light():
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
     assert "otalign" in loaded
-    for heavy in ("triton", "otalign._C", "otalign.ops", "matplotlib", "numpy", "transformers", "lightning"):
+    for heavy in (
+        "triton",
+        "otalign._C",
+        "otalign.ops",
+        "otalign.gpu",
+        "matplotlib",
+        "numpy",
+        "transformers",
+        "lightning",
+    ):
         assert heavy not in loaded
 
 
@@ -82,7 +93,7 @@ def test_every_backend_has_a_reason_or_works():
     assert list(known) == ["reference", "cpu", "triton", "cuda"]
     for name, reason in known.items():
         if reason is None:
-            if name in ("reference", "cpu"):
+            if name != "cuda":
                 assert otalign.sinkhorn_loss(*draw(), backend=name).isfinite()
         else:
             assert len(reason) > 10
@@ -101,6 +112,36 @@ def test_auto_without_the_engine_is_the_reference(not_built):
     assert backends.resolve("auto", torch.device("cpu")) == "reference"
     batch = draw()
     identical(otalign.sinkhorn_loss(*batch), otalign.sinkhorn_loss(*batch, backend="reference"))
+
+
+def test_auto_on_a_gpu_is_triton(monkeypatch):
+    device = torch.device("cuda", 1)
+    assert backends.resolve("auto", device) == "triton"
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: "not today")
+    assert backends.resolve("auto", device) == "reference"
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: not today"):
+        backends.resolve("triton", device)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter():
+    code = (
+        "import sys, torch, otalign; x = torch.rand(1, 3, 2); otalign.sinkhorn_loss(x, x); "
+        "assert 'triton' not in sys.modules; otalign.sinkhorn_loss(x, x, backend='triton')"
+    )
+    done = python("-c", code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "RuntimeError: backend 'triton' is not available: no GPU was found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "triton cannot be imported"),
+        (types.SimpleNamespace(__version__="3.5.1"), "triton 3.5.1 is too old: .* 3.6"),
+    ],
+)
+def test_triton_that_cannot_be_used(monkeypatch, module, reason):
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert re.match(reason, backends._why_no_triton.__wrapped__())
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
@@ -126,15 +167,15 @@ def test_an_extension_from_elsewhere(monkeypatch, forgetful, tmp_path):
 
 
 def test_debug_is_a_context():
-    from otalign import problem
+    from otalign.layout import debugging
 
-    assert not problem._debug.get()
+    assert not debugging()
     with otalign.debug():
-        assert problem._debug.get()
+        assert debugging()
         with otalign.debug():
             pass
-        assert problem._debug.get()
-    assert not problem._debug.get()
+        assert debugging()
+    assert not debugging()
 
 
 def test_module_shows_and_takes_its_options():

@@ -8,7 +8,13 @@ import otalign
 
 from .problems import draw, draw_weights, leaf
 
-OPERATORS = {"align", "align_backward", "pack", "unpack"}
+OPERATORS = {
+    "cpu": {"align", "align_backward", "pack", "unpack"},
+    "triton": {
+        *("gpu_align", "gpu_align_backward", "gpu_plan", "gpu_assign"),
+        *("gpu_barycentric", "gpu_barycentric_backward"),
+    },
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -30,59 +36,73 @@ def calls_of(run):
     return recorder.calls
 
 
-def padded():
-    result = otalign.solve(*draw(poison=0.0).requires_grad(), cost="sqeuclidean", backend="cpu")
+def padded(backend):
+    result = otalign.solve(*draw(poison=0.0).requires_grad(), cost="sqeuclidean", backend=backend)
     (result.value.sum() + result.value_linear.sum() + result.plan().square().sum()).backward()
 
 
-def packed():
+def packed(backend):
     arguments = draw(poison=0.0, dtype=torch.float32).packed()
     arguments |= {side: leaf(arguments[side]) for side in "xy"}
-    otalign.sinkhorn_loss(**arguments, prior=otalign.Prior.band(2.0), unbalanced=(0.5, 1.0), backend="cpu").backward()
+    options = {"prior": otalign.Prior.band(2.0), "unbalanced": (0.5, 1.0), "max_iter": 20}
+    otalign.sinkhorn_loss(**arguments, **options, backend=backend).backward()
 
 
-def weighted():
+def weighted(backend):
     batch = draw(poison=0.0, dtype=torch.bfloat16).requires_grad()
     a = leaf(draw_weights(batch.x_lengths, batch.x.shape[1]).nan_to_num(0).float())
-    result = otalign.solve(*batch, a, cost="euclidean", reg=torch.tensor([0.1, 0.2, 0.3, 0.4]), backend="cpu")
-    result.value_linear.sum().backward()
+    reg = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    otalign.solve(*batch, a, cost="euclidean", reg=reg, max_iter=20, backend=backend).value_linear.sum().backward()
 
 
-def given():
+def given(backend):
     C = torch.rand(2, 5, 4, requires_grad=True)
-    otalign.solve_cost(C, reg=0.1, backend="cpu").plan().square().sum().backward()
+    otalign.solve_cost(C, reg=0.1, max_iter=20, backend=backend).plan().square().sum().backward()
 
 
-@pytest.mark.parametrize("run", [padded, packed, weighted, given])
-def test_opcheck(run):
-    calls = calls_of(run)
-    assert {call[0]._opname for call in calls} >= {"align", "align_backward"}
+def images(backend):
+    result = otalign.solve(*draw(poison=0.0).requires_grad(), max_iter=20, backend=backend)
+    result.assign_y()
+    (result.barycentric_x().square().sum() + result.barycentric_y().square().sum()).backward()
+
+
+RUNS = (padded, packed, weighted, given, images)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_opcheck(backend, run):
+    calls = calls_of(lambda: run(backend))
+    assert len(calls) >= 2
     for operator, args, kwargs in calls:
         args = [leaf(arg) if isinstance(arg, torch.Tensor) and arg.requires_grad else arg for arg in args]
-        differentiable = operator._opname != "align_backward"  # it refuses a second derivative
+        # Backward operators refuse a second derivative; gpu_align leaves the padding of its costs as it is, so that no two
+        # calls have equal outputs (test_compile looks at what becomes of them).
+        compared = not operator._opname.endswith("backward") and operator._opname != "gpu_align"
         utilities = ["test_schema", "test_faketensor", "test_autograd_registration"]
-        torch.library.opcheck(
-            operator, args, kwargs, test_utils=utilities + ["test_aot_dispatch_dynamic"] * differentiable
-        )
+        torch.library.opcheck(operator, args, kwargs, test_utils=utilities + ["test_aot_dispatch_dynamic"] * compared)
 
 
 def test_every_operator_is_checked():
-    seen = {operator._opname for run in (padded, packed, weighted, given) for operator, _, _ in calls_of(run)}
-    assert seen == OPERATORS
-    assert seen == {name for name in dir(torch.ops.otalign) if not name.startswith("_") and name != "name"}
+    for backend, operators in OPERATORS.items():
+        assert operators == {call[0]._opname for run in RUNS for call in calls_of(lambda run=run: run(backend))}  # noqa: B023
+    known = {name for name in dir(torch.ops.otalign) if not name.startswith("_") and name != "name"}
+    assert set.union(*OPERATORS.values()) == known
 
 
 def test_one_operator_each_way():
-    """A loss is one launch forward and one backward; nothing of the batch is looped over in Python."""
+    """A loss is one operator forward and one backward; nothing of the batch is looped over in Python."""
     leaves = draw(poison=0.0).requires_grad()
-    calls = calls_of(lambda: otalign.sinkhorn_loss(*leaves, backend="cpu").backward())
-    assert [operator._opname for operator, _, _ in calls] == ["align", "align_backward"]
+    for backend, names in (("cpu", ["align", "align_backward"]), ("triton", ["gpu_align", "gpu_align_backward"])):
+        calls = calls_of(lambda backend=backend: otalign.sinkhorn_loss(*leaves, backend=backend).backward())
+        assert [operator._opname for operator, _, _ in calls] == names
 
 
-def test_meta_tensors_have_no_kernel():
-    arguments = next(args for _, args, _ in calls_of(given))
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_meta_tensors_have_no_kernel(backend):
+    operator, arguments, _ = calls_of(lambda: given(backend))[0]
     moved = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in arguments]
-    outputs = torch.ops.otalign.align(*moved)
+    outputs = operator(*moved)
     assert all(output.device.type == "meta" for output in outputs)
 
 
