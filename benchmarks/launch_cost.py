@@ -56,7 +56,7 @@ def pretend() -> NoDriver:
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment]
-    launch.processors, launch.hopper = lambda device: 132, lambda device: True  # type: ignore[assignment]
+    launch.processors, launch.generation = lambda device: 132, lambda device: 90  # type: ignore[assignment]
     backends._why_no_triton = lambda: None  # type: ignore[assignment]
     backends._interpreting = lambda: True
     return driver

@@ -72,7 +72,7 @@ class Report(NamedTuple):
 
 
 @contextmanager
-def recording(*, hopper: bool = True, processors: int = 132) -> Iterator[dict[Variant, Any]]:
+def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Variant, Any]]:
     """Launches become entries of the dictionary: what Triton would compile, and the key that the launcher goes by."""
     found: dict[Variant, Any] = {}
 
@@ -82,13 +82,13 @@ def recording(*, hopper: bool = True, processors: int = 132) -> Iterator[dict[Va
         found.setdefault(variant(self.function, values, constants), (self, kind, tuple(constants.values())))
 
     old, launch.Kernel.launch = launch.Kernel.launch, record  # type: ignore[method-assign]
-    chip = launch.processors, launch.hopper
-    launch.processors, launch.hopper = lambda device: processors, lambda device: hopper  # type: ignore[assignment]
+    chip = launch.processors, launch.generation
+    launch.processors, launch.generation = lambda device: processors, lambda device: generation  # type: ignore[assignment]
     try:
         yield found
     finally:
         launch.Kernel.launch = old  # type: ignore[method-assign]
-        launch.processors, launch.hopper = chip
+        launch.processors, launch.generation = chip
 
 
 def variant(function: Any, values: dict[str, Any], constants: dict[str, Any]) -> Variant:
@@ -208,7 +208,7 @@ def products() -> Iterator[Problem]:
 
 def all_variants(arch: int | str = 90) -> list[Variant]:
     """Every variant that the rules can choose on a chip, for aligned points with adjacent dimensions."""
-    with recording(hopper=not isinstance(arch, str) and arch >= 90) as found:
+    with recording(0 if isinstance(arch, str) else arch) as found:
         for problem in solvers():
             problem.launch(gradients=problem.N in (1, 3073))
         for problem in products():

@@ -30,7 +30,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def processors(monkeypatch):
     def pretend(count: int) -> None:
         monkeypatch.setattr(launch, "processors", lambda device: count)
-        monkeypatch.setattr(launch, "hopper", lambda device: True)
+        monkeypatch.setattr(launch, "generation", lambda device: 0)
 
     return pretend
 
@@ -155,13 +155,20 @@ sizes = st.integers(1, 20000)
     double=st.booleans(),
     relaxed=st.booleans(),
     processors=st.sampled_from([1, 8, 108, 132, 148]),
-    hopper=st.booleans(),
+    generation=st.sampled_from([0, 80, 90, 100]),
     in_memory=st.booleans(),
 )
 @hypothesis.settings(max_examples=500)
-def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, processors, hopper, in_memory):
+def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
     choice = rule.solver(
-        items, size_x, size_y, double=double, relaxed=relaxed, processors=processors, hopper=hopper, in_memory=in_memory
+        items,
+        size_x,
+        size_y,
+        double=double,
+        relaxed=relaxed,
+        processors=processors,
+        generation=generation,
+        in_memory=in_memory,
     )
     assert choice.programs in (1, 2, 4, 8, 16)
     assert choice.programs <= choice.peers

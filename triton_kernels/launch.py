@@ -105,10 +105,12 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def hopper(device: torch.device) -> bool:
-    """Whether this is NVIDIA's Hopper or a later chip."""
-    nvidia = device.type == "cuda" and not torch.version.hip
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+def generation(device: torch.device) -> int:
+    """NVIDIA's compute capability, 90 for 9.0; 0 for chips of others and in the interpreter."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def device_guard(device: torch.device) -> Any:
@@ -245,7 +247,7 @@ class Batch:
             double=self.dtype == torch.float64,
             relaxed=self.relaxed,
             processors=processors(self.device),
-            hopper=hopper(self.device),
+            generation=generation(self.device),
             in_memory=in_memory,
         )
 
@@ -276,16 +278,16 @@ class Batch:
         kernel.launch(grid, self.values | others, constants, self.device, (*self.kind, *kind))
 
 
-def _factors(dtype: torch.dtype, *tensors: Tensor) -> tuple[bool, int, str]:
+def _factors(batch: Batch, *tensors: Tensor) -> tuple[bool, int, str]:
     """How tensor cores multiply: whether 16-bit numbers as they are, the bits of the factors, and the precision."""
-    if dtype == torch.float64:
+    if batch.dtype == torch.float64:
         return False, 64, "ieee"
     types = {tensor.dtype for tensor in tensors}
     small = all(dtype.itemsize == 2 for dtype in types)
-    if INTERPRETED or torch.version.hip or tensors[0].device.type == "xpu":
-        return small and len(types) == 1 and not INTERPRETED, 32, "ieee"  # (the interpreter's bfloat16 is wrong)
-    if small and len(types) == 1:
+    if small and len(types) == 1 and not INTERPRETED:  # (the interpreter multiplies bfloat16 as integers)
         return True, 16, "ieee"
+    if not generation(batch.device):
+        return False, 32, "ieee"
     return False, 32, "tf32" if small or tf32_allowed() else "tf32x3"  # 16-bit numbers are exact in TF32
 
 
@@ -374,7 +376,7 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
     others |= {"counters": counters, "counters_size": counters.numel()}
     beyond: tuple[Any, ...] = ()
     if given is None:
-        same, bits, precision = _factors(batch.dtype, batch.values["x"], batch.values["y"])
+        same, bits, precision = _factors(batch, batch.values["x"], batch.values["y"])
         cost = batch.cost
     else:
         same, bits, precision, cost = False, 8 * batch.dtype.itemsize, "ieee", "given"
@@ -477,10 +479,10 @@ def project(
 ) -> None:
     """Fill `out` with the gradient by one side's points, or with their images if `cost` is "average"."""
     other = batch.values["x" if by_y else "y"]
-    same, bits, precision = _factors(batch.dtype, other)
+    same, bits, precision = _factors(batch, other)
     if same and (cost == "average" or other.dtype == torch.float16):
         # The plan is beyond the range of float16, and an image is wanted better than in bfloat16.
-        same, bits, precision = False, 32, "tf32" if precision == "ieee" and bits == 16 else precision
+        same, bits, precision = False, 32, "tf32" if generation(batch.device) else "ieee"
     dim = out.shape[-1]
     tile = rule.project(dim, bits=bits)
     constants = {

@@ -71,7 +71,7 @@ def apply_plan(
     for first in range(begin, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         mine = rows < end
-        P, _ = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+        P, cost = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
         row_mass = tl.load(mass + rows, mask=mine, other=0)
         row_load = tl.load(load + rows, mask=mine, other=0)
         t = from_load * row_load + to_load * tl.sum(P * z[None, :], 1)
@@ -194,7 +194,7 @@ def lift_kernel(
         for first in range(begin, end, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
             mine = rows < end
-            P, _ = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
+            P, cost = plan_rows(at, rows, mine, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg)
             row_mass = tl.load(mass + rows, mask=mine, other=0)
             lift = tl.load(load + rows, mask=mine, other=0) - tl.sum(P * solution[None, :], 1)
             tl.store(x_lift + x_start + rows, over_mass(lift, row_mass), mask=mine)
@@ -485,7 +485,7 @@ def assign_kernel(
     best = tl.zeros([BLOCK_K], tl.int64) - 1
     for first in range(0, n, BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
-        P, _ = plan_rows(
+        P, cost = plan_rows(
             C + x_start * ld, rows, rows < n, columns, real, ld, f, g_j, a, has_a, x_start, n, b_j, per_reg
         )
         tile_most = tl.max(P, 0)

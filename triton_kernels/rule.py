@@ -72,13 +72,13 @@ def solver(
     double: bool,
     relaxed: bool,
     processors: int,
-    hopper: bool,
+    generation: int,
     in_memory: bool = False,
 ) -> Solver:
     """The rule for Sinkhorn's iterations.
 
     `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
-    cooperative, else 1; `hopper` is for that generation of NVIDIA's chips or a later one. The fewest programs an item that keep the kernel matrix in registers; if none do, as many as
+    cooperative, else 1; `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. The fewest programs an item that keep the kernel matrix in registers; if none do, as many as
     there may be, each reading its rows from memory, as where it is to be `in_memory` at any rate.
     """
     most = MOST_PROGRAMS
@@ -89,8 +89,8 @@ def solver(
         while programs <= (min(most, MOST_RELAXED) if relaxed else most):
             for tile in RESIDENT:
                 fits = size_y <= tile.width and size_x <= programs * tile.rows
-                if fits and tile.fewest <= programs <= (tile.most if hopper else tile.before_hopper):
-                    block_n = 8 if tile.width > 128 else 16
+                if fits and tile.fewest <= programs <= (tile.most if generation >= 90 else tile.before_hopper):
+                    block_n = 8 if tile.width > 64 else 16
                     return _solver(items, programs, processors, block_n, tile.width, tile.groups, tile.warps)
             programs *= 2
     block_m = power_of_two(size_y, 32)

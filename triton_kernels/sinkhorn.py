@@ -58,7 +58,7 @@ def exact_columns(cost, inside, F, log_a, per_reg):
 @triton.jit
 def kernel_tile(cost, inside, F, G, per_reg):
     """exp(F + G - C / reg), 0 outside. (Between points that both have no mass nothing bounds it: leave them out.)"""
-    return tl.exp(tl.where(inside, (F[:, None] - cost * per_reg) + G[None, :], -INFINITY))
+    return tl.exp(tl.where(inside, G[None, :] - (cost * per_reg - F[:, None]), -INFINITY))
 
 
 @triton.jit
