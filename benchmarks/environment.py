@@ -27,6 +27,23 @@ def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
     }
 
 
+def version(package: str) -> str:
+    """Of what is installed; "none" if it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def _version(package: str) -> str:
     try:
         return f"{package}={importlib.metadata.version(package)}"
