@@ -7,11 +7,14 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 # The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
+RESULTS_DIR ?= out/gpu
+WHEELS ?=
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo test test-all sanitize lint bench wheel clean
+.PHONY: help demo test test-all sanitize lint bench gpu wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +46,11 @@ lint: $(READY)  ## ruff, mypy and clang-format
 
 bench: $(READY)  ## the table of times against the alternatives
 	$(PY) benchmarks/run.py
+
+# On a machine with a GPU its own Python is used, whose torch and Triton fit the driver; DRY=1 rehearses here, in the venv.
+gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, sanitize, benchmark, within 9 minutes; DRY=1 rehearses on the CPU
+	$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_session.py --out $(RESULTS_DIR) \
+	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
 wheel: $(READY)  ## a wheel for this Python in dist/
 	rm -rf build

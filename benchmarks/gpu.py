@@ -239,7 +239,7 @@ class Bench:
         floor = gpu_oracle.floor_us(task.batch, dtype, mode, self.ceilings)
         self.row(
             case, mode, provider, True, **reached, median_us=f"{median:.2f}", p20_us=f"{low:.2f}", p80_us=f"{high:.2f}",
-            peak_mb=f"{peak_mb(run, self.device):.1f}", floor_us=f"{floor:.2f}", ratio_to_floor=f"{median / floor:.2f}",
+            peak_mb=f"{peak_mb(run, self.device):.1f}", floor_us=f"{floor:.4g}", ratio_to_floor=f"{median / floor:.2f}",
         )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class Truth(NamedTuple):
 
 def solve(batch: Batch, reg: float, *, iterations: int | None = None, tol: float = 1e-6) -> Truth:
     """Gauss-Seidel in the log domain on the cosine cost, for a number of iterations or to a marginal error."""
-    x, y, a, b = (t.double() for t in (batch.x, batch.y, batch.a, batch.b))
+    x, y = batch.x.double(), batch.y.double()
+    a, b = (batch.a > 0) / batch.n[:, None].double(), (batch.b > 0) / batch.m[:, None].double()
     real_x, real_y = (a > 0)[..., None], (b > 0)[..., None]
     x, y = torch.where(real_x, x, 0), torch.where(real_y, y, 0)
     over_x = 1 / torch.where(real_x, x.norm(dim=-1, keepdim=True), 1)

@@ -33,7 +33,7 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
     if wheels is not None:
         files = [str(wheel) for wheel in sorted(wheels.glob("*.whl"))]
         options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
-        yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 60)
+        yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 20)
     if not dry:
         options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--upgrade", "--target", str(site)]
         yield Step("build", [python, "-m", "pip", "install", *options, str(ROOT)], 60)
@@ -50,9 +50,9 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
             tool = [sanitizer or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9"]
             yield Step(kind, [*tool, *small, "--quick"], 50)
     benchmark = [python, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out)]
-    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "180"])], 210)
+    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "140"])], 170)
     stages = [python, str(ROOT / "benchmarks" / "gpu_stages.py"), "--out", str(out)]
-    yield Step("stages", [*stages, *(["--dry"] if dry else [])], 40)
+    yield Step("stages", [*stages, *(["--dry"] if dry else [])], 30)
 
 
 def run(step: Step, out: Path, environment: dict[str, str]) -> dict[str, object]:

@@ -1,0 +1,115 @@
+"""The README's GPU table and its plot, from the results alone: `python benchmarks/gpu_report.py README.md`.
+
+Reads every benchmark.csv in benchmarks/results/<device>/. Rows from a dry run, and rows without a time, make no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from pathlib import Path
+
+from report import number
+
+RESULTS = Path(__file__).parent / "results"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "gpu.png"
+NOTHING = "Not measured on a GPU."
+Rows = list[dict[str, str]]
+
+
+def read(results: Path = RESULTS) -> Rows:
+    """The rows with a time, of all devices."""
+    rows: Rows = []
+    for path in sorted(results.glob("*/benchmark.csv")):
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["median_us"] and "dry run" not in row["device"]]
+    return rows
+
+
+def ordered(rows: Rows, column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def medians(rows: Rows, **wanted: str) -> dict[str, float]:
+    """Median by provider of the rows whose columns are `wanted`."""
+    chosen = (row for row in rows if all(row[column] == value for column, value in wanted.items()))
+    return {row["provider"]: float(row["median_us"]) for row in chosen}
+
+
+def table(rows: Rows, mode: str = "full", dtype: str = "bf16") -> str:
+    """A table for every device: microseconds of every provider, a line a shape."""
+    rows = [row for row in rows if row["mode"] == mode and row["dtype"] == dtype]
+    if not rows:
+        return NOTHING
+    lines: list[str] = []
+    for device in ordered(rows, "device"):
+        here = [row for row in rows if row["device"] == device]
+        providers = ordered(here, "provider")
+        lines += ["| shape | " + " | ".join(f"{p}, us" for p in providers) + " | floor, us |"]
+        lines += ["|---" * (len(providers) + 2) + "|"]
+        for shape in ordered(here, "shape"):
+            times = medians(here, shape=shape)
+            floor = next(row["floor_us"] for row in here if row["shape"] == shape)
+            cells = [number(times[p]) if p in times else "-" for p in providers]
+            lines.append(f"| `{shape}` | " + " | ".join(cells) + f" | {number(float(floor))} |")
+        lines += ["", conditions(here), ""]
+    return "\n".join(lines).rstrip()
+
+
+def conditions(rows: Rows) -> str:
+    """One sentence under every table and plot."""
+    row = rows[0]
+    return (
+        f"Loss and both gradients, {row['dtype']} points, cosine cost, reg {row['reg']}, 100 iterations, or with early exit "
+        f"an L1 marginal error of 0.001; medians by CUDA events, L2 flushed; {row['device']}, driver {row['driver']}, CUDA "
+        f"{row['cuda']}, torch {row['torch']}, Triton {row['triton']}; commit {row['commit']}, {row['date'][:10]}."
+    )
+
+
+def update(readme: Path, rows: Rows) -> None:
+    text = readme.read_text()
+    block = f"<!-- bench:gpu -->\n{table(rows)}\n<!-- /bench:gpu -->"
+    text, count = re.subn(r"<!-- bench:gpu -->.*?<!-- /bench:gpu -->", lambda _: block, text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{readme} needs the markers <!-- bench:gpu --> and <!-- /bench:gpu --> once, found {count}")
+    readme.write_text(text)
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Time over floor of every provider, a group a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["mode"] == "full" and row["dtype"] == "bf16"]
+    shapes, providers = ordered(rows, "shape"), ordered(rows, "provider")
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.8 * len(shapes)))
+    for place, provider in enumerate(providers):
+        here = [row for row in rows if row["provider"] == provider]
+        heights = [shapes.index(row["shape"]) + (place - len(providers) / 2) * 0.8 / len(providers) for row in here]
+        axes.scatter([float(row["ratio_to_floor"]) for row in here], heights, s=30, label=provider)
+    axes.set_yticks(range(len(shapes)), shapes, size=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("time over the floor of bytes and products (logarithmic), less is better")
+    axes.grid(axis="x", which="both", linewidth=0.4, color="#e3e6e9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    arguments = parser.parse_args()
+    found = read(arguments.results)
+    update(arguments.readme, found)
+    if found:
+        draw(found, arguments.figure)

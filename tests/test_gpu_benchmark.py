@@ -1,0 +1,213 @@
+"""Does the GPU benchmark check, refuse and report as it says? On the CPU, at toy sizes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+COLUMNS = [
+    "shape",
+    "mode",
+    "provider",
+    "dtype",
+    "B",
+    "N",
+    "M",
+    "D",
+    "reg",
+    "iterations",
+    "marginal_error",
+    "match",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "peak_mb",
+    "floor_us",
+    "ratio_to_floor",
+    "device",
+    "driver",
+    "cuda",
+    "torch",
+    "triton",
+    "commit",
+    "date",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def small():
+    from shapes import SMALL, make_batch
+
+    return make_batch(SMALL._replace(B=2, N=20, M=10))
+
+
+def test_truth_is_the_reference(small):
+    import gpu_oracle
+
+    import otalign
+
+    truth = gpu_oracle.solve(small, 0.05, iterations=7)
+    x, y = small.x.double().requires_grad_(), small.y.double().requires_grad_()
+    result = otalign.solve(x, y, small.n, small.m, reg=0.05, tol=0, max_iter=7, backend="reference")
+    gradients = torch.autograd.grad(result.value.mean(), (x, y))
+    assert truth.marginal_error == pytest.approx(float(result.error.max()), rel=1e-9)
+    for actual, expected in zip(truth[:3], (result.value.mean(), *gradients), strict=True):
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def dry_run(tmp_path, *providers):
+    import gpu
+
+    code = gpu.main(["--dry", "--out", str(tmp_path), "--providers", *providers])
+    with (tmp_path / "benchmark.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        return code, reader.fieldnames, list(reader)
+
+
+def test_rows(tmp_path):
+    code, columns, rows = dry_run(tmp_path, "POT", "cuda", "torch log, compiled, graph")
+    assert code == 0
+    assert columns == COLUMNS
+    assert {row["mode"] for row in rows} == {"forward", "backward", "full"}
+    assert {row["dtype"] for row in rows} == {"bf16", "fp32"}
+    assert {row["shape"] for row in rows} == {
+        "small",
+        "small, ragged",
+        "small, early exit",
+        "small, ragged, early exit",
+    }
+    for row in rows:
+        assert bool(row["median_us"]) == (row["match"] == "True"), "a time for right answers, and only for them"
+        assert "dry run" in row["device"]
+        if row["provider"] != "POT":
+            assert row["match"].startswith("missing: "), "who takes no part has a row that says why"
+    timed = [row for row in rows if row["median_us"]]
+    assert timed
+    for row in timed:
+        assert float(row["floor_us"]) > 0
+        assert float(row["ratio_to_floor"]) == pytest.approx(float(row["median_us"]) / float(row["floor_us"]), rel=0.02)
+        if "early exit" in row["shape"]:
+            assert float(row["marginal_error"]) <= 1.02e-3
+    assert "no figure counts" in (tmp_path / "targets.txt").read_text()
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "not converged"])
+def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
+    import gpu_providers
+
+    pot = gpu_providers.PROVIDERS["POT"]
+
+    def spoilt(task):
+        right = pot(task)
+        if wrong == "not converged":
+            return right._replace(marginal_error=1.0)
+        if wrong == "loss":
+            return right._replace(loss=lambda x, y: right.loss(x, y) * 1.01)
+        return right._replace(loss=lambda x, y: (loss := right.loss(x, y)) + 0.1 * (loss - loss.detach()))
+
+    monkeypatch.setitem(gpu_providers.PROVIDERS, "POT", spoilt)
+    _, _, rows = dry_run(tmp_path, "POT")
+    converging = [row for row in rows if "early exit" in row["shape"] and row["mode"] == "full"]
+    assert converging
+    assert all(row["match"] == "False" and not row["median_us"] for row in converging)
+
+
+def test_a_failure_of_ours_is_an_error(tmp_path, monkeypatch):
+    import gpu_providers
+
+    def broken(task):
+        raise RuntimeError("it broke")
+
+    monkeypatch.setitem(gpu_providers.PROVIDERS, "triton", broken)
+    code, _, rows = dry_run(tmp_path, "triton")
+    assert code == 1
+    assert all(row["match"] == "failed: RuntimeError: it broke" for row in rows)
+
+
+def test_floor(small):
+    import gpu_oracle
+
+    ceilings = gpu_oracle.Ceilings(1e12, {torch.bfloat16: 1e15, torch.float32: 1e9})
+    numbers = int(small.n.sum() + small.m.sum()) * 64
+    assert gpu_oracle.floor_us(small, torch.bfloat16, "forward", ceilings) == pytest.approx(numbers * 2 / 1e6)
+    products = 2 * int((small.n * small.m).sum()) * 64
+    assert gpu_oracle.floor_us(small, torch.float32, "full", ceilings) == pytest.approx(3 * products / 1e3)
+
+
+def test_targets():
+    import gpu
+
+    row = {"shape": "A", "mode": "forward", "dtype": "bf16"}
+    rows = [{**row, "provider": "triton", "median_us": "300"}, {**row, "provider": "cuda", "median_us": "70.0"}]
+    lines = list(gpu.targets(rows))
+    assert lines[0] == (
+        "A forward: 70.0 us by cuda, target 85 us met (stretch 60 us); Triton alone 300.0 us, not within 3x"
+    )
+    assert lines[1] == "A full: not measured (target 130 us, stretch 105 us)"
+
+
+def test_report(tmp_path):
+    import gpu_report
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:gpu -->\nold\n<!-- /bench:gpu -->\nafter\n")
+    gpu_report.update(readme, gpu_report.read(tmp_path))
+    assert readme.read_text() == "before\n<!-- bench:gpu -->\nNot measured on a GPU.\n<!-- /bench:gpu -->\nafter\n"
+    (tmp_path / "chip").mkdir()
+    row = dict.fromkeys(COLUMNS, "1") | {
+        "shape": "A",
+        "mode": "full",
+        "dtype": "bf16",
+        "device": "Chip",
+        "date": "2026-01-02",
+    }
+    times = {"triton": "123.4", "POT": "4567.8"}
+    with (tmp_path / "chip" / "benchmark.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**row, "provider": name, "median_us": time} for name, time in times.items())
+        writer.writerow({**row, "provider": "cuda", "median_us": "", "match": "missing: no"})
+        writer.writerow({**row, "provider": "dream", "median_us": "1", "device": "CPU (dry run)"})
+    rows = gpu_report.read(tmp_path)
+    gpu_report.update(readme, rows)
+    assert "| `A` | 123 | 4568 | 1 |" in readme.read_text()
+    assert "dream" not in readme.read_text()
+    gpu_report.draw(rows, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+def test_session_writes_down_what_fails(tmp_path):
+    import gpu_session
+
+    steps = [gpu_session.Step("good", [sys.executable, "-c", "print(1)"], 20)]
+    steps += [gpu_session.Step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20)]
+    steps += [gpu_session.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.3)]
+    steps += [gpu_session.Step("absent", ["/no/such/program"], 1)]
+    outcomes = [str(gpu_session.run(step, tmp_path, {})["outcome"]) for step in steps]
+    assert outcomes[:3] == ["passed", "failed with 3", "stopped after 0 s"]
+    assert outcomes[3].startswith("cannot run")
+    assert (tmp_path / "good.log").read_text() == "1\n"
+
+
+def test_session_fits_into_nine_minutes(tmp_path):
+    import gpu_session
+
+    for dry in (False, True):
+        steps = list(gpu_session.steps(tmp_path, tmp_path, tmp_path, dry=dry))
+        assert sum(step.seconds for step in steps) <= 9 * 60
+        assert {"tests", "benchmark", "stages"} <= {step.name for step in steps}
+    assert {"build", "memcheck", "racecheck"} <= {
+        step.name for step in gpu_session.steps(tmp_path, tmp_path, None, dry=False)
+    }
