@@ -54,22 +54,25 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
     return block
 
 
-# Through the interpreter a solve takes seconds. In these modules it makes part of `make test`, elsewhere of `make test-all`.
+# Through the interpreter a solve takes seconds. In these modules it makes part of `make test`, elsewhere of `make test-all`,
+# and so do divergences, which are three solves.
 QUICK_WITH_TRITON = (
     "test_agreement",
     "test_agreement_gradients",
+    "test_compile",
     "test_layouts",
     "test_odd_input",
-    "test_compile",
     "test_ops",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        parameters = getattr(item, "callspec", None)
-        with_triton = parameters is not None and parameters.params.get("backend") == "triton"
-        if with_triton and item.path.stem not in QUICK_WITH_TRITON:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") != "triton":
+            continue
+        thrice = parameters.get("objective") == "divergence" and item.path.stem != "test_layouts"
+        if thrice or item.path.stem not in QUICK_WITH_TRITON:
             item.add_marker(pytest.mark.slow)
 
 

@@ -122,12 +122,11 @@ def test_packed_and_jagged(device):
     expected = otalign.solve(*batch, backend="triton")
     packed = batch.packed()
     actual = otalign.solve(**packed, max_seqlen_x=750, max_seqlen_y=128, backend="triton")
-    identical(actual.value, expected.value)
-    identical(
-        actual.potentials[0], torch.cat([f[:n] for f, n in zip(expected.potentials[0], batch.x_lengths, strict=True)])
-    )
+    close(actual.value, expected.value, 1e-6)
+    potentials = torch.cat([f[:n] for f, n in zip(expected.potentials[0], batch.x_lengths, strict=True)])
+    close(actual.potentials[0], potentials, 1e-6)
     x, y = (torch.nested.nested_tensor_from_jagged(packed[s], packed[f"cu_seqlens_{s}"]) for s in "xy")
-    identical(otalign.solve(x, y, backend="triton").value, expected.value)
+    close(otalign.solve(x, y, backend="triton").value, expected.value, 1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
