@@ -39,6 +39,13 @@ def kernel(function):
 
 
 @triton.jit
+def locate(tiles):
+    """The item of this program, and which of the item's `tiles` it has."""
+    program = tl.program_id(0)
+    return program // tiles, program % tiles
+
+
+@triton.jit
 def segment(lengths, mode, size, rows, item, items):
     """First row of an item, its length, and the rows up to the next item: its slot, which outputs have to fill."""
     low = tl.load(lengths + item, mask=mode > 0, other=0)

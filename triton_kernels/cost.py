@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import INFINITY, kernel, load_reg, prior_tile, segment
+from .common import INFINITY, kernel, load_reg, locate, prior_tile, segment
 
 
 @triton.jit
@@ -93,17 +93,17 @@ def cost_kernel(
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    item = tl.program_id(1)
-    if (tl.program_id(0) == 0) & (item == 0):
+    tiles_y = tl.cdiv(y_size, BLOCK_M)
+    item, tile = locate(tl.cdiv(x_size, BLOCK_N) * tiles_y)
+    if tl.program_id(0) == 0:
         index = tl.arange(0, 128)
         while tl.min(index, 0) < counters_size:
             tl.store(counters + index, tl.zeros([128], tl.int32), mask=index < counters_size)
             index += 128
     x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
     y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
-    tiles = tl.cdiv(y_size, BLOCK_M)
-    row = (tl.program_id(0) // tiles) * BLOCK_N
-    column = (tl.program_id(0) % tiles) * BLOCK_M
+    row = (tile // tiles_y) * BLOCK_N
+    column = (tile % tiles_y) * BLOCK_M
     if (row < n) & (column < m):
         rows = row + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_M)

@@ -397,7 +397,7 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
         "num_stages": tile.stages,
     }
     tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
-    batch.launch(_cost, (tiles, batch.items, 1), constants, others, beyond)
+    batch.launch(_cost, (tiles * batch.items, 1, 1), constants, others, beyond)
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
             tile = rule.WEIGHTS
             constants = {"IMPLICIT": implicit, "BY_Y": name == "b", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
             constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-            grid = (divide(side.size, tile.rows), batch.items, 1)
+            grid = (divide(side.size, tile.rows) * batch.items, 1, 1)
             batch.launch(_weights, grid, constants, values | {"out": out[name], "rho": batch.values[rho]}, kind(values))
     return out
 
@@ -499,7 +499,7 @@ def project(
         "num_stages": tile.stages,
     }
     side = batch.y if by_y else batch.x
-    grid = (divide(side.size, tile.rows) * divide(dim, tile.columns), batch.items, 1)
+    grid = (divide(side.size, tile.rows) * divide(dim, tile.columns) * batch.items, 1, 1)
     batch.launch(_project_kernel, grid, constants, values | {"out": out}, kind(values, out))
 
 
@@ -508,7 +508,7 @@ def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient
     constants = {"GRADIENT": gradient, "IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
-    batch.launch(_dense, (tiles, batch.items, 1), constants, values | {"out": out}, kind(values, out))
+    batch.launch(_dense, (tiles * batch.items, 1, 1), constants, values | {"out": out}, kind(values, out))
 
 
 # What is made of a plan ------------------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def assign(batch: Batch, saved: Saved) -> Tensor:
         return out.fill_(-1)
     tile = rule.ASSIGN
     constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (divide(batch.y.size, tile.columns), batch.items, 1)
+    grid = (divide(batch.y.size, tile.columns) * batch.items, 1, 1)
     values = from_saved(saved) | {"out": out}
     batch.launch(_assign, grid, constants, values, kind(values))
     return out

@@ -16,6 +16,7 @@ from .common import (
     kernel,
     load_reg,
     load_weights,
+    locate,
     only_if,
     prior_tile,
     segment,
@@ -235,7 +236,11 @@ def project_kernel(
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    item = tl.program_id(1)
+    tiles = tl.cdiv(dim, BLOCK_D)
+    if BY_Y:
+        item, tile = locate(tl.cdiv(y_size, BLOCK_R) * tiles)
+    else:
+        item, tile = locate(tl.cdiv(x_size, BLOCK_R) * tiles)
     x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
     y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
     x_at = x + tl.where(x_mode == 2, x_start * x_row, item.to(tl.int64) * x_item)
@@ -253,10 +258,9 @@ def project_kernel(
         own_w, other_w, has_own, has_other = a, b, has_a, has_b
         own_step, other_step = ld, ld * 0 + 1
 
-    tiles = tl.cdiv(dim, BLOCK_D)
-    begin = (tl.program_id(0) // tiles) * BLOCK_R
+    begin = (tile // tiles) * BLOCK_R
     rows = begin + tl.arange(0, BLOCK_R)
-    k = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = (tile % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     mine = rows < own_n
     epsilon = load_reg(reg, reg_items, per_item, item, T)
     per_reg = 1 / epsilon
@@ -327,7 +331,7 @@ def project_kernel(
 
     if COST == "average":
         result = sums / tl.where(diagonal == 0, 1, diagonal)[:, None]
-        if tl.program_id(0) % tiles == 0:
+        if tile % tiles == 0:
             tl.store(own_scale + own_start + rows, tl.where(mine, diagonal, 0), mask=rows < slot)
     else:
         result = -sums
@@ -367,7 +371,10 @@ def weights_kernel(
     """The gradient by the weights of x, or of y if BY_Y, whose relaxation is `rho`: out (rows,)."""
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    item = tl.program_id(1)
+    if BY_Y:
+        item, tile = locate(tl.cdiv(y_size, BLOCK_R))
+    else:
+        item, tile = locate(tl.cdiv(x_size, BLOCK_R))
     x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
     y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
     if BY_Y:
@@ -378,7 +385,7 @@ def weights_kernel(
         own_start, own_n, slot, size, other_start, other_n = x_start, n, x_slot, x_size, y_start, m
         own_f, other_f, own_w, other_w, has_own, has_other, other_lift = f, g, a, b, has_a, has_b, y_lift
         own_step, other_step = ld, ld * 0 + 1
-    begin = tl.program_id(0) * BLOCK_R
+    begin = tile * BLOCK_R
     rows = begin + tl.arange(0, BLOCK_R)
     mine = rows < own_n
     epsilon = load_reg(reg, reg_items, per_item, item, T)
@@ -426,12 +433,12 @@ def dense_kernel(
     """The plan, or with GRADIENT the gradient by the cost, as out (B, size of x, size of y), 0 on the padding."""
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    item = tl.program_id(1)
+    tiles = tl.cdiv(y_size, BLOCK_K)
+    item, tile = locate(tl.cdiv(x_size, BLOCK_R) * tiles)
     x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
     y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
-    tiles = tl.cdiv(y_size, BLOCK_K)
-    rows = (tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = (tile // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = (tile % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     mine, real = rows < n, columns < m
     inside = mine[:, None] & real[None, :]
     epsilon = load_reg(reg, reg_items, per_item, item, T)
@@ -473,10 +480,10 @@ def assign_kernel(
     """For every y the first x that gives it most mass, -1 where there is none: out (rows of y,) int64."""
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    item = tl.program_id(1)
+    item, tile = locate(tl.cdiv(y_size, BLOCK_K))
     x_start, n, x_slot = segment(x_layout, x_mode, x_size, x_rows, item, items)
     y_start, m, y_slot = segment(y_layout, y_mode, y_size, y_rows, item, items)
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     real = columns < m
     per_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
     g_j = tl.load(g + y_start + columns, mask=real, other=0)

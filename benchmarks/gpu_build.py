@@ -1,0 +1,65 @@
+"""Puts otalign where a machine with a GPU can import it, built with what is there: no network, no virtual environment.
+
+`python benchmarks/gpu_build.py FOLDER` tries pip, then the sources as they are with CMake alone, then without the extension,
+which the Triton backend does not need. Says what came of it, and fails if the extension is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def succeeds(*command: str) -> bool:
+    print("$", *command, flush=True)
+    try:
+        return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    except OSError as error:
+        print(error, flush=True)
+        return False
+
+
+def with_pip(site: Path) -> bool:
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--upgrade", "--target", str(site)]
+    return succeeds(sys.executable, "-m", "pip", "install", *options, str(ROOT))
+
+
+def with_cmake(site: Path) -> bool:
+    """The Python files copied, and beside them the extension that CMake builds."""
+    package = site / "otalign"
+    shutil.rmtree(package, ignore_errors=True)
+    leave = shutil.ignore_patterns("__pycache__", "_C*", "_build_info.py", "triton_kernels")
+    shutil.copytree(ROOT / "otalign", package, ignore=leave)
+    shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels", ignore=leave)
+    try:
+        import pybind11
+    except ImportError as error:
+        print(f"the extension was not built: {error}")
+        return False
+    build = site / "build"
+    found = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *found, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
+    return succeeds(*configure) and succeeds("cmake", "--build", str(build), "--parallel")
+
+
+def main(arguments: list[str]) -> int:
+    site = Path(arguments[0]).resolve()
+    site.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("OTALIGN_REQUIRE_EXT", None)  # without the extension there is still something to measure
+    if not with_pip(site):
+        with_cmake(site)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    succeeds("nvidia-smi")
+    # Elsewhere than in the checkout, whose otalign is not the one to look at.
+    subprocess.run([sys.executable, "-m", "otalign"], cwd=site, check=False)
+    reason = "from otalign import backends; r = backends.available()['cpu']; print('extension:', r or 'built'); exit(bool(r))"
+    return subprocess.run([sys.executable, "-c", reason], cwd=site, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
