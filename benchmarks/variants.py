@@ -177,7 +177,7 @@ class Problem(NamedTuple):
 
 # At, and one beyond, every border that a rule knows.
 SIZES_X = (1, 64, 65, 128, 129, 192, 193, 256, 257, 768, 769, 3072, 3073, 20000)
-SIZES_Y = (1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 1024, 2048, 4096, 8192, 16384)
+SIZES_Y = (1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ITEMS = (1, 8, 9, 16, 17, 33, 34, 66, 67, 500)
 FACTORS = (
     (torch.bfloat16, torch.bfloat16),

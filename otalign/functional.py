@@ -239,7 +239,7 @@ def _objective(problem: Problem, objective: str, backend: str) -> Tensor:
     yy = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]))
     self_terms = _solve(xx, backend).value + _solve(yy, backend).value
     empty = ~_filled(problem)
-    return torch.where(empty.to(p.device, non_blocking=True), 0, solution.value - self_terms / 2)
+    return torch.where(empty, 0, solution.value - self_terms / 2)
 
 
 def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
@@ -249,13 +249,10 @@ def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
         return losses.sum()
     n, m = problem.x_segments.counts, problem.y_segments.counts
     if n is None or m is None:
-        return losses.sum() / _filled(problem).sum().clamp(min=1).to(losses.device, non_blocking=True)
+        return losses.sum() / _filled(problem).sum().clamp(min=1)
     return losses.sum() / max(sum(bool(i and j) for i, j in zip(n, m, strict=True)), 1)
 
 
 def _filled(problem: Problem) -> Tensor:
     """Which items are not empty: (B,)."""
-    x_lengths, y_lengths = problem.x_segments.lengths, problem.y_segments.lengths
-    if x_lengths.device != y_lengths.device:  # sides without lengths have theirs on the CPU
-        x_lengths, y_lengths = (lengths.to(problem.device, non_blocking=True) for lengths in (x_lengths, y_lengths))
-    return (x_lengths > 0) & (y_lengths > 0)
+    return (problem.x_segments.lengths > 0) & (problem.y_segments.lengths > 0)

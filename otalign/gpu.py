@@ -343,8 +343,8 @@ class _Align(torch.autograd.Function):
         ctx: Any, x: Any, y: Any, C: Any, a: Any, b: Any, rest: Any, init: Any, max_iter: int, tol: float
     ) -> tuple[Tensor, ...]:
         outputs = tuple(_kernels().solve(_batch(_Inputs(x, y, C, a, b, *rest)), C, init, max_iter, tol))
-        ctx.save_for_backward(x, y, C, a, b, *outputs[4:])
-        ctx.rest = rest
+        ctx.save_for_backward(x, y, C, a, b, *rest[:3], *outputs[4:])
+        ctx.rest = rest[3:]
         ctx.mark_non_differentiable(*outputs[2:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -354,7 +354,7 @@ class _Align(torch.autograd.Function):
         if value is None and linear is None:
             return (None,) * 9
         tensors, wanted = ctx.saved_tensors, _needed(ctx)
-        inputs, saved = _Inputs(*tensors[:5], *ctx.rest), tensors[5:]
+        inputs, saved = _Inputs(*tensors[:8], *ctx.rest), tensors[8:]
         if torch.is_grad_enabled():  # a second derivative is wanted: let the library say that there is none
             backward = torch.ops.otalign.gpu_align_backward
             found = backward(*inputs, *saved, value, linear, None, wanted)

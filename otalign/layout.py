@@ -51,12 +51,13 @@ class Segments:
     packed: bool
     layout: Tensor | None  # int64, lengths (B,) or, packed, offsets (B + 1,); None where all are full. With the values
     counts: list[int] | None  # the lengths, where Python may know: not under torch.compile, nor if they are on a GPU
+    device: torch.device  # of the values
 
     @property
     def lengths(self) -> Tensor:
         """(B,) int64."""
         if self.layout is None:
-            return torch.full((self.items,), self.size, dtype=torch.int64)
+            return torch.full((self.items,), self.size, dtype=torch.int64, device=self.device)
         return self.layout.diff() if self.packed else self.layout
 
     @property
@@ -94,7 +95,10 @@ class Segments:
         if not self.packed:
             return vector.sum(-1, keepdim=True).expand_as(vector)
         index = self.item_of_row()
-        return vector.new_zeros(self.items + 1).index_add(0, index, vector)[index]
+        if vector.device.type == "cpu":
+            return vector.new_zeros(self.items + 1).index_add(0, index, vector)[index]
+        sums = self.to_padded(vector).sum(1)  # in a fixed order, which index_add on a GPU has not
+        return torch.nn.functional.pad(sums, (0, 1))[index]
 
     def to_padded(self, values: Tensor) -> Tensor:
         """Values in this layout as (B, size, ...), zero on the padding."""
@@ -158,12 +162,12 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
     """Segments of padded `values` (B, ...); lengths (B,) integers in [0, size], called `name` in messages."""
     items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
-        return Segments(items, size, items * size, False, None, None if compiling else [size] * items)
+        return Segments(items, size, items * size, False, None, None if compiling else [size] * items, values.device)
     _expect_integers(name, lengths, (items,))
     counts = _contents(lengths, values)
     if counts and not 0 <= min(counts) <= max(counts) <= size:
         raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
-    return Segments(items, size, items * size, False, _beside(lengths, values), counts)
+    return Segments(items, size, items * size, False, _beside(lengths, values), counts, values.device)
 
 
 def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
@@ -177,10 +181,10 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
     items, offsets = cu_seqlens.shape[0] - 1, _beside(cu_seqlens, values)
     if torch.compiler.is_compiling():
-        return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None)
+        return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None, values.device)
     marks = _contents(cu_seqlens, values)
     if marks is None and max_seqlen is not None:
-        return Segments(items, max_seqlen, rows, True, offsets, None)
+        return Segments(items, max_seqlen, rows, True, offsets, None, values.device)
     if marks is None:
         marks = cu_seqlens.tolist()  # the synchronisation that max_seqlen would have spared
     counts = [end - start for start, end in itertools.pairwise(marks)]
@@ -189,7 +193,7 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"{name}: expected offsets that rise from 0 to at most {rows}, got {marks}")
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen_{side}: the longest item has {longest} points, got {max_seqlen}")
-    return Segments(items, longest if max_seqlen is None else max_seqlen, rows, True, offsets, counts)
+    return Segments(items, longest if max_seqlen is None else max_seqlen, rows, True, offsets, counts, values.device)
 
 
 def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
@@ -201,7 +205,8 @@ def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
 
 def _beside(integers: Tensor, values: Tensor) -> Tensor:
     """As contiguous int64 on the device of the values, without waiting for it."""
-    return integers.to(values.device, torch.int64, non_blocking=True).contiguous()
+    on_gpu = values.device.type != "cpu"  # a copy to the CPU has to be waited for
+    return integers.to(values.device, torch.int64, non_blocking=on_gpu).contiguous()
 
 
 def _expect_tensor(name: str, value: object) -> None:

@@ -210,7 +210,7 @@ def _reg(reg: float | Tensor, items: int, device: torch.device) -> float | Tenso
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
     if checks_values(reg) and not bool((torch.isfinite(reg) & (reg > 0)).all()):
         raise ValueError(f"reg: expected finite numbers > 0, got {reg.tolist()}")
-    return reg.detach().to(device, torch.float64, non_blocking=True).expand(items).contiguous()
+    return reg.detach().to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
 
 
 def _rho(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -252,7 +252,7 @@ def _weights(
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {weights.device}")
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"{name}: expected a float or integer tensor, got {weights.dtype}")
-    mask = segments.mask().to(device, non_blocking=True)
+    mask = segments.mask()
     weights = torch.where(mask, weights.to(dtype), 0)
     if checks_values(weights) and bool((weights < 0).any()):
         raise ValueError(f"{name}: expected non-negative weights, got {float(weights.detach().min())}")

@@ -185,7 +185,7 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
 
 def test_too_long_a_side_is_refused():
     x, y = torch.zeros(1, 2, 3), torch.zeros(1, rule.SLOTS + 1, 3)
-    with pytest.raises(ValueError, match="y: items of up to"):
+    with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
     otalign.sinkhorn_loss(x, y, y_lengths=torch.tensor([3]), backend="reference")
 

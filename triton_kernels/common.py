@@ -51,10 +51,12 @@ def segment(lengths, mode, size, rows, item, items):
     low = tl.load(lengths + item, mask=mode > 0, other=0)
     high = tl.load(lengths + item + 1, mask=mode == 2, other=0)
     packed = mode == 2
+    low = tl.minimum(tl.maximum(low, 0), tl.where(packed, rows, size))
+    high = tl.minimum(tl.maximum(high, low), rows)
     start = tl.where(packed, low, item.to(tl.int64) * size)
     length = tl.where(packed, high - low, tl.where(mode == 1, low, size))
-    length = tl.minimum(tl.maximum(length, 0), size).to(tl.int32)
-    slot = tl.where(packed, tl.where(item == items - 1, rows - start, length), size)
+    length = tl.minimum(length, size).to(tl.int32)
+    slot = tl.where(packed, tl.where(item == items - 1, rows - start, high - low), size)
     return start, length, slot
 
 
@@ -192,8 +194,16 @@ def sum_over_programs(
         tl.store(mine + 2 * BLOCK_M, scalar)
         barrier(counter, (epoch + 1) * programs)
         for s in tl.static_range(len(values)):
-            at = parts + peer[:, None] * STRIDE + (s * WIDTH + tl.arange(0, WIDTH))[None, :]
-            total = total + (tl.sum(tl.load(at, mask=(peer < programs)[:, None], other=0, cache_modifier=".cg"), 0),)
+            columns = s * WIDTH + tl.arange(0, WIDTH)
+            if PEERS * WIDTH <= 8192:
+                at = parts + peer[:, None] * STRIDE + columns[None, :]
+                all_parts = tl.load(at, mask=(peer < programs)[:, None], other=0, cache_modifier=".cg")
+                total = total + (tl.sum(all_parts, 0),)
+            else:
+                one_by_one = tl.zeros_like(values[s])
+                for other in range(programs):
+                    one_by_one += tl.load(parts + other * STRIDE + columns, cache_modifier=".cg")
+                total = total + (one_by_one,)
         scalars = tl.load(parts + peer * STRIDE + 2 * BLOCK_M, mask=peer < programs, other=0, cache_modifier=".cg")
         scalar = tl.sum(scalars)
     else:

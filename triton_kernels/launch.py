@@ -89,11 +89,12 @@ _project_kernel, _weights = Kernel(project_kernel), Kernel(weights_kernel)
 _dense, _assign = Kernel(dense_kernel), Kernel(assign_kernel)
 
 
-@functools.cache
-def _nothing(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands for vectors, lengths and values of reg that are not given; none is ever read."""
-    vector, integers, doubles = (torch.zeros(1, dtype=t, device=device) for t in (dtype, torch.int64, torch.float64))
-    return vector, integers, doubles
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What stands for a tensor that is not given; it is never read.
+
+    Not kept for the next call: what is allocated while a CUDA graph is captured belongs to the graph.
+    """
+    return torch.empty(1, dtype=dtype, device=device)
 
 
 @functools.cache
@@ -175,8 +176,10 @@ class Batch:
         self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
         self.relaxed = rho != (INFINITE, INFINITE)
         self.ld = rule.leading_dimension(y.size)
-        self.empty = not (items and x.rows and y.rows)
-        vector, integers, doubles = _nothing(device, dtype)
+        self.empty = not (items and x.size and y.size and x.rows and y.rows)
+        vector = _nothing(device, dtype)
+        if x.layout is None or y.layout is None:
+            integers = _nothing(device, torch.int64)
         self.values: dict[str, Any] = {
             "items": items,
             "x_layout": integers if x.layout is None else x.layout,
@@ -189,7 +192,7 @@ class Batch:
             "y_rows": y.rows,
             "ld16": self.ld // 16,
             "reg": reg,
-            "reg_items": doubles if reg_items is None else reg_items,
+            "reg_items": _nothing(device, torch.float64) if reg_items is None else reg_items,
             "per_item": int(reg_items is not None),
             "prior_first": prior_parameters[0] if prior_parameters else 0.0,
             "prior_second": prior_parameters[1] if len(prior_parameters) > 1 else 0.0,
@@ -423,7 +426,7 @@ def gradients(
     A launch for every input; two or three more if there is anything but a value.
     """
     if batch.empty:
-        return {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+        return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in wanted.items()}
     values = from_saved(saved)
     for name, gradient in (("value", value), ("linear", linear)):
         if gradient is not None:
@@ -480,9 +483,10 @@ def project(
     """Fill `out` with the gradient by one side's points, or with their images if `cost` is "average"."""
     other = batch.values["x" if by_y else "y"]
     same, bits, precision = _factors(batch, other)
-    if same and (cost == "average" or other.dtype == torch.float16):
-        # The plan is beyond the range of float16, and an image is wanted better than in bfloat16.
-        same, bits, precision = False, 32, "tf32" if generation(batch.device) else "ieee"
+    if same and (other.dtype == torch.float16 or out.dtype != other.dtype):
+        # The plan is beyond the range of float16, and gradients and images in float32 are wanted better than in bfloat16.
+        precise = "tf32" if out.dtype == torch.float16 or tf32_allowed() else "tf32x3"
+        same, bits, precision = False, 32, precise if generation(batch.device) else "ieee"
     dim = out.shape[-1]
     tile = rule.project(dim, bits=bits)
     constants = {
@@ -551,7 +555,7 @@ def barycentric_gradients(
     points y_j that are averaged have, besides, sum_i P_ij d_i.
     """
     if batch.empty:
-        return {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+        return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in wanted.items()}
     own, other = ("y", "x") if by_y else ("x", "y")
     points = batch.values[other].to(batch.dtype)
     mass = mass[..., None]

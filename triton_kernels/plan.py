@@ -220,6 +220,14 @@ def cost_gradient(
         return times(P, value)
 
 
+@triton.jit
+def round_like(W, points, SAME: tl.constexpr):
+    """`W`, rounded to the type of the points if it is to be multiplied in that."""
+    if SAME:
+        W = W.to(points.dtype.element_ty).to(W.dtype)
+    return W
+
+
 @kernel
 def project_kernel(
     x, y, out, C, G, f, g, x_scale, y_scale, x_lift, y_lift, a, b, x_layout, y_layout, grad_value, grad_linear,
@@ -310,15 +318,18 @@ def project_kernel(
                     cost -= prior_tile(other, own, n, m, epsilon, prior_first, prior_second, PRIOR, T)
                 else:
                     cost -= prior_tile(own, other, n, m, epsilon, prior_first, prior_second, PRIOR, T)
+            # What is summed on the diagonal is what is multiplied, rounding and all: where points are close, the two cancel.
             if COST == "cosine":
-                W = H * tl.load(other_scale + other_start + others, mask=real, other=0)[None, :]
+                scale_j = tl.load(other_scale + other_start + others, mask=real, other=0)[None, :]
+                W = round_like(H * scale_j, other_at, SAME)
+                H = tl.where(scale_j > 0, W / tl.where(scale_j > 0, scale_j, 1), 0)
                 diagonal += tl.sum(times(H, 1 - cost), 1)
             elif COST == "euclidean":
                 W = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
-                W = tl.where(H == 0, 0, W)
+                W = round_like(tl.where(H == 0, 0, W), other_at, SAME)
                 diagonal += tl.sum(W, 1)
             elif COST == "sqeuclidean":
-                W = 2 * H
+                W = round_like(2 * H, other_at, SAME)
                 diagonal += tl.sum(W, 1)
             else:
                 W = H

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 MOST_PROGRAMS = 16  # that share an item: the exchange of column sums grows with them
 PEERS = (1, 4, MOST_PROGRAMS)  # the exchange is compiled for so many at most
-SLOTS = 16384  # longest y: a program holds whole rows
+SLOTS = 32768  # longest y: a program holds whole rows
 
 
 class Resident(NamedTuple):
@@ -91,18 +91,30 @@ def solver(
                 fits = size_y <= tile.width and size_x <= programs * tile.rows
                 if fits and tile.fewest <= programs <= (tile.most if generation >= 90 else tile.before_hopper):
                     block_n = 8 if tile.width > 64 else 16
-                    return _solver(items, programs, processors, block_n, tile.width, tile.groups, tile.warps)
+                    return _solver(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
             programs *= 2
     block_m = power_of_two(size_y, 32)
     if block_m > SLOTS:
-        raise ValueError(f"y: items of up to {SLOTS} points, got {size_y}; exchange x and y if x is shorter")
+        raise ValueError(
+            f"y: expected items of up to {SLOTS} points, got {size_y}; exchange x and y, or give max_seqlen_y"
+        )
     numbers = 4096 if double else 8192
-    warps = 4 if block_m <= 64 else 8
-    block_n = max(1, min(64, numbers * warps // 8 // block_m))
-    return _solver(items, most, processors, block_n, block_m, 0, warps)
+    warps = 4 if block_m <= 64 else 8 if block_m <= 4096 else 16 if block_m <= 8192 else 32
+    block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
+    stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which others have less
+    return _solver(items, most, processors, block_n, block_m, 0, warps, stages)
 
 
-def _solver(items: int, programs: int, processors: int, block_n: int, block_m: int, groups: int, warps: int) -> Solver:
+def _solver(
+    items: int,
+    programs: int,
+    processors: int,
+    block_n: int,
+    block_m: int,
+    groups: int,
+    warps: int,
+    stages: int,
+) -> Solver:
     return Solver(
         programs=programs,
         in_flight=items if programs == 1 else min(items, processors // programs),
@@ -111,7 +123,7 @@ def _solver(items: int, programs: int, processors: int, block_n: int, block_m: i
         rows=8 * warps,
         groups=groups,
         peers=next(peers for peers in PEERS if programs <= peers),
-        stages=3 if not groups and block_n > 1 else 1,
+        stages=stages,
         warps=warps,
     )
 
