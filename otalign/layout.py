@@ -118,6 +118,8 @@ class Segments:
         if not self.packed:
             mask = self.mask().to(values.device)
             return torch.where(mask.reshape(mask.shape + (1,) * (values.dim() - 2)), values, fill)
+        if self.size == 0:
+            return values.new_full((self.rows, *values.shape[2:]), fill) + values.sum()
         assert self.starts is not None
         item = self.item_of_row()
         inside = item < self.items

@@ -311,3 +311,51 @@ def test_a_call_makes_four_launches():
     """Cost and iterations, then a gradient each; kept kernels serve the second call."""
     said = compiled(str(BENCHMARKS / "launch_cost.py"), "--repeats", "3")
     assert "launches: 4.0" in said
+
+
+# Edges -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("rows", [(4, 0), (0, 4), (4, 4)], ids=str)
+def test_rows_that_belong_to_no_item(backend, rows):
+    """Packed sides whose items are all empty: zeros everywhere, attached to the graph."""
+    x, y = (torch.randn(count, 3, requires_grad=True) for count in rows)
+    offsets = torch.zeros(3, dtype=torch.int64)
+    result = otalign.solve(x, y, cu_seqlens_x=offsets, cu_seqlens_y=offsets, backend=backend)
+    for tensor in (result.value, result.error, *result.potentials):
+        identical(tensor, torch.zeros_like(tensor))
+    assert result.converged.all()
+    assert (result.assign_y() == -1).all()
+    for gradient, leaf in zip(torch.autograd.grad(result.value.sum(), (x, y)), (x, y), strict=True):
+        identical(gradient, torch.zeros_like(leaf))
+
+
+def test_offsets_beyond_the_rows_stay_inside():
+    """Offsets on a GPU are not looked at by the host: the kernels keep to the rows that there are."""
+    rows, items, guard = 6, 2, 3
+    memory = {side: torch.randn(rows + guard, 4, dtype=torch.float64) for side in "xy"}
+    offsets = torch.tensor([0, 4, 900])
+    sides = [launch.Side(memory[side][:rows], offsets, None, True, 5, rows) for side in "xy"]
+    batch = launch.Batch(
+        *sides, items=items, reg=0.3, reg_items=None, cost="sqeuclidean", prior="none", prior_parameters=(),
+        rho=(math.inf, math.inf), dtype=torch.float64, device=torch.device("cpu"),
+    )  # fmt: skip
+    actual = launch.solve(batch, None, None, 30, 0.0)
+    points = [memory[side][:rows] for side in "xy"]
+    inside = torch.tensor([0, 4, rows])
+    expected = otalign.solve(
+        *points, cu_seqlens_x=inside, cu_seqlens_y=inside, cost="sqeuclidean", reg=0.3, tol=0, max_iter=30,
+        backend="reference",
+    )  # fmt: skip
+    close(actual.value, expected.value, 1e-10)
+    close(actual.f, expected.potentials[0], 1e-10)
+
+
+def test_lengths_that_change_before_the_backward_pass():
+    """They are refused, as any tensor that autograd has saved."""
+    batch = draw([5, 3], [4, 2], dtype=torch.float32).requires_grad()
+    loss = otalign.sinkhorn_loss(*batch, backend="triton")
+    batch.x_lengths.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
