@@ -34,7 +34,7 @@ RESIDENT = (
     Resident(width=64, groups=4, warps=8, fewest=1, most=16, before_hopper=4),
     Resident(width=128, groups=2, warps=8, fewest=1, most=1, before_hopper=4),
     Resident(width=128, groups=3, warps=8, fewest=2, most=16, before_hopper=0),
-    Resident(width=256, groups=1, warps=8, fewest=2, most=16, before_hopper=4),
+    Resident(width=256, groups=1, warps=8, fewest=2, most=16, before_hopper=0),
 )
 MOST_RELAXED = 4  # programs of a relaxed problem, whose updates take more registers
 
