@@ -65,7 +65,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, with a + where tracked files differ from it."""
+    """The commit, with a + where tracked files differ from it; where there is no git, what OTALIGN_COMMIT says."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -75,4 +75,4 @@ def _commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("OTALIGN_COMMIT", "unknown")

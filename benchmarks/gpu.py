@@ -1,4 +1,4 @@
-"""otalign on a GPU against its peers and its floor: what `make gpu` runs last; `python benchmarks/gpu.py --dry` anywhere.
+"""otalign on a GPU against its peers and its floor: part of `make gpu`; `python benchmarks/gpu.py --dry` anywhere.
 
 Everybody solves the same batch, at exactly 100 iterations or to the same marginal error, is compared with float64 before
 its time counts, and is timed by CUDA events with the L2 cache flushed between runs. Who takes no part has a row that says
@@ -9,179 +9,105 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import environment
 import gpu_oracle
-from gpu_providers import PROVIDERS, Contestant, Missing, Task
-from shapes import NOISE, SHAPES, SMALL, Batch, Shape, make_batch
+from gpu_cases import FIXED, FIXED_DRY, LARGE, MODES, REG, TYPES, Case, Row, cases, make, plan, targets
+from gpu_providers import OURS, PROVIDERS, Contestant, Missing, Task
+from gpu_timing import Call, Clock, captured, captured_backward, peak_mb, within
+from shapes import SMALL, Batch
 
 COLUMNS = (
     "shape", "mode", "provider", "dtype", "B", "N", "M", "D", "reg", "iterations", "marginal_error", "match", "median_us",
     "p20_us", "p80_us", "peak_mb", "floor_us", "ratio_to_floor", "device", "driver", "cuda", "torch", "triton", "commit",
     "date",
 )  # fmt: skip
-REG = 0.05
-TOL = 1e-3
-FIXED, FIXED_DRY = 100, 5  # iterations
-MODES = ("forward", "backward", "full")
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-LARGE = {
-    "A": Shape("A", 32, 750, 128, 1024),
-    "B": Shape("B", 8, 3000, 512, 4096),
-    **{name: shape._replace(D=2048 if shape.D == 1024 else 4096) for name, shape in SHAPES.items()},
-}
-# Microseconds on an H200 at exactly 100 iterations with bf16 points of full length, or, "A, early exit", to TOL.
-TARGETS = {
-    ("A", "forward"): (85, 60),
-    ("A", "full"): (130, 105),
-    ("B", "forward"): (440, 260),
-    ("B", "full"): (720, 560),
-    ("A, early exit", "forward"): (45, 45),
-}
-TRITON_FACTOR = 3  # what Triton alone may take of a target
+ROUNDING = 1e-5  # a marginal error that float32 reaches in any way to iterate
+PATIENCE = 25  # seconds for a provider and case: some tune themselves at length
+WARMERS, WARM_SECONDS = 12, 40  # processes that compile ahead, and how long at most
+WARMED = 6  # cases, the first, for which peers compile ahead
+COMPILED = ("FlashSinkhorn", "torch log, compiled, graph", "torch absorbed, compiled, graph")
 
 
-class Case(NamedTuple):
-    shape: Shape
-    ragged: bool
-    dtype: str
-    tol: float  # 0 for exactly FIXED iterations
+class Run(NamedTuple):
+    """What is timed, and the same as plain launches, whose memory is that of the call and not of a graph's pool."""
 
-    @property
-    def name(self) -> str:
-        kinds = (", ragged" if self.ragged else "", ", early exit" if self.tol else "")
-        return self.shape.name + "".join(kinds)
+    call: Call
+    plain: Call
 
 
-def cases(shapes: list[Shape]) -> Iterator[Case]:
-    """The most wanted first, since time is limited."""
-    for ragged in (False, True):
-        for dtype in TYPES:
-            for shape in shapes:
-                for tol in (0.0, TOL):
-                    yield Case(shape, ragged, dtype, tol)
-
-
-def make(case: Case, device: torch.device) -> Batch:
-    """The batch on the device, its points in the type of the case; without `ragged`, all items at full length."""
-    shape, dtype = case.shape, TYPES[case.dtype]
-    if case.ragged:
-        batch = make_batch(shape)
-    else:
-        one = [make_batch(shape._replace(B=1), seed=seed, noise=NOISE) for seed in range(shape.B)]
-        batch = Batch(*(torch.cat(fields) for fields in zip(*one, strict=True)))
-    return Batch(batch.x.to(device, dtype), batch.y.to(device, dtype), *(t.to(device) for t in batch[2:]))
-
-
-# Time ------------------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Times on the device, the L2 cache filled with other things before every run."""
-
-    def __init__(self, device: torch.device, budget: float) -> None:
-        self.device, self.budget = device, budget
-        self.fewest = 10 if budget else 1
-        self.other = torch.empty(2**28 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
-
-    def microseconds(self, run: Callable[[], object]) -> tuple[float, float, float]:
-        """Median, 20th and 80th percentile of at least ten runs; of one if there is no budget."""
-        for _ in range(3 if self.budget else 0):
-            run()
-        times: list[float] = []
-        start = time.perf_counter()
-        while len(times) < self.fewest or (time.perf_counter() - start < self.budget and len(times) < 200):
-            self.other.zero_()
-            times.append(self._once(run))
-        median, low, high = np.percentile(times, (50, 20, 80))
-        return float(median), float(low), float(high)
-
-    def _once(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return 1e6 * (time.perf_counter() - start)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end)
-
-
-def runs(contestant: Contestant, batch: Batch) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """What is timed: the loss, its gradients, both. Outputs are the loss and the gradients, as far as there are."""
+def runs(contestant: Contestant, batch: Batch) -> dict[str, Run]:
+    """The loss, its gradients, both. Outputs are the loss and the gradients, as far as there are."""
     x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
     one = torch.ones((), device=x.device)
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             return (contestant.loss(x, y),)
 
-    def full() -> tuple[Tensor, ...]:
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, (x, y), one, retain_graph=True)
+
+    def full() -> tuple[torch.Tensor, ...]:
         loss = contestant.loss(x, y)
         return loss.detach(), *torch.autograd.grad(loss, (x, y), one)
 
-    if contestant.graph:
-        return {"forward": captured(forward), "full": captured(full)}
-    if not contestant.again:
-        return {"forward": forward, "full": full}
     kept = contestant.loss(x, y)
 
-    def backward() -> tuple[Tensor, ...]:
-        return kept.detach(), *torch.autograd.grad(kept, (x, y), one, retain_graph=True)
+    def backward() -> tuple[torch.Tensor, ...]:
+        return kept.detach(), *gradients(kept)
 
-    return {"forward": forward, "backward": backward, "full": full}
-
-
-def captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-    """The same in a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return outputs
-
-    return replay
+    plain = {"forward": forward, "backward": backward, "full": full}
+    if not contestant.graph:
+        return {mode: Run(call, call) for mode, call in plain.items()}
+    calls = (captured(forward), captured_backward(lambda: contestant.loss(x, y), gradients), captured(full))
+    return {mode: Run(call, plain[mode]) for mode, call in zip(plain, calls, strict=True)}
 
 
-def peak_mb(run: Callable[[], object], device: torch.device) -> float:
-    """Memory above what is there before, at most during a run."""
-    if device.type != "cuda":
-        return float("nan")
+def warm(case: Case, provider: str) -> None:
+    """Have a provider compile what it needs for a case: Triton and inductor keep it on disk."""
+    (_, B, N, M, D), device = case.shape, torch.device("cuda")
+    x, y = (torch.randn(B, size, D, device=device).to(TYPES[case.dtype]) for size in (N, M))
+    n, m = (torch.full((B,), size, device=device) for size in (N, M))
+    n[0] -= int(case.ragged)
+    a, b = (torch.full((B, size), 1 / size, device=device) for size in (N, M))
+    contestant = PROVIDERS[provider](Task(Batch(x, y, n, m, a, b), REG, tol=0.0, iterations=2, error=1.0))
+    x, y = x.requires_grad_(), y.requires_grad_()
+    torch.autograd.grad(contestant.loss(x, y), (x, y))
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def warm_all(todo: list[Case], providers: list[str]) -> None:
+    """In several processes; what fails here fails again, with its row, where it is measured."""
+    fixed = [case for case in todo if case.tol == 0]
+    jobs = [(case, "triton") for case in fixed if "triton" in providers]
+    jobs += [(case, name) for name in COMPILED if name in providers for case in fixed if case in fixed[:WARMED]]
+    jobs.sort(key=lambda job: job[1] == "triton")  # the slowest first
+    # One thread each; and the same here, or inductor might not know its own work again.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    until = time.monotonic() + WARM_SECONDS
+    with multiprocessing.get_context("spawn").Pool(WARMERS) as pool:  # ends them when left
+        for job, result in [(job, pool.apply_async(warm, job)) for job in jobs]:
+            try:
+                result.get(max(0.0, until - time.monotonic()))
+            except Exception as error:
+                print(f"compiling ahead, {job[0].name}, {job[1]}: {type(error).__name__}: {error}"[:200])
 
 
 # Rows ------------------------------------------------------------------------------------------------------------------
 
 
 class Bench:
-    def __init__(
-        self, device: torch.device, budget: float, fixed: int, write: Callable[[dict[str, object]], None]
-    ) -> None:
+    def __init__(self, device: torch.device, budget: float, fixed: int, write: Callable[[Row], None]) -> None:
         self.device, self.fixed, self.write = device, fixed, write
         self.clock = Clock(device, budget)
         self.ceilings = gpu_oracle.measure_ceilings(device, small=device.type != "cuda")
@@ -193,54 +119,59 @@ class Bench:
         sizes = {"B": shape.B, "N": shape.N, "M": shape.M, "D": shape.D}
         self.write({**base, **sizes, **columns, **self.about})
 
-    def run(self, case: Case, providers: list[str]) -> None:
+    def run(self, case: Case, providers: list[str], until: float) -> None:
+        """The rows of a case, as far as time, by time.monotonic(), allows."""
+        if time.monotonic() > until:
+            for provider in providers:
+                self.nothing(case, provider, "missing: out of time")
+            return
         batch = make(case, self.device)
         truth = gpu_oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
         iterations = self.fixed if case.tol == 0 else gpu_oracle.solve(batch, REG, tol=case.tol).iterations
+        task = Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING))
         for provider in providers:
-            self.provider(case, provider, Task(batch, REG, case.tol, iterations), truth)
+            if time.monotonic() > until:
+                self.nothing(case, provider, "missing: out of time")
+            else:
+                self.provider(case, provider, task, truth)
+
+    def nothing(self, case: Case, provider: str, reason: str, modes: Iterable[str] = MODES) -> None:
+        """Rows that say why there is no figure."""
+        for mode in modes:
+            self.row(case, mode, provider, reason)
 
     def provider(self, case: Case, provider: str, task: Task, truth: gpu_oracle.Truth) -> None:
+        """Three rows. Who takes no part, or fails, or takes too long, is a row and not the end of the benchmark."""
+        left = list(MODES)
         try:
-            contestant = PROVIDERS[provider](task)
-            prepared = runs(contestant, task.batch)
+            with within(PATIENCE):
+                contestant = PROVIDERS[provider](task)
+                for mode, run in runs(contestant, task.batch).items():
+                    match, columns = self.measure(case, mode, contestant, run, task, truth)
+                    self.row(case, mode, provider, match, **columns)
+                    left.remove(mode)
         except Missing as reason:
-            for mode in MODES:
-                self.row(case, mode, provider, f"missing: {reason}")
-            return
-        except Exception as error:  # a peer that fails is a row, not the end of the benchmark
-            for mode in MODES:
-                self.row(case, mode, provider, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-            return
-        for mode in MODES:
-            if mode not in prepared:
-                self.row(case, mode, provider, "missing: it runs with the forward pass only")
-                continue
-            self.time(case, mode, provider, contestant, prepared[mode], truth, task)
+            self.nothing(case, provider, f"missing: {reason}", left)
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0][:150]
+            self.nothing(case, provider, f"failed: {type(error).__name__}: {text}", left)
 
-    def time(
-        self,
-        case: Case,
-        mode: str,
-        provider: str,
-        contestant: Contestant,
-        run: Callable[[], tuple[Tensor, ...]],
-        truth: gpu_oracle.Truth,
-        task: Task,
-    ) -> None:
-        """A row with a time if the outputs are right and, with a tolerance, converged."""
-        dtype = TYPES[case.dtype]
-        reached = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
-        converged = case.tol == 0 or not contestant.marginal_error > 1.02 * case.tol
-        if not (converged and gpu_oracle.matches(run(), truth, dtype, fixed=case.tol == 0)):
-            self.row(case, mode, provider, False, **reached)
-            return
-        median, low, high = self.clock.microseconds(run)
+    def measure(
+        self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: gpu_oracle.Truth
+    ) -> tuple[bool, Row]:
+        """Whether the outputs are right and, with a tolerance, converged; the columns, with a time only if they are."""
+        dtype, fixed = TYPES[case.dtype], case.tol == 0 and contestant.same
+        reached: Row = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
+        converged = fixed or not contestant.marginal_error > 1.02 * task.error
+        if not (
+            converged and gpu_oracle.matches(run.call(), truth, dtype, fixed=fixed, error=0 if case.tol else task.error)
+        ):
+            return False, reached
+        times = self.clock.time(run.call)
         floor = gpu_oracle.floor_us(task.batch, dtype, mode, self.ceilings)
-        self.row(
-            case, mode, provider, True, **reached, median_us=f"{median:.2f}", p20_us=f"{low:.2f}", p80_us=f"{high:.2f}",
-            peak_mb=f"{peak_mb(run, self.device):.1f}", floor_us=f"{floor:.4g}", ratio_to_floor=f"{median / floor:.2f}",
-        )  # fmt: skip
+        figures = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "floor_us": floor}
+        figures |= {"ratio_to_floor": times.median / floor, "peak_mb": peak_mb(run.plain, self.device)}
+        return True, reached | {name: f"{value:.2f}" for name, value in figures.items()}
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -256,28 +187,6 @@ def describe(device: torch.device) -> dict[str, object]:
         "commit": about["commit"],
         "date": about["date"],
     }
-
-
-def targets(rows: list[dict[str, object]]) -> Iterator[str]:
-    """A line for each target: the best backend of otalign against it, and Triton alone against three times it."""
-    for (shape, mode), (target, stretch) in TARGETS.items():
-        ours = [
-            (float(str(row["median_us"])), str(row["provider"]))
-            for row in rows
-            if row.get("shape") == shape and row.get("mode") == mode and row.get("dtype") == "bf16"
-            and str(row.get("provider")).startswith(("triton", "cuda")) and row.get("median_us")
-        ]  # fmt: skip
-        if not ours:
-            yield f"{shape} {mode}: not measured (target {target} us, stretch {stretch} us)"
-            continue
-        best, provider = min(ours)
-        verdict = "stretch met" if best <= stretch else "met" if best <= target else "missed"
-        alone = min((median for median, name in ours if name.startswith("triton")), default=float("nan"))
-        within = "within" if alone <= TRITON_FACTOR * target else "not within"
-        yield (
-            f"{shape} {mode}: {best:.1f} us by {provider}, target {target} us {verdict} (stretch {stretch} us); "
-            f"Triton alone {alone:.1f} us, {within} {TRITON_FACTOR}x"
-        )
 
 
 def main(arguments: list[str]) -> int:
@@ -297,12 +206,13 @@ def main(arguments: list[str]) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = [SMALL._replace(B=2, N=20, M=10)] if args.dry else [LARGE[name] for name in args.shapes]
     args.out.mkdir(parents=True, exist_ok=True)
-    start, rows = time.perf_counter(), []
+    rows: list[Row] = []
+    todo, until = list(cases(shapes)), time.monotonic() + args.seconds
     with (args.out / "benchmark.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
 
-        def write(row: dict[str, object]) -> None:
+        def write(row: Row) -> None:
             rows.append(row)
             writer.writerow(row)
             file.flush()
@@ -310,18 +220,17 @@ def main(arguments: list[str]) -> int:
                 *(row.get(key, "") for key in ("shape", "mode", "provider", "dtype", "match", "median_us")), sep=" | "
             )
 
+        if device.type == "cuda":
+            warm_all(todo, args.providers)
         bench = Bench(device, 0.0 if args.dry else args.budget, FIXED_DRY if args.dry else FIXED, write)
         print(f"copy {bench.ceilings.bandwidth / 1e12:.3f} TB/s", end="; ")
         print(", ".join(f"{dtype}: {rate / 1e12:.1f} TFLOP/s" for dtype, rate in bench.ceilings.rates.items()))
-        for case in cases(shapes):
-            if time.perf_counter() - start > args.seconds:
-                bench.row(case, "full", "all", "missing: out of time")
-            else:
-                bench.run(case, args.providers)
+        for case, providers in plan(todo, args.providers):
+            bench.run(case, providers, until)
     lines = ["dry run: no figure counts"] if args.dry else list(targets(rows))
     (args.out / "targets.txt").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
-    ours = [row for row in rows if str(row["provider"]).startswith("triton")]
+    ours = [row for row in rows if row["provider"] in OURS]
     return int(any(row["match"] is False or str(row["match"]).startswith("failed") for row in ours))
 
 

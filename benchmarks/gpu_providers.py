@@ -28,6 +28,7 @@ class Task(NamedTuple):
     reg: float
     tol: float
     iterations: int  # to make, or to expect
+    error: float  # marginal error to reach for those whose iterations are others: tol, or what `iterations` reach
 
 
 class Contestant(NamedTuple):
@@ -37,7 +38,10 @@ class Contestant(NamedTuple):
     iterations: int
     marginal_error: float
     graph: bool = False  # to be captured in a CUDA graph and replayed
-    again: bool = True  # its backward pass can be run again without its forward pass
+    same: bool = True  # its iterations are those of the truth, so that after equally many its numbers are the same
+
+
+# otalign ---------------------------------------------------------------------------------------------------------------
 
 
 def otalign_backend(task: Task, backend: str, graph: bool = False) -> Contestant:
@@ -59,12 +63,54 @@ def otalign_backend(task: Task, backend: str, graph: bool = False) -> Contestant
     return Contestant(loss, int(result.n_iter.max()), float(result.error.max()), graph)
 
 
+# Plain torch -----------------------------------------------------------------------------------------------------------
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T or P y, summed in float32: 16-bit factors on tensor cores as they are, where torch can."""
+    if x.dtype == torch.float32 or x.device.type != "cuda":
+        return torch.bmm(x.float(), y.float())
+    return torch.bmm(x, y, out_dtype=torch.float32)
+
+
+class CosineLoss(torch.autograd.Function):
+    """As `peers.CosineLoss`, for points of 16 bits as well: what an expert would write for a GPU in plain torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, batch: Batch, solve: peers.Solver) -> Tensor:
+        x_scale, y_scale = (
+            torch.linalg.vector_norm(t, dim=2, keepdim=True, dtype=torch.float32).clamp_min_(peers.EPS).reciprocal_()
+            for t in (x, y)
+        )
+        scale = x_scale * y_scale.mT
+        cos = product(x, y.mT).mul_(scale)
+        solution = solve(1 - cos, batch.a, batch.b)
+        ctx.save_for_backward(x, y, x_scale, y_scale, scale, cos, solution.plan)
+        return solution.value.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, y, x_scale, y_scale, scale, cos, plan = ctx.saved_tensors
+        weight = plan * (grad / len(x))
+        radial = cos * weight
+        weight = weight.mul_(scale).to(x.dtype)
+        dx = x * (radial.sum(2, keepdim=True) * x_scale**2) - product(weight, y)
+        dy = y * (radial.sum(1, keepdim=True).mT * y_scale**2) - product(weight.mT, x)
+        return dx.to(x.dtype), dy.to(y.dtype), None, None
+
+
+def cost(batch: Batch) -> Tensor:
+    """1 - cos as a padded `(B, N, M)` tensor in float32."""
+    x_scale, y_scale = (torch.linalg.vector_norm(t, dim=2, dtype=torch.float32) for t in (batch.x, batch.y))
+    scale = x_scale.clamp_min(peers.EPS)[:, :, None] * y_scale.clamp_min(peers.EPS)[:, None, :]
+    return 1 - product(batch.x, batch.y.mT) / scale
+
+
 def with_solver(task: Task, solver: peers.Solver) -> Callable[[Tensor, Tensor], Tensor]:
-    """A solver for a given cost, with the cosine's cost and gradient around it, in float32."""
-    padded = task.batch._replace(n=task.batch.n.cpu(), m=task.batch.m.cpu())
+    """A solver for a given cost, with the cosine's cost and gradient around it."""
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return peers.CosineLoss.apply(x.float(), y.float(), padded, solver)
+        return CosineLoss.apply(x, y, task.batch, solver)
 
     return loss
 
@@ -80,8 +126,9 @@ def iterate_absorbed(kernel: Tensor, a: Tensor, b: Tensor, column_scale: Tensor)
 
 
 def compiled_solver(task: Task, form: str) -> peers.Solver:
-    """Gauss-Seidel with a compiled iteration, a fixed number of times, so that a CUDA graph can hold it."""
-    step = torch.compile({"log": iterate_log, "absorbed": iterate_absorbed}[form])
+    """Gauss-Seidel with an iteration compiled for its shape, a fixed number of times, so that a CUDA graph can hold it."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it, plain torch would run without a word
+    step = torch.compile({"log": iterate_log, "absorbed": iterate_absorbed}[form], dynamic=False)
 
     def solve(cost: Tensor, a: Tensor, b: Tensor) -> peers.Solution:
         log_a, log_b = a.log(), b.log()
@@ -113,19 +160,20 @@ def compiled_torch(task: Task, form: str) -> Contestant:
 
 def from_solver(task: Task, solver: peers.Solver, *, graph: bool = False) -> Contestant:
     b = task.batch
-    solution = solver(peers.cosine_cost(b.x.float(), b.y.float()), b.a, b.b)
-    error = peers.marginal_error(solution.plan, b)
-    return Contestant(with_solver(task, solver), solution.n_iter, error, graph, again=False)
+    with torch.no_grad():  # as in CosineLoss: another mode would compile again
+        solution = solver(cost(b), b.a, b.b)
+        error = peers.marginal_error(solution.plan, b)
+    return Contestant(with_solver(task, solver), solution.n_iter, error, graph)
+
+
+# Packages --------------------------------------------------------------------------------------------------------------
 
 
 def pot(task: Task) -> Contestant:
     _need("POT")
     make = partial(peers.pot, task.reg, method="log_sinkhorn")
-    if task.tol == 0:
-        return from_solver(task, make(task.iterations))
-    b = task.batch
-    cost = peers.cosine_cost(b.x.float(), b.y.float())
-    return from_solver(task, make(peers.fewest_iterations(make, b, cost, task.tol, task.iterations)))
+    count = peers.fewest_iterations(make, task.batch, cost(task.batch), task.error, task.iterations)
+    return from_solver(task, make(count))._replace(same=False)
 
 
 def geomloss(task: Task) -> Contestant:
@@ -140,13 +188,16 @@ def geomloss(task: Task) -> Contestant:
 
         return solve
 
-    if task.tol == 0:
-        return from_solver(task, solver(task.iterations))
-    for iterations in (task.iterations << k for k in range(7)):
-        contestant = from_solver(task, solver(iterations))
-        if contestant.marginal_error <= task.tol:
-            return contestant
-    raise Missing(f"after {iterations} iterations its marginal error is {contestant.marginal_error:.2g}")
+    few, enough = 0, task.iterations
+    while (error := from_solver(task, solver(enough)).marginal_error) > task.error:
+        few, enough = enough, 2 * enough
+        if enough > 64 * task.iterations:
+            raise Missing(f"after {few} iterations its marginal error is {error:.2g}, not {task.error:.2g}")
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        converged = from_solver(task, solver(middle)).marginal_error <= task.error
+        few, enough = (few, middle) if converged else (middle, enough)
+    return from_solver(task, solver(enough))._replace(same=False)
 
 
 def flash_sinkhorn(task: Task) -> Contestant:
@@ -173,7 +224,7 @@ def flash_sinkhorn(task: Task) -> Contestant:
         ]
         return torch.stack(items).mean()
 
-    return Contestant(loss, task.iterations, float("nan"))
+    return Contestant(loss, task.iterations, float("nan"), same=False)
 
 
 def _need(package: str) -> None:
@@ -183,6 +234,7 @@ def _need(package: str) -> None:
         raise Missing(f"{package} is not installed") from None
 
 
+OURS = ("triton", "triton, graph", "cuda")
 PROVIDERS: dict[str, Callable[[Task], Contestant]] = {
     "triton": partial(otalign_backend, backend="triton"),
     "triton, graph": partial(otalign_backend, backend="triton", graph=True),

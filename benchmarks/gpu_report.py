@@ -1,6 +1,7 @@
 """The README's GPU table and its plot, from the results alone: `python benchmarks/gpu_report.py README.md`.
 
 Reads every benchmark.csv in benchmarks/results/<device>/. Rows from a dry run, and rows without a time, make no figure.
+With `--add out/gpu`, what `make gpu` left there is taken among the results first.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import shutil
 from pathlib import Path
 
 from report import number
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = ("benchmark.csv", "stages.csv", "targets.txt", "summary.json")
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "gpu.png"
 NOTHING = "Not measured on a GPU."
 Rows = list[dict[str, str]]
@@ -25,6 +28,22 @@ def read(results: Path = RESULTS) -> Rows:
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["median_us"] and "dry run" not in row["device"]]
     return rows
+
+
+def add(session: Path, results: Path = RESULTS) -> Path:
+    """Copy what a session measured into the folder of its device; refuses a rehearsal."""
+    with (session / "benchmark.csv").open(newline="") as file:
+        devices = {row["device"] for row in csv.DictReader(file)}
+    if len(devices) != 1 or "dry run" in min(devices):
+        raise SystemExit(
+            f"{session}: expected the rows of one GPU, got those of {', '.join(sorted(devices)) or 'none'}"
+        )
+    folder = results / re.sub(r"[^a-z0-9]+", "-", devices.pop().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (session / name).exists():
+            shutil.copy(session / name, folder / name)
+    return folder
 
 
 def ordered(rows: Rows, column: str) -> list[str]:
@@ -108,7 +127,10 @@ if __name__ == "__main__":
     parser.add_argument("readme", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--add", type=Path, help="the RESULTS_DIR of a `make gpu`, to be taken among the results")
     arguments = parser.parse_args()
+    if arguments.add:
+        print(f"results in {add(arguments.add, arguments.results)}")
     found = read(arguments.results)
     update(arguments.readme, found)
     if found:

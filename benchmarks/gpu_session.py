@@ -1,31 +1,36 @@
-"""What `make gpu` does: build, test, sanitize, benchmark, each with a time limit, all outputs in one folder.
+"""What `make gpu` does: build, test, sanitize, benchmark, each with a time limit, all results in one folder.
 
 It takes the machine as it is, without network or virtual environment: torch, Triton and a compiler are there, and other
-packages may come as wheels in a folder. A step that fails or takes too long is written down, and the next one runs.
+packages may come as wheels in a folder. A step that fails or takes too long is written down, and the next one runs. The
+folder has few files, so that it can be carried: summary.json, log.txt, tests.xml, benchmark.csv, stages.csv, targets.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("memcheck", "racecheck")
+SCRIPTS = ROOT / "benchmarks"
+WORKERS = 6  # processes that run tests: they wait for the compiler more than for the GPU
 
 
 class Step(NamedTuple):
     name: str
     command: list[str]
     seconds: float  # at most
+    variables: dict[str, str] = {}  # noqa: RUF012 - never written to
 
 
 def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[Step]:
@@ -35,45 +40,59 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
         yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 20)
     if not dry:
-        options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--upgrade", "--target", str(site)]
-        yield Step("build", [python, "-m", "pip", "install", *options, str(ROOT)], 60)
-    mark = "not gpu and not slow" if dry else "gpu"
-    tests = [str(ROOT / "tests" / "test_gpu_benchmark.py")] if dry else [str(ROOT / "tests")]
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", mark]
-    yield Step("tests", [*pytest, f"--junitxml={out / 'tests.xml'}", *tests], 150)
-    small = [python, str(ROOT / "benchmarks" / "sanitize_gpu.py")]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 60)
+    yield Step("tests", [*pytest(dry=dry), f"--junitxml={out / 'tests.xml'}"], 150)
+    small = [python, str(SCRIPTS / "sanitize_gpu.py")]
     if dry:
         yield Step("sanitizer cases", small, 120)
     else:
-        for kind in KINDS:
-            tool = [sanitizer or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9"]
-            yield Step(kind, [*tool, *small, "--quick"], 50)
-    benchmark = [python, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out)]
-    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "140"])], 170)
-    stages = [python, str(ROOT / "benchmarks" / "gpu_stages.py"), "--out", str(out)]
+        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        check = [sanitizer or "compute-sanitizer", "--error-exitcode", "9"]
+        # Every tensor a block of its own: within torch's large blocks no access is out of bounds.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        yield Step("memcheck", [*check, "--tool", "memcheck", *small, "--seconds", "30"], 50, alone)
+        yield Step("racecheck", [*check, "--tool", "racecheck", *small, "--seconds", "30"], 50)
+    benchmark = [python, str(SCRIPTS / "gpu.py"), "--out", str(out)]
+    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "135"])], 175)
+    stages = [python, str(SCRIPTS / "gpu_stages.py"), "--out", str(out)]
     yield Step("stages", [*stages, *(["--dry"] if dry else [])], 30)
 
 
-def run(step: Step, out: Path, environment: dict[str, str]) -> dict[str, object]:
-    """Run a step with its output in a file; its whole process group ends with it."""
-    log = out / f"{step.name.replace(' ', '_')}.log"
+def pytest(*, dry: bool) -> list[str]:
+    """The GPU tests: those marked `gpu`, all of which are in these files. (Others want packages that may be missing.)"""
+    files = ["test_gpu_benchmark.py"] if dry else sorted(path.name for path in (ROOT / "tests").glob("test_gpu*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--durations=10"]
+    command += ["-m", "not gpu and not slow" if dry else "gpu", "--continue-on-collection-errors"]
+    if not dry and importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS)]
+    if not dry and importlib.util.find_spec("pytest_timeout"):  # programs that wait for each other for ever
+        command += ["--timeout", "100", "--timeout-method", "thread"]
+    return [*command, *(str(ROOT / "tests" / name) for name in files)]
+
+
+def run(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:
+    """Run a step, what it prints at the end of the log; its whole process group ends with it."""
     start = time.monotonic()
-    with log.open("w") as file:
+    with log.open("a") as file:
+        print(f"\n=== {step.name}: {' '.join(step.command)}", file=file, flush=True)
         try:
             process = subprocess.Popen(
-                step.command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                step.command,
+                cwd=work,
+                env=environment | step.variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        except OSError as error:
-            file.write(f"{error}\n")
-            return {"step": step.name, "outcome": f"cannot run: {error}", "seconds": 0.0}
-        try:
             code = process.wait(step.seconds)
             outcome = "passed" if code == 0 else f"failed with {code}"
+        except OSError as error:
+            outcome = f"cannot run: {error}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            outcome = f"stopped after {step.seconds:.0f} s"
+            outcome = f"stopped after {step.seconds:g} s"
+        print(f"=== {step.name}: {outcome}", file=file)
     return {"step": step.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -85,21 +104,25 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    site = out.parent / f"{out.name}-site"
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OTALIGN_BUILD_CUDA": "auto"}
+    work = Path(tempfile.mkdtemp(prefix="otalign-gpu-"))
+    site, log = work / "site", out / "log.txt"
+    log.write_text("")
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     if args.dry:
         environment["TRITON_INTERPRET"] = "1"
-    else:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     summary = []
     for step in steps(out, site, args.wheels and args.wheels.resolve(), dry=args.dry):
         print(f"{step.name} ...", flush=True)
-        summary.append(run(step, out, environment))
-        print("  {outcome}, {seconds} s".format(**summary[-1]), flush=True)
+        summary.append(run(step, log, work, environment))
+        print(
+            *log.read_text().splitlines()[-9:-1], "  {outcome}, {seconds} s".format(**summary[-1]), sep="\n", flush=True
+        )
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for name in ("tests.log", "targets.txt"):
-        if (out / name).exists():
-            print(f"--- {name}", *(out / name).read_text().splitlines()[-12:], sep="\n")
+    shutil.rmtree(work, ignore_errors=True)
+    print("---", *("{step}: {outcome}, {seconds} s".format(**entry) for entry in summary), sep="\n")
+    if (out / "targets.txt").exists():
+        print((out / "targets.txt").read_text())
     return int(any(entry["outcome"] != "passed" for entry in summary))
 
 

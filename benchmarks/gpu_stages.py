@@ -1,43 +1,112 @@
-"""Where the time of a loss with both gradients goes, kernel by kernel: stages.csv, from torch's profiler."""
+"""Where the time of a loss with both gradients goes, launch by launch, each with its floor: stages.csv, by torch's profiler."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import sys
-from collections import defaultdict
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+import gpu_oracle
 import otalign
-from gpu import FIXED, LARGE, REG, Case, describe, make
-from shapes import SMALL
+from gpu import describe
+from gpu_cases import FIXED, LARGE, REG, TYPES, Case, make
+from gpu_timing import FLUSHED
+from shapes import SMALL, Batch
+
+COLUMNS = ("shape", "dtype", "stage", "kernel", "median_us", "p20_us", "p80_us", "floor_us", "ratio_to_floor")
+SEPARATOR = "bitwise_not"  # in the name of the kernel that flushes the L2 cache before every run
+Event = tuple[str, float]  # a kernel and its microseconds
+Stage = tuple[str, list[float]]  # a kernel and its microseconds, run by run
 
 
-def stages(case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Microseconds of every kernel, by name, in the order of the runs."""
-    batch = make(case, device)
-    x, y = batch.x.requires_grad_(), batch.y.requires_grad_()
-    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+def stages(batch: Batch, iterations: int, repeats: int) -> list[Stage]:
+    """All launches of a loss with both gradients, in their order."""
+    x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
+    on_gpu = x.device.type == "cuda"
+    other = torch.zeros(FLUSHED if on_gpu else 2**20, dtype=torch.uint8, device=x.device)
 
     def full() -> None:
-        iterations = FIXED if device.type == "cuda" else 2
         loss = otalign.sinkhorn_loss(x, y, reg=REG, tol=0, max_iter=iterations, backend="triton")
         torch.autograd.grad(loss, (x, y))
 
     full()
-    found: dict[str, list[float]] = defaultdict(list)
-    with torch.profiler.profile(activities=[activity]) as profile:
+    with events_on_gpu() if on_gpu else events_on_host() as events:
         for _ in range(repeats):
+            other.bitwise_not_()
+            if not on_gpu:
+                events.append((SEPARATOR, 0.0))
             full()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    for event in profile.events():
-        if device.type != "cuda" or event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name].append(event.device_time if device.type == "cuda" else event.cpu_time)
-    return found
+    return by_stage(events)
+
+
+@contextmanager
+def events_on_gpu() -> Iterator[list[Event]]:
+    """Afterwards the list holds all kernels that ran, by torch's profiler."""
+    events: list[Event] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield events
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    events += [(event.name, event.time_range.elapsed_us()) for event in kernels]
+
+
+@contextmanager
+def events_on_host() -> Iterator[list[Event]]:
+    """For the rehearsal on a CPU: the launches, and how long the interpreter took."""
+    from otalign.triton_kernels.launch import Kernel
+
+    events: list[Event] = []
+    launch = Kernel.launch
+
+    def timed(kernel: Any, *arguments: Any) -> None:
+        start = time.perf_counter()
+        launch(kernel, *arguments)
+        events.append((kernel.function.fn.__name__, 1e6 * (time.perf_counter() - start)))
+
+    Kernel.launch = timed  # type: ignore[method-assign]
+    try:
+        yield events
+    finally:
+        Kernel.launch = launch  # type: ignore[method-assign]
+
+
+def by_stage(events: list[Event]) -> list[Stage]:
+    """Events of several equal runs, each after a separator, as one list of launches with the times of all runs."""
+    found: list[list[Event]] = []
+    for name, duration in events:
+        if SEPARATOR in name:
+            found.append([])
+        elif found:
+            found[-1].append((name, duration))
+    names = [name for name, _ in found[0]]
+    alike = [run for run in found if [name for name, _ in run] == names]  # but for one that the profiler cut
+    return [(name, [run[i][1] for run in alike]) for i, name in enumerate(names)]
+
+
+def floors(batch: Batch, iterations: int, ceilings: gpu_oracle.Ceilings) -> dict[str, Iterator[float]]:
+    """Microseconds that the launches of a kernel take at least, by its name: bytes or operations, whichever is more."""
+    x, y, entries = batch.x.nbytes, batch.y.nbytes, batch.valid
+    product = 2 * entries * batch.x.shape[-1] / ceilings.rates[batch.x.dtype]
+
+    def of(moved: float, computed: float) -> float:
+        return 1e6 * max(moved / ceilings.bandwidth, computed)
+
+    return {
+        "cost_kernel": iter([of(x + y + 4 * entries, product)]),
+        # Two multiply-adds an entry and iteration, the entries on chip.
+        "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
+        # By x, which reads y, and by y, which reads x; the cosine's need their own points as well.
+        "project_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -46,19 +115,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry", action="store_true", help="a toy size, on the CPU if there is no GPU")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
     shapes = [SMALL._replace(B=2, N=9, M=5)] if args.dry else [LARGE["A"], LARGE["B"]]
+    iterations, repeats = (2, 2) if args.dry else (FIXED, 20)
+    ceilings = gpu_oracle.measure_ceilings(device, small=device.type != "cuda")
     about = describe(device)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "stages.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["shape", "dtype", "kernel", "calls", "median_us", *about])
-        for shape in shapes:
-            for dtype in ("bf16", "fp32"):
-                repeats = 1 if args.dry else 20
-                for name, times in stages(Case(shape, False, dtype, 0.0), device, repeats).items():
-                    calls = len(times) / repeats
-                    row = [shape.name, dtype, name, f"{calls:g}", f"{statistics.median(times):.2f}", *about.values()]
-                    writer.writerow(row)
+        writer.writerow([*COLUMNS, *about])
+        for case in (Case(shape, False, dtype, 0.0) for shape in shapes for dtype in TYPES):
+            batch = make(case, device)
+            floor = floors(batch, iterations, ceilings)
+            for place, (kernel, times) in enumerate(stages(batch, iterations, repeats)):
+                least = next(floor.get(kernel, iter(())), float("nan"))
+                median, low, high = np.percentile(times, (50, 20, 80))
+                figures = [f"{value:.2f}" for value in (median, low, high, least, median / least)]
+                writer.writerow([case.shape.name, case.dtype, place, kernel, *figures, *about.values()])
+                print(case.shape.name, case.dtype, place, kernel[:40], *figures, sep=" | ")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_rows(tmp_path):
     assert "no figure counts" in (tmp_path / "targets.txt").read_text()
 
 
+def test_equal_marginal_error(tmp_path):
+    """Who iterates in another way makes as many iterations as bring it as far, and not many more."""
+    import gpu
+    import gpu_oracle
+
+    _, _, rows = dry_run(tmp_path, "POT")
+    shape = gpu.SMALL._replace(B=2, N=20, M=10)
+    for row in rows:
+        assert row["match"] == "True"
+        early = "early exit" in row["shape"]
+        batch = gpu.make(gpu.Case(shape, "ragged" in row["shape"], row["dtype"], 0.0), torch.device("cpu"))
+        wanted = 1e-3 if early else gpu_oracle.solve(batch, gpu.REG, iterations=gpu.FIXED_DRY).marginal_error
+        assert 0.5 * wanted <= float(row["marginal_error"]) <= 1.02 * wanted
+
+
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "not converged"])
 def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
     import gpu_providers
@@ -158,6 +174,30 @@ def test_targets():
     assert lines[1] == "A full: not measured (target 130 us, stretch 105 us)"
 
 
+def test_stages_of_equal_runs():
+    import gpu_stages
+
+    flush = ("void bitwise_not_kernel", 9.0)
+    run = [("cost_kernel", 1.0), ("project_kernel", 2.0), ("project_kernel", 3.0)]
+    again = [(name, time + 1) for name, time in run]
+    events = [("late", 1.0), flush, *run, flush, *again, flush, *run[:2]]
+    assert gpu_stages.by_stage(events) == [
+        ("cost_kernel", [1.0, 2.0]),
+        ("project_kernel", [2.0, 3.0]),
+        ("project_kernel", [3.0, 4.0]),
+    ]
+
+
+def test_every_case_has_every_provider():
+    import gpu
+
+    todo = list(gpu.cases(list(gpu.LARGE.values())))
+    planned = [(case, name) for case, names in gpu.plan(todo, list(gpu.PROVIDERS)) for name in names]
+    assert len(planned) == len(set(planned))
+    assert set(planned) == {(case, name) for case in todo for name in gpu.PROVIDERS}
+    assert {case.name for case, _ in planned[:12]} >= {"A", "A, early exit", "B"}
+
+
 def test_report(tmp_path):
     import gpu_report
 
@@ -188,17 +228,38 @@ def test_report(tmp_path):
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
+def test_results_are_added_by_device(tmp_path):
+    import gpu_report
+
+    session = tmp_path / "session"
+    session.mkdir()
+    (session / "summary.json").write_text("[]")
+    (session / "log.txt").write_text("long")
+    (session / "benchmark.csv").write_text("device,median_us\nNVIDIA H200,1.0\n")
+    folder = gpu_report.add(session, tmp_path / "results")
+    assert folder == tmp_path / "results" / "nvidia-h200"
+    assert sorted(path.name for path in folder.iterdir()) == ["benchmark.csv", "summary.json"]
+    (session / "benchmark.csv").write_text("device,median_us\nCPU (dry run): x,1.0\n")
+    with pytest.raises(SystemExit, match="expected the rows of one GPU"):
+        gpu_report.add(session, tmp_path / "results")
+
+
 def test_session_writes_down_what_fails(tmp_path):
     import gpu_session
 
-    steps = [gpu_session.Step("good", [sys.executable, "-c", "print(1)"], 20)]
-    steps += [gpu_session.Step("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20)]
-    steps += [gpu_session.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.3)]
-    steps += [gpu_session.Step("absent", ["/no/such/program"], 1)]
-    outcomes = [str(gpu_session.run(step, tmp_path, {})["outcome"]) for step in steps]
-    assert outcomes[:3] == ["passed", "failed with 3", "stopped after 0 s"]
+    python, log = sys.executable, tmp_path / "log.txt"
+    steps = [
+        gpu_session.Step("good", [python, "-c", "import os; print(os.environ['WORD'])"], 20, {"WORD": "hello"}),
+        gpu_session.Step("bad", [python, "-c", "raise SystemExit(3)"], 20),
+        gpu_session.Step("slow", [python, "-c", "import time; time.sleep(60)"], 0.3),
+        gpu_session.Step("absent", ["/no/such/program"], 1),
+    ]
+    outcomes = [str(gpu_session.run(step, log, tmp_path, {})["outcome"]) for step in steps]
+    assert outcomes[:3] == ["passed", "failed with 3", "stopped after 0.3 s"]
     assert outcomes[3].startswith("cannot run")
-    assert (tmp_path / "good.log").read_text() == "1\n"
+    text = log.read_text()
+    assert "\nhello\n" in text
+    assert all(f"=== {step.name}: {outcome}" in text for step, outcome in zip(steps, outcomes, strict=True))
 
 
 def test_session_fits_into_nine_minutes(tmp_path):
@@ -211,3 +272,28 @@ def test_session_fits_into_nine_minutes(tmp_path):
     assert {"build", "memcheck", "racecheck"} <= {
         step.name for step in gpu_session.steps(tmp_path, tmp_path, None, dry=False)
     }
+
+
+def test_session_runs_every_gpu_test(tmp_path):
+    """It names the files, so that no other test's imports can fail it: these have to be all that are marked."""
+    import gpu_session
+
+    marked = [
+        p
+        for p in Path(__file__).parent.glob("test_*.py")
+        if re.search(r"^[^\"#]*pytest\.mark\.gpu", p.read_text(), re.M)
+    ]
+    assert marked
+    assert {str(path) for path in marked} <= set(gpu_session.pytest(dry=False))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_session_leaves_few_files(tmp_path, monkeypatch, dry):
+    import gpu_session
+
+    def steps(out, site, wheels, *, dry):
+        yield gpu_session.Step("one", [sys.executable, "-c", "open('scratch', 'w'); print(1)"], 20)
+
+    monkeypatch.setattr(gpu_session, "steps", steps)
+    assert gpu_session.main(["--out", str(tmp_path / "out"), *(["--dry"] if dry else [])]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.json"]
