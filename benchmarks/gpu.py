@@ -45,8 +45,11 @@ class Run(NamedTuple):
     plain: Call
 
 
-def runs(contestant: Contestant, batch: Batch) -> dict[str, Run]:
-    """The loss, its gradients, both. Outputs are the loss and the gradients, as far as there are."""
+def runs(contestant: Contestant, batch: Batch) -> dict[str, Callable[[], Run]]:
+    """The loss, both, its gradients alone: how to make ready for each. Outputs are the loss and the gradients, if there are.
+
+    One by one, as a capture may fail; the likeliest to do so, of a backward pass by itself, comes last.
+    """
     x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
     one = torch.ones((), device=x.device)
 
@@ -61,16 +64,18 @@ def runs(contestant: Contestant, batch: Batch) -> dict[str, Run]:
         loss = contestant.loss(x, y)
         return loss.detach(), *torch.autograd.grad(loss, (x, y), one)
 
-    kept = contestant.loss(x, y)
+    def backward() -> Call:
+        kept = contestant.loss(x, y)
+        return lambda: (kept.detach(), *gradients(kept))
 
-    def backward() -> tuple[torch.Tensor, ...]:
-        return kept.detach(), *gradients(kept)
+    def ready(plain: Call, capture: Callable[[], Call]) -> Run:
+        return Run(capture() if contestant.graph else plain, plain)
 
-    plain = {"forward": forward, "backward": backward, "full": full}
-    if not contestant.graph:
-        return {mode: Run(call, call) for mode, call in plain.items()}
-    calls = (captured(forward), captured_backward(lambda: contestant.loss(x, y), gradients), captured(full))
-    return {mode: Run(call, plain[mode]) for mode, call in zip(plain, calls, strict=True)}
+    return {
+        "forward": lambda: ready(forward, lambda: captured(forward)),
+        "full": lambda: ready(full, lambda: captured(full)),
+        "backward": lambda: ready(backward(), lambda: captured_backward(lambda: contestant.loss(x, y), gradients)),
+    }
 
 
 def warm(case: Case, provider: str) -> None:
@@ -104,6 +109,11 @@ def warm_all(todo: list[Case], providers: list[str]) -> None:
 
 
 # Rows ------------------------------------------------------------------------------------------------------------------
+
+
+def failed(error: Exception) -> str:
+    """What stands in the column `match`."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 class Bench:
@@ -146,19 +156,21 @@ class Bench:
         try:
             with within(PATIENCE):
                 contestant = PROVIDERS[provider](task)
-                for mode, run in runs(contestant, task.batch).items():
-                    match, columns = self.measure(case, mode, contestant, run, task, truth)
+                for mode, ready in runs(contestant, task.batch).items():
+                    try:
+                        match, columns = self.measure(case, mode, contestant, ready(), task, truth)
+                    except RuntimeError as error:
+                        match, columns = failed(error), {}
                     self.row(case, mode, provider, match, **columns)
                     left.remove(mode)
         except Missing as reason:
             self.nothing(case, provider, f"missing: {reason}", left)
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0][:150]
-            self.nothing(case, provider, f"failed: {type(error).__name__}: {text}", left)
+            self.nothing(case, provider, failed(error), left)
 
     def measure(
         self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: gpu_oracle.Truth
-    ) -> tuple[bool, Row]:
+    ) -> tuple[object, Row]:
         """Whether the outputs are right and, with a tolerance, converged; the columns, with a time only if they are."""
         dtype, fixed = TYPES[case.dtype], case.tol == 0 and contestant.same
         reached: Row = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
@@ -171,7 +183,7 @@ class Bench:
         floor = gpu_oracle.floor_us(task.batch, dtype, mode, self.ceilings)
         figures = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "floor_us": floor}
         figures |= {"ratio_to_floor": times.median / floor, "peak_mb": peak_mb(run.plain, self.device)}
-        return True, reached | {name: f"{value:.2f}" for name, value in figures.items()}
+        return True, reached | {name: f"{value:.5g}" for name, value in figures.items()}
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -223,13 +235,16 @@ def main(arguments: list[str]) -> int:
         if device.type == "cuda":
             warm_all(todo, args.providers)
         bench = Bench(device, 0.0 if args.dry else args.budget, FIXED_DRY if args.dry else FIXED, write)
-        print(f"copy {bench.ceilings.bandwidth / 1e12:.3f} TB/s", end="; ")
-        print(", ".join(f"{dtype}: {rate / 1e12:.1f} TFLOP/s" for dtype, rate in bench.ceilings.rates.items()))
-        for case, providers in plan(todo, args.providers):
-            bench.run(case, providers, until)
-    lines = ["dry run: no figure counts"] if args.dry else list(targets(rows))
-    (args.out / "targets.txt").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
+        rates = (f"{dtype} {rate / 1e12:.1f}" for dtype, rate in bench.ceilings.rates.items())
+        ceilings = f"copy {bench.ceilings.bandwidth / 1e12:.3f} TB/s; products in TFLOP/s: {', '.join(rates)}"
+        print(ceilings)
+        try:
+            for case, providers in plan(todo, args.providers):
+                bench.run(case, providers, until)
+        finally:
+            lines = ["dry run: no figure counts"] if args.dry else [ceilings, *targets(rows)]
+            (args.out / "targets.txt").write_text("\n".join(lines) + "\n")
+            print(*lines, sep="\n")
     ours = [row for row in rows if row["provider"] in OURS]
     return int(any(row["match"] is False or str(row["match"]).startswith("failed") for row in ours))
 

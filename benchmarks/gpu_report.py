@@ -10,6 +10,7 @@ import argparse
 import csv
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 from report import number
@@ -65,7 +66,7 @@ def table(rows: Rows, mode: str = "full", dtype: str = "bf16") -> str:
     for device in ordered(rows, "device"):
         here = [row for row in rows if row["device"] == device]
         providers = ordered(here, "provider")
-        lines += ["| shape | " + " | ".join(f"{p}, us" for p in providers) + " | floor, us |"]
+        lines += ["| shape | " + " | ".join(f"{p} (us)" for p in providers) + " | floor (us) |"]
         lines += ["|---" * (len(providers) + 2) + "|"]
         for shape in ordered(here, "shape"):
             times = medians(here, shape=shape)
@@ -101,21 +102,26 @@ def draw(rows: Rows, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     rows = [row for row in rows if row["mode"] == "full" and row["dtype"] == "bf16"]
     shapes, providers = ordered(rows, "shape"), ordered(rows, "provider")
     figure, axes = plt.subplots(figsize=(8, 1 + 0.8 * len(shapes)))
     for place, provider in enumerate(providers):
         here = [row for row in rows if row["provider"] == provider]
-        heights = [shapes.index(row["shape"]) + (place - len(providers) / 2) * 0.8 / len(providers) for row in here]
-        axes.scatter([float(row["ratio_to_floor"]) for row in here], heights, s=30, label=provider)
+        heights = [
+            shapes.index(row["shape"]) + (place - (len(providers) - 1) / 2) * 0.8 / len(providers) for row in here
+        ]
+        axes.scatter([float(row["ratio_to_floor"]) for row in here], heights, s=30, label=provider, zorder=2)
     axes.set_yticks(range(len(shapes)), shapes, size=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("time over the floor of bytes and products (logarithmic), less is better")
     axes.grid(axis="x", which="both", linewidth=0.4, color="#e3e6e9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    figure.supxlabel("\n".join(textwrap.wrap(conditions(rows), 130)), size=6.5, x=0.02, ha="left", color="#555555")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

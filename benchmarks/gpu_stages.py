@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
             for place, (kernel, times) in enumerate(stages(batch, iterations, repeats)):
                 least = next(floor.get(kernel, iter(())), float("nan"))
                 median, low, high = np.percentile(times, (50, 20, 80))
-                figures = [f"{value:.2f}" for value in (median, low, high, least, median / least)]
+                figures = [f"{value:.5g}" for value in (median, low, high, least, median / least)]
                 writer.writerow([case.shape.name, case.dtype, place, kernel, *figures, *about.values()])
                 print(case.shape.name, case.dtype, place, kernel[:40], *figures, sep=" | ")
     return 0
