@@ -282,16 +282,19 @@ class Batch:
 
 
 def _factors(batch: Batch, *tensors: Tensor) -> tuple[bool, int, str]:
-    """How tensor cores multiply: whether 16-bit numbers as they are, the bits of the factors, and the precision."""
+    """How tensor cores multiply: whether 16-bit numbers as they are, the bits of the factors, and the precision.
+
+    (The precision is that of float32 factors, which 16-bit points become where they have to be scaled.)
+    """
     if batch.dtype == torch.float64:
         return False, 64, "ieee"
     types = {tensor.dtype for tensor in tensors}
     small = all(dtype.itemsize == 2 for dtype in types)
-    if small and len(types) == 1 and not INTERPRETED:  # (the interpreter multiplies bfloat16 as integers)
-        return True, 16, "ieee"
+    same = small and len(types) == 1 and not INTERPRETED  # (the interpreter multiplies bfloat16 as integers)
     if not generation(batch.device):
-        return False, 32, "ieee"
-    return False, 32, "tf32" if small or tf32_allowed() else "tf32x3"  # 16-bit numbers are exact in TF32
+        return same, 16 if same else 32, "ieee"
+    # 16-bit numbers are exact in TF32.
+    return same, 16 if same else 32, "tf32" if tf32_allowed() or (small and not same) else "tf32x3"
 
 
 # Forward ---------------------------------------------------------------------------------------------------------------

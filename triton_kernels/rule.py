@@ -98,7 +98,7 @@ def solver(
         raise ValueError(
             f"y: expected items of up to {SLOTS} points, got {size_y}; exchange x and y, or give max_seqlen_y"
         )
-    numbers = 4096 if double else 8192
+    numbers = 2048 if double else 8192
     warps = 4 if block_m <= 64 else 8 if block_m <= 4096 else 16 if block_m <= 8192 else 32
     block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
     stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which others have less
@@ -142,11 +142,12 @@ def cost(size_x: int, size_y: int, *, bits: int) -> Tile:
     """Tiles of the cost, from the width of the numbers that are multiplied: 16, 32 or 64 bits."""
     if bits == 64:
         return Tile(32, 32, 16, warps=4, stages=1)
+    # Eight warps, since squares are summed by element beside the product: with four, the registers do not suffice.
     if bits == 32:
-        return Tile(64, 32, 32, warps=4, stages=3) if size_y <= 32 else Tile(64, 64, 32, warps=4, stages=3)
+        return Tile(64, 32 if size_y <= 32 else 64, 32, warps=8, stages=3)
     if size_y <= 64:
-        return Tile(64, 32 if size_y <= 32 else 64, 64, warps=4, stages=4)
-    return Tile(64, 128, 64, warps=4, stages=3)
+        return Tile(64, 32 if size_y <= 32 else 64, 64, warps=8, stages=4)
+    return Tile(64, 128, 32, warps=8, stages=4)
 
 
 def project(dim: int, *, bits: int) -> Tile:
