@@ -13,7 +13,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from report import number
+from report import number, replace_block
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("benchmark.csv", "stages.csv", "targets.txt", "summary.json")
@@ -87,15 +87,6 @@ def conditions(rows: Rows) -> str:
     )
 
 
-def update(readme: Path, rows: Rows) -> None:
-    text = readme.read_text()
-    block = f"<!-- bench:gpu -->\n{table(rows)}\n<!-- /bench:gpu -->"
-    text, count = re.subn(r"<!-- bench:gpu -->.*?<!-- /bench:gpu -->", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{readme} needs the markers <!-- bench:gpu --> and <!-- /bench:gpu --> once, found {count}")
-    readme.write_text(text)
-
-
 def draw(rows: Rows, path: Path) -> None:
     """Time over floor of every provider, a group a shape."""
     import matplotlib
@@ -138,6 +129,6 @@ if __name__ == "__main__":
     if arguments.add:
         print(f"results in {add(arguments.add, arguments.results)}")
     found = read(arguments.results)
-    update(arguments.readme, found)
+    replace_block(arguments.readme, "bench:gpu", table(found))
     if found:
         draw(found, arguments.figure)

@@ -139,13 +139,15 @@ def readme_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", conditions(rows)])
 
 
-def update_readme(readme: Path, rows: list[dict[str, str]]) -> None:
-    text = readme.read_text()
-    block = f"<!-- bench:cpu -->\n{readme_table(rows)}\n<!-- /bench:cpu -->"
-    text, count = re.subn(r"<!-- bench:cpu -->.*?<!-- /bench:cpu -->", lambda _: block, text, flags=re.DOTALL)
+def replace_block(document: Path, name: str, body: str) -> None:
+    """Put `body` between the markers <!-- name --> and <!-- /name -->."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text, count = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{body}\n{end}", document.read_text(), flags=re.DOTALL
+    )
     if count != 1:
-        raise SystemExit(f"{readme} needs the markers <!-- bench:cpu --> and <!-- /bench:cpu --> once, found {count}")
-    readme.write_text(text)
+        raise SystemExit(f"{document} needs the markers {begin} and {end} once, found {count}")
+    document.write_text(text)
 
 
 if __name__ == "__main__":
@@ -153,4 +155,4 @@ if __name__ == "__main__":
     parser.add_argument("readme", type=Path)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    update_readme(arguments.readme, read_csv(arguments.csv))
+    replace_block(arguments.readme, "bench:cpu", readme_table(read_csv(arguments.csv)))

@@ -11,6 +11,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from report import replace_block
+
 ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict[str, str]]
 
@@ -64,20 +66,12 @@ def chip(arch: str) -> str:
     return f"sm_{arch}" if arch.isdigit() else arch
 
 
-def update(document: Path, rows: Rows) -> None:
-    text = document.read_text()
-    body = "\n".join(["", *resident_table(rows), "", *summary_table(rows), ""])
-    block = f"<!-- variants -->{body}<!-- /variants -->"
-    text, count = re.subn(r"<!-- variants -->.*?<!-- /variants -->", lambda _: block, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{document} needs the markers <!-- variants --> and <!-- /variants --> once, found {count}")
-    document.write_text(text)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "variants.csv")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
     arguments = parser.parse_args()
     with arguments.csv.open(newline="") as file:
-        update(arguments.document, list(csv.DictReader(file)))
+        rows = list(csv.DictReader(file))
+    tables = [*resident_table(rows), "", *summary_table(rows)]
+    replace_block(arguments.document, "variants", "\n".join(tables))

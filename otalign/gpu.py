@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem, Solution
+from .triton_kernels import rule
 
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor? a, Tensor? b, Tensor? x_layout, Tensor? y_layout, Tensor? reg_items, "
@@ -214,7 +215,7 @@ def _fake_align(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
     (x, y), items = _vectors(inputs), (inputs.items,)
     new, dtype = inputs.like().new_empty, inputs.dtype
-    pitch = (inputs.size_y + 31) // 32 * 32  # rule.leading_dimension
+    pitch = rule.leading_dimension(inputs.size_y)
     scales = (x, y) if inputs.cost == "cosine" else ((0,), (0,))
     return (
         new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=torch.int32),

@@ -21,6 +21,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU of the tests that are marked so. Where there is none they fail; they are not skipped."""
+    assert torch.cuda.is_available(), "these tests need a GPU"
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -67,6 +67,14 @@ def draw(
     return Batch(side(x_lengths), side(y_lengths), torch.tensor(x_lengths), torch.tensor(y_lengths))
 
 
+# Lengths for a GPU: items that several programs share and items of one point, an empty one among them.
+RAGGED = [750, 1, 0, 300, 129], [128, 5, 7, 100, 128]
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
 def draw_weights(lengths: Tensor, size: int, *, zeros: bool = False, seed: int = 1) -> Tensor:
     """Positive weights (B, size), not normalised; with `zeros`, none for every third point but the first."""
     generator = torch.Generator().manual_seed(seed)

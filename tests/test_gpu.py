@@ -13,11 +13,10 @@ import torch
 import otalign
 from otalign import Prior
 
-from .problems import close, draw, draw_weights, identical
+from .problems import RAGGED, close, draw, draw_weights, identical, on
 
 pytestmark = pytest.mark.gpu
 
-RAGGED = [750, 1, 0, 300, 129], [128, 5, 7, 100, 128]
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
 # Whatever the points' type, costs and iterations are float32, or float64; images of 16-bit points are products of TF32.
@@ -25,16 +24,6 @@ FORWARD = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch
 IMAGES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 # Of gradients, relative to the largest entry: they are rounded to the type of the points.
 GRADIENTS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(scope="module")
-def device():
-    assert torch.cuda.is_available(), "these tests need a GPU"
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def on(batch, device):
-    return batch._replace(**{name: value.to(device) for name, value in batch._asdict().items()})
 
 
 def everything(batch, backend, weights=(None, None), **options):

@@ -200,10 +200,11 @@ def test_every_case_has_every_provider():
 
 def test_report(tmp_path):
     import gpu_report
+    import report
 
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:gpu -->\nold\n<!-- /bench:gpu -->\nafter\n")
-    gpu_report.update(readme, gpu_report.read(tmp_path))
+    report.replace_block(readme, "bench:gpu", gpu_report.table(gpu_report.read(tmp_path)))
     assert readme.read_text() == "before\n<!-- bench:gpu -->\nNot measured on a GPU.\n<!-- /bench:gpu -->\nafter\n"
     (tmp_path / "chip").mkdir()
     row = dict.fromkeys(COLUMNS, "1") | {
@@ -221,7 +222,7 @@ def test_report(tmp_path):
         writer.writerow({**row, "provider": "cuda", "median_us": "", "match": "missing: no"})
         writer.writerow({**row, "provider": "dream", "median_us": "1", "device": "CPU (dry run)"})
     rows = gpu_report.read(tmp_path)
-    gpu_report.update(readme, rows)
+    report.replace_block(readme, "bench:gpu", gpu_report.table(rows))
     assert "| `A` | 123 | 4568 | 1 |" in readme.read_text()
     assert "dream" not in readme.read_text()
     gpu_report.draw(rows, tmp_path / "gpu.png")

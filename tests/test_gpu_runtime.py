@@ -12,22 +12,11 @@ import torch
 import otalign
 from otalign import backends
 
-from .problems import close, draw, identical
+from .problems import RAGGED, close, draw, identical, on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]  # filling memory launches kernels of torch's own
 
-RAGGED = [750, 1, 0, 300, 129], [128, 5, 7, 100, 128]
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
-
-
-@pytest.fixture(scope="module")
-def device():
-    assert torch.cuda.is_available(), "these tests need a GPU"
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def on(batch, device):
-    return batch._replace(**{name: value.to(device) for name, value in batch._asdict().items()})
 
 
 def ragged(device, dtype=torch.float32, seed=0):

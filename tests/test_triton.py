@@ -45,18 +45,10 @@ def small_tiles(monkeypatch):
     rule.solver.cache_clear()
 
 
-def everything(batch, objective="transport", **options):
-    """A loss, gradients through the implicit system, and what else a solve gives."""
+def everything(batch, backend="triton", **options):
+    """What a solve gives, and gradients through the implicit system."""
     batch = batch.requires_grad()
-    result = otalign.solve(*batch, backend="triton", **options)
-    loss = {"transport": result.value_linear, "value": result.value}[objective].sum()
-    gradients = torch.autograd.grad(loss, (batch.x, batch.y))
-    return result.value.detach(), *result.potentials, result.error, result.n_iter, *gradients
-
-
-def reference(batch, **options):
-    batch = batch.to(torch.float64).requires_grad()
-    result = otalign.solve(*batch, backend="reference", **options)
+    result = otalign.solve(*batch, backend=backend, **options)
     gradients = torch.autograd.grad(result.value_linear.sum(), (batch.x, batch.y))
     return result.value.detach(), *result.potentials, result.error, result.n_iter, *gradients
 
@@ -73,7 +65,7 @@ def test_programs_that_share_an_item(processors, small_tiles, count, dtype, rho)
     with together(seed=count) as launches:
         actual = everything(batch, **options)
     assert max(launches) > 5, "several programs an item"
-    for a, e in zip(actual, reference(batch, **options), strict=True):
+    for a, e in zip(actual, everything(batch.to(torch.float64), "reference", **options), strict=True):
         close(a, e, 1e-10 if dtype == torch.float64 else 3e-5)
 
 

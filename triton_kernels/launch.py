@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .plan import assign_kernel, dense_kernel, lift_kernel, project_kernel, weig
 from .sinkhorn import sinkhorn_kernel
 
 INFINITE = float("inf")
+INTERPRETER = threading.Lock()  # its grid and its patches of the language are global
 INT32_MAX = 2**31 - 1
 
 # Kernels ---------------------------------------------------------------------------------------------------------------
@@ -55,8 +57,9 @@ class Kernel:
     ) -> None:
         """Launch on the current stream of `device`. `constants` are the kernel's, and Triton's options."""
         if INTERPRETED:
-            function = self.function
-            function[grid](**{name: values[name] for name in function.arg_names if name in values}, **constants)
+            arguments = {name: values[name] for name in self.function.arg_names if name in values}
+            with INTERPRETER:
+                self.function[grid](**arguments, **constants)
         elif device.index == torch.accelerator.current_device_index():
             self._launch(grid, values, constants, (device.index, kind))
         else:
@@ -390,7 +393,7 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
         others |= {"x": given, "x_item": item, "x_row": row, "x_dim": column}
         others |= {"y": given, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
         beyond = (given.dtype, aligned(given), row % 16 == 0, row == 1, column % 16 == 0, column == 1)
-    tile = rule.cost(batch.x.size, batch.y.size, bits=bits)
+    tile = rule.cost(batch.y.size, bits=bits)
     constants = {
         "COST": cost,
         "PRIOR": prior,
@@ -459,7 +462,9 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
             constants = {"IMPLICIT": implicit, "BY_Y": name == "b", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
             constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
             grid = (divide(side.size, tile.rows) * batch.items, 1, 1)
-            batch.launch(_weights, grid, constants, values | {"out": out[name], "rho": batch.values[rho]}, kind(values))
+            batch.launch(
+                _weights, grid, constants, values | {"out": out[name], "rho": batch.values[rho]}, saved_kind(values)
+            )
     return out
 
 
@@ -471,11 +476,11 @@ def lifts(batch: Batch, values: dict[str, Any], counters: Tensor) -> dict[str, T
     others: dict[str, Any] = {"state": batch.empty_tensor(2, batch.x.rows), "counters": counters}
     others |= {"exchange": exchange(batch, choice, values["C"]), "programs": choice.programs}
     grid = (choice.in_flight * choice.programs, 1, 1)
-    batch.launch(_lift, grid, constants | together(choice), values | found | others, kind(values))
+    batch.launch(_lift, grid, constants | together(choice), values | found | others, saved_kind(values))
     return found
 
 
-def kind(values: dict[str, Any], out: Tensor | None = None) -> tuple[Any, ...]:
+def saved_kind(values: dict[str, Any], out: Tensor | None = None) -> tuple[Any, ...]:
     """What can differ between calls on saved costs: whether autograd gave them back aligned, and the type of `out`."""
     return aligned(values["C"]), None if out is None else out.dtype
 
@@ -507,7 +512,7 @@ def project(
     }
     side = batch.y if by_y else batch.x
     grid = (divide(side.size, tile.rows) * divide(dim, tile.columns) * batch.items, 1, 1)
-    batch.launch(_project_kernel, grid, constants, values | {"out": out}, kind(values, out))
+    batch.launch(_project_kernel, grid, constants, values | {"out": out}, saved_kind(values, out))
 
 
 def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient: bool, implicit: bool = False) -> None:
@@ -515,7 +520,7 @@ def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient
     constants = {"GRADIENT": gradient, "IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
-    batch.launch(_dense, (tiles * batch.items, 1, 1), constants, values | {"out": out}, kind(values, out))
+    batch.launch(_dense, (tiles * batch.items, 1, 1), constants, values | {"out": out}, saved_kind(values, out))
 
 
 # What is made of a plan ------------------------------------------------------------------------------------------------
@@ -591,5 +596,5 @@ def assign(batch: Batch, saved: Saved) -> Tensor:
     constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
     grid = (divide(batch.y.size, tile.columns) * batch.items, 1, 1)
     values = from_saved(saved) | {"out": out}
-    batch.launch(_assign, grid, constants, values, kind(values))
+    batch.launch(_assign, grid, constants, values, saved_kind(values))
     return out

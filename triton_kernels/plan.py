@@ -221,6 +221,14 @@ def cost_gradient(
 
 
 @triton.jit
+def load_others(cost_at, inside, f, w, has_w, start, others, real, count):
+    """The costs of a tile, and the potentials and weights of the points across."""
+    cost = tl.load(cost_at, mask=inside, other=0)
+    potentials = tl.load(f + start + others, mask=real, other=0)
+    return cost, potentials, load_weights(w, has_w, start + others, real, count)
+
+
+@triton.jit
 def round_like(W, points, SAME: tl.constexpr):
     """`W`, rounded to the type of the points if it is to be multiplied in that."""
     if SAME:
@@ -294,9 +302,9 @@ def project_kernel(
         real = others < other_n
         inside = mine[:, None] & real[None, :]
         places = x_start * ld + rows.to(tl.int64)[:, None] * own_step + others.to(tl.int64)[None, :] * other_step
-        cost = tl.load(C + places, mask=inside, other=0)
-        g_j = tl.load(other_f + other_start + others, mask=real, other=0)
-        b_j = load_weights(other_w, has_other, other_start + others, real, other_n)
+        cost, g_j, b_j = load_others(
+            C + places, inside, other_f, other_w, has_other, other_start, others, real, other_n
+        )
         both = inside & (a_i > 0)[:, None] & (b_j > 0)[None, :]
         P = (a_i[:, None] * b_j[None, :]) * density_tile(
             cost, both, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], per_reg
@@ -414,9 +422,9 @@ def weights_kernel(
         real = others < other_n
         inside = mine[:, None] & real[None, :]
         places = x_start * ld + rows.to(tl.int64)[:, None] * own_step + others.to(tl.int64)[None, :] * other_step
-        cost = tl.load(C + places, mask=inside, other=0)
-        g_j = tl.load(other_f + other_start + others, mask=real, other=0)
-        b_j = load_weights(other_w, has_other, other_start + others, real, other_n)
+        cost, g_j, b_j = load_others(
+            C + places, inside, other_f, other_w, has_other, other_start, others, real, other_n
+        )
         have = inside & (b_j > 0)[None, :]
         E = b_j[None, :] * density_tile(cost, have, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], 1 / epsilon)
         mass += tl.sum(E, 1)

@@ -2,7 +2,7 @@
 
 A variant is compiled when first needed, so what a rule may choose is a short list, and sizes only pick from it. The
 figures come from the compilers' reports (docs/performance.md has the table): a kernel matrix that stays in registers
-takes about 96 of a thread's 255, and what is listed here is what Triton 3.6 to 3.9 compile without a spill.
+takes about 96 of a thread's 255, and what is listed here is what Triton 3.9 compiles without a spill.
 """
 
 import functools
@@ -40,7 +40,7 @@ MOST_RELAXED = 4  # programs of a relaxed problem, whose updates take more regis
 
 
 class Solver(NamedTuple):
-    """How a batch is solved: `programs` for every item, `groups` of them in flight; the rest is compiled in."""
+    """How a batch is solved: `programs` for every item, `in_flight` items at a time; the rest is compiled in."""
 
     programs: int
     in_flight: int
@@ -78,8 +78,9 @@ def solver(
     """The rule for Sinkhorn's iterations.
 
     `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
-    cooperative, else 1; `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. The fewest programs an item that keep the kernel matrix in registers; if none do, as many as
-    there may be, each reading its rows from memory, as where it is to be `in_memory` at any rate.
+    cooperative, else 1; `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. An item gets the fewest programs
+    that keep the kernel matrix in registers; if none do, as many as there may be, each reading its rows from memory, as
+    where the matrix is to be `in_memory` at any rate.
     """
     most = MOST_PROGRAMS
     while most > max(1, processors // items):
@@ -138,7 +139,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def cost(size_x: int, size_y: int, *, bits: int) -> Tile:
+def cost(size_y: int, *, bits: int) -> Tile:
     """Tiles of the cost, from the width of the numbers that are multiplied: 16, 32 or 64 bits."""
     if bits == 64:
         return Tile(32, 32, 16, warps=4, stages=1)

@@ -373,7 +373,8 @@ def sinkhorn_kernel(
 
     A tile (BLOCK_N, BLOCK_M) has whole rows: BLOCK_M is at least the longest y. If GROUPS > 0, K stays in registers,
     GROUPS x ROWS rows of it, as many as a program can have of an item; else it lies in memory (rows of x, ld). `state`
-    (4, rows of x), `exchange` and `desks` are scratch memory, `counters` zeros, ld is 16 `ld16`. An item has `programs` <= PEERS programs.
+    (4, rows of x), `exchange` and `desks` are scratch memory, `counters` zeros, ld is 16 `ld16`. An item has `programs`
+    <= PEERS programs.
     """
     T: tl.constexpr = C.dtype.element_ty
     rank = tl.program_id(0) % programs
