@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 

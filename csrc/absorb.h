@@ -1,4 +1,4 @@
-// The absorption and stopping policy that all engines share.
+// The absorption and stopping policy that the compiled engines share, on the CPU and on the GPU.
 //
 // An iteration is multiply-adds on K_ij = exp((f_i + g_j - C_ij) / reg), the potentials f, g absorbed so far:
 //   u = a / (K v), v = b / (K^T u).
@@ -9,6 +9,14 @@
 //
 // Entries above exp(kFar) occur only in columns without mass, where nothing bounds them: -1 / exponent.
 #pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define OTALIGN_ANYWHERE __host__ __device__ inline
+#else
+#define OTALIGN_ANYWHERE inline
+#endif
 
 namespace otalign {
 
@@ -25,12 +33,19 @@ struct Absorb<double> {
   static constexpr double kLow = 1.3838965267367376e-87, kHigh = 7.225973768125749e86;
 };
 
+// Whether a sum, or the scaling made of it, allows multiply-adds to go on. NaN does not.
+template <class T>
+OTALIGN_ANYWHERE bool is_near(T value) {
+  return value >= Absorb<T>::kLow && value <= Absorb<T>::kHigh;
+}
+
 // An item stops by itself; tol = 0 asks for all iterations. NaN never gets better.
-inline bool should_stop(double error, double tol, int64_t n_iter, int64_t max_iter) {
+template <class T>
+OTALIGN_ANYWHERE bool should_stop(T error, T tol, int64_t n_iter, int64_t max_iter) {
   return (tol > 0 && error <= tol) || n_iter >= max_iter || error != error;
 }
 
 // rho / (rho + reg), the exponent of a relaxed update; 1 where the marginal is strict (rho infinite).
-inline double damping(double reg, double rho) { return rho > 1.7e308 ? 1.0 : rho / (rho + reg); }
+OTALIGN_ANYWHERE double damping(double reg, double rho) { return rho > 1.7e308 ? 1.0 : rho / (rho + reg); }
 
 }  // namespace otalign

@@ -7,6 +7,7 @@
 #include "problem.h"
 #ifdef OTALIGN_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/resident.h"
 #endif
 
 namespace py = pybind11;
@@ -44,6 +45,12 @@ void run(F call) {
   }
   if (!finished) throw py::error_already_set();
 }
+
+#ifdef OTALIGN_WITH_CUDA
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+#endif
 
 }  // namespace
 
@@ -85,7 +92,10 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("max_iter", &Problem::max_iter)
       .def_readwrite("tol", &Problem::tol)
       .def_readwrite("capacity", &Problem::capacity)
-      .def_readwrite("threads", &Problem::threads);
+      .def_readwrite("threads", &Problem::threads)
+      .def_readwrite("reg_of_all", &Problem::reg_of_all)
+      .def_readwrite("pitch", &Problem::pitch)
+      .def_property_readonly("itself", [](const Problem& p) { return reinterpret_cast<uintptr_t>(&p); });
   choice(problem, "cost", &Problem::cost);
   choice(problem, "given_type", &Problem::given_type);
   choice(problem, "prior", &Problem::prior);
@@ -98,6 +108,7 @@ PYBIND11_MODULE(_C, module) {
   address(problem, "linear", &Problem::linear);
   address(problem, "error", &Problem::error);
   address(problem, "n_iter", &Problem::n_iter);
+  address(problem, "scratch", &Problem::scratch);
 
   py::class_<Gradients> gradients(module, "Gradients");
   gradients.def(py::init([] { return Gradients{}; }));
@@ -109,6 +120,15 @@ PYBIND11_MODULE(_C, module) {
   address(gradients, "given", &Gradients::given);
   address(gradients, "a", &Gradients::a);
   address(gradients, "b", &Gradients::b);
+
+  py::class_<Lifts> lifts(module, "Lifts");
+  lifts.def(py::init([] { return Lifts{}; }))
+      .def_readwrite("linear_step", &Lifts::linear_step)
+      .def_property_readonly("itself", [](const Lifts& l) { return reinterpret_cast<uintptr_t>(&l); });
+  address(lifts, "linear", &Lifts::linear);
+  address(lifts, "plan", &Lifts::plan);
+  address(lifts, "x", &Lifts::x);
+  address(lifts, "y", &Lifts::y);
 
   module.def("cpu_forward", [](const Problem& p) { run([&](Poll poll) { return cpu::forward(p, poll); }); });
   module.def("cpu_backward",
@@ -144,14 +164,44 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("cuda_reason") = OTALIGN_CUDA_REASON;
 #endif
+#ifdef OTALIGN_WITH_CUDA
+  module.def("cuda_scratch", [](const Problem& p, bool lift) {
+    cuda::Choice choice;
+    int64_t scratch = 0;
+    check(cuda::plan(p, lift, &choice, &scratch));
+    return scratch;
+  });
+  module.def("cuda_choice", [](const Problem& p, bool lift) {
+    cuda::Choice choice;
+    int64_t scratch = 0;
+    check(cuda::plan(p, lift, &choice, &scratch));
+    const cuda::Form& form = cuda::kForms[choice.form];
+    py::dict out;
+    out["form"] = py::make_tuple(form.width, form.lanes, form.rows, form.warps);
+    out["cluster"] = choice.cluster;
+    out["in_flight"] = choice.in_flight;
+    out["shared"] = choice.shared;
+    out["far"] = cuda::far_rows(choice, p.x.size);
+    out["bytes"] = choice.bytes;
+    return out;
+  });
+  module.def("cuda_solve", [](const Problem& p, uintptr_t stream, bool wait) {
+    const py::gil_scoped_release release;
+    check(cuda::solve(p, reinterpret_cast<void*>(stream), wait));
+  });
+  module.def("cuda_lift", [](const Problem& p, const Lifts& lifts, uintptr_t stream, bool wait) {
+    const py::gil_scoped_release release;
+    check(cuda::lift(p, lifts, reinterpret_cast<void*>(stream), wait));
+  });
+#endif
   module.def("cuda_devices", [] {
     py::list out;
 #ifdef OTALIGN_WITH_CUDA
     int runtime = 0, driver = 0, count = 0;
-    if (const char* error = cuda::versions(&runtime, &driver, &count)) throw std::runtime_error(error);
+    check(cuda::versions(&runtime, &driver, &count));
     for (int index = 0; index < count; ++index) {
       cuda::Device device;
-      if (const char* error = cuda::device(index, &device)) throw std::runtime_error(error);
+      check(cuda::device(index, &device));
       out.append(py::make_tuple(std::string(device.name), device.major, device.minor, device.memory));
     }
 #endif

@@ -11,8 +11,8 @@ enum class PriorKind : int32_t { none, quadratic, absolute, order_preserving, ba
 
 // One side of the problem. Vectors with one number per point start at `row(item)`, and are contiguous.
 struct Side {
-  const int64_t* lengths;  // (B)
-  const int64_t* starts;   // (B) first row of each item if packed, else null
+  const int64_t* lengths;  // (B); on a GPU null if full or packed
+  const int64_t* starts;   // (B) first row of each item if packed, else null; on a GPU (B + 1)
   int64_t size;            // rows of an item's slot if padded
   int64_t rows;            // rows in all
 
@@ -37,14 +37,15 @@ struct Problem {
   Side x, y;
 
   Cost cost;
-  const void* given;  // (B, N, M), the cost if it is given
+  const void* given;  // (B, N, M), the cost if it is given; on a GPU every cost, T, (rows of x, pitch)
   Scalar given_type;
   int64_t given_strides[3];
 
   PriorKind prior;
   double prior_parameters[2];
 
-  const double* reg;  // (B)
+  const double* reg;  // (B); null = `reg_of_all`
+  double reg_of_all;
   double rho_x, rho_y;
   const void* init;  // T, g to start from; null = zero
   int64_t max_iter;
@@ -60,6 +61,8 @@ struct Problem {
   int32_t* n_iter;
 
   int32_t threads;
+  int64_t pitch;  // on a GPU: numbers from one row of the costs to the next
+  void* scratch;  // on a GPU: memory of as many bytes as cuda::plan says, aligned to 16
 };
 
 // What flows back: gradients by value, linear and plan come in (null = zero), gradients by the inputs go out (null =
@@ -73,6 +76,15 @@ struct Gradients {
   void* given;  // type of the given cost
   void* a;      // T
   void* b;      // T
+};
+
+// The implicit system of a batch on a GPU: what flows back by transport cost and plan, and the lifts that solve it.
+struct Lifts {
+  const void* linear;   // T; null = zero
+  int64_t linear_step;  // numbers from one item's to the next: 0 if all have the same
+  const void* plan;     // T, (rows of x, pitch); null = zero
+  void* x;              // T, out, as the potentials
+  void* y;
 };
 
 // Elements from one item's plan to the next: its own, and a gap of zeros so that a vector may be read across its end.

@@ -1,5 +1,7 @@
 """The compiled engine. Pointers are integers, 0 for null; fields are those of csrc/problem.h, which documents them."""
 
+from typing import Any
+
 simd: str
 compiler: str
 openmp: bool
@@ -47,6 +49,20 @@ class Problem:
     error: int
     n_iter: int
     threads: int
+    reg_of_all: float
+    pitch: int
+    scratch: int
+    @property
+    def itself(self) -> int: ...
+
+class Lifts:
+    linear: int
+    linear_step: int
+    plan: int
+    x: int
+    y: int
+    @property
+    def itself(self) -> int: ...
 
 class Gradients:
     value: int
@@ -71,4 +87,8 @@ def cpu_pack(problem: Problem, dense: int, packed: int, /) -> None: ...
 def pool_idle() -> int: ...
 def use_blas(name: str, sgemm: int, dgemm: int, limit: int, /) -> None: ...
 def blas() -> str: ...
+def cuda_scratch(problem: Problem, lift: bool, /) -> int: ...
+def cuda_choice(problem: Problem, lift: bool, /) -> dict[str, Any]: ...
+def cuda_solve(problem: Problem, stream: int, wait: bool, /) -> None: ...
+def cuda_lift(problem: Problem, lifts: Lifts, stream: int, wait: bool, /) -> None: ...
 def cuda_devices() -> list[tuple[str, int, int, int]]: ...

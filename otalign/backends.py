@@ -17,6 +17,8 @@ import torch
 from .problem import Problem, Solution, one_of
 
 TRITON = (3, 6)  # the first version that compiles the kernels
+CUDA = (8, 0)  # the compute capability that the kernels need
+CUDA_DEVICES = "cuda"  # the type of their tensors
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -31,6 +33,8 @@ def resolve(backend: str, device: torch.device) -> str:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device}")
+    if backend == "cuda" and device.type != CUDA_DEVICES:
+        raise ValueError(f"backend: 'cuda' takes tensors on a GPU, got {device}")
     if backend == "triton" and device.type == "cpu" and not _interpreting():
         raise ValueError("backend: 'triton' takes tensors on a GPU, or any with TRITON_INTERPRET=1; got cpu")
     return backend
@@ -50,6 +54,10 @@ def launcher(name: str) -> Callable[[Problem], Solution]:
         from . import gpu
 
         return gpu.launch
+    if name == "cuda":
+        from . import cuda
+
+        return cuda.launch
     from . import reference
 
     return reference.launch
@@ -76,7 +84,16 @@ def reason_missing(name: str) -> str | None:
         return reason
     if module.cuda_reason:
         return f"otalign._C was built without CUDA: {module.cuda_reason}"
-    return "otalign._C was built with CUDA, but this version has no CUDA kernels"
+    return _why_no_cuda()
+
+
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "no NVIDIA GPU was found"
+    if torch.cuda.get_device_capability() < CUDA:
+        return "the GPU's compute capability is below {}.{}".format(*CUDA)
+    reason = reason_missing("triton")
+    return reason and f"costs and gradients are made by Triton: {reason}"
 
 
 @functools.cache

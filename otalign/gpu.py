@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cuda
 from .problem import Problem, Solution
 from .triton_kernels import rule
 
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor? a, Tensor? b, Tensor? x_layout, Tensor? y_layout, Tensor? reg_items, "
     "float reg, str cost, str prior, float[] prior_parameters, float rho_x, float rho_y, bool x_packed, bool y_packed, "
-    "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype"
+    "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype, str engine"
 )
 _SAVED = "Tensor f, Tensor g, Tensor costs, Tensor x_scale, Tensor y_scale"
 
@@ -66,6 +67,7 @@ class _Inputs(NamedTuple):
     size_x: int
     size_y: int
     dtype: torch.dtype
+    engine: str  # who iterates: "triton" or "cuda"
 
     def like(self) -> Tensor:
         tensor = self.C if self.x is None else self.x
@@ -84,14 +86,14 @@ _SAVED_ARITY = 5
 _DIFFERENTIABLE = _Inputs._fields[:5]
 
 
-def launch(problem: Problem) -> Solution:
-    """Solve a batch with the Triton kernels."""
+def launch(problem: Problem, engine: str = "triton") -> Solution:
+    """Solve a batch with the Triton kernels, or with those of CUDA for the iterations."""
     p, xs, ys = problem, problem.x_segments, problem.y_segments
     prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
     reg, reg_items = (0.0, p.reg) if isinstance(p.reg, Tensor) else (p.reg, None)
     inputs = (
         p.x, p.y, p.C, p.a, p.b, xs.layout, ys.layout, reg_items, reg, p.cost, prior, parameters,
-        p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype,
+        p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype, engine,
     )  # fmt: skip
     if _eager(inputs):
         outputs = _Align.apply(*inputs[:5], inputs[5:], p.init, p.max_iter, p.tol)
@@ -135,6 +137,7 @@ def _batch(inputs: _Inputs) -> Any:
         rho=(p.rho_x, p.rho_y),
         dtype=p.dtype,
         device=p.like().device,
+        engine=cuda if p.engine == "cuda" else None,
     )
 
 

@@ -174,8 +174,10 @@ class Batch:
         rho: tuple[float, float],
         dtype: torch.dtype,
         device: torch.device,
+        engine: Any = None,
     ) -> None:
-        self.x, self.y, self.items = x, y, items
+        """`engine` iterates, and solves implicit systems, instead of the kernels here: otalign.cuda, if anybody."""
+        self.x, self.y, self.items, self.engine = x, y, items, engine
         self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
         self.relaxed = rho != (INFINITE, INFINITE)
         self.ld = rule.leading_dimension(y.size)
@@ -259,6 +261,8 @@ class Batch:
 
     def counters(self) -> Tensor:
         """Where the programs of the implicit system count each other; to be set to zero."""
+        if self.engine is not None:
+            return self.empty_tensor(0, dtype=torch.int32)
         choice = self.solver(in_memory=True)
         return self.empty_tensor(choice.in_flight * choice.programs + 1, dtype=torch.int32)
 
@@ -335,6 +339,10 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
     if batch.empty:
         for tensor in out:
             tensor.zero_()
+        return out
+    if batch.engine is not None:
+        fill_costs(batch, Saved(*out[4:]), given, batch.prior, empty(0, dtype=torch.int32))
+        batch.engine.iterate(batch, out, init, max_iter, tol)
         return out
     choice = batch.solver()
     programs = choice.in_flight * choice.programs
@@ -470,6 +478,8 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
 
 def lifts(batch: Batch, values: dict[str, Any], counters: Tensor) -> dict[str, Tensor]:
     """Solve the implicit system for what the gradients need of it."""
+    if batch.engine is not None:
+        return batch.engine.lift(batch, values)
     choice = batch.solver(in_memory=True)
     constants = {"BLOCK_N": choice.block_n, "BLOCK_M": choice.block_m, "PEERS": choice.peers}
     found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}

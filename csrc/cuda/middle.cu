@@ -1,0 +1,10 @@
+#include "kernels.cuh"
+
+namespace otalign::cuda {
+
+Kernels middle_kernels(int form) {
+  const Kernels all[] = {kernels<4>(), kernels<5>(), kernels<6>()};
+  return all[form];
+}
+
+}  // namespace otalign::cuda

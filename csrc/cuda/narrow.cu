@@ -1,0 +1,10 @@
+#include "kernels.cuh"
+
+namespace otalign::cuda {
+
+Kernels narrow_kernels(int form) {
+  const Kernels all[] = {kernels<0>(), kernels<1>(), kernels<2>(), kernels<3>()};
+  return all[form];
+}
+
+}  // namespace otalign::cuda

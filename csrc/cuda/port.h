@@ -1,0 +1,96 @@
+// All that the kernels take from the machine. Tests put a header of the same name in its place, which runs them on a
+// CPU.
+//
+// A cluster is a group of thread blocks that run at the same time and can write into each other's shared memory, from
+// compute capability 9.0; before, every block is a cluster of its own.
+#pragma once
+
+#include <cstdint>
+
+#define OTALIGN_DEVICE __device__ __forceinline__
+#define OTALIGN_PRAGMA(text) _Pragma(#text)
+#define OTALIGN_UNROLL OTALIGN_PRAGMA(unroll)
+#define OTALIGN_UNROLL_BY(count) OTALIGN_PRAGMA(unroll count)
+#define OTALIGN_ROLLED OTALIGN_UNROLL_BY(1)
+// What is written before it may not be moved behind it: without, the compiler would hold all of a matrix's costs at
+// once.
+#define OTALIGN_IN_ORDER asm volatile("" ::: "memory")
+
+namespace otalign::cuda::port {
+
+OTALIGN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+OTALIGN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+
+OTALIGN_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+OTALIGN_DEVICE void sync_warp() { __syncwarp(); }
+OTALIGN_DEVICE void sync_block() { __syncthreads(); }
+OTALIGN_DEVICE bool all_of_block(bool vote) { return __syncthreads_and(vote); }
+OTALIGN_DEVICE float swap(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+OTALIGN_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+OTALIGN_DEVICE uint32_t address(const void* in_shared_memory) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
+}
+
+// A mailbox counts the bytes that arrive for it. Its phases follow each other; `expect` opens one, by one thread,
+// `wait` waits until all bytes of one are there, whose parity it is given.
+using Mailbox = uint64_t;
+
+OTALIGN_DEVICE void open(Mailbox* box) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(box)) : "memory");
+#endif
+}
+
+// After all threads have come: mailboxes are open, and blocks of the cluster may write to each other, or end.
+OTALIGN_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+OTALIGN_DEVICE void expect(Mailbox* box, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(box)), "r"(bytes) : "memory");
+#endif
+}
+
+OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(address(box)), "r"(parity)
+        : "memory");
+  } while (!done);
+#endif
+}
+
+// Writes to where `to` lies in the shared memory of another block of the cluster, and tells its mailbox.
+OTALIGN_DEVICE void send(float4 value, float* to, Mailbox* box, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there, tell;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(tell) : "r"(address(box)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(tell)
+      : "memory");
+#endif
+}
+
+}  // namespace otalign::cuda::port

@@ -1,0 +1,26 @@
+// What the rest of the extension sees of the kernels. No CUDA header here, so that bindings.cpp compiles without the
+// toolkit.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+#include "layout.h"
+
+namespace otalign::cuda {
+
+enum Kind { kStrict, kRelaxed, kLift };  // kernels of a form
+struct Kernels {
+  const void* of[3];
+};
+Kernels narrow_kernels(int form), middle_kernels(int form), wide_kernels(int form);
+
+// All of these return nullptr, or a string that begins with the name of CUDA's error, or tells why not; the thread's
+// next call may overwrite it. They work on the current device; `problem` needs sizes, items and relaxation for a plan.
+const char* plan(const Problem& problem, bool lift, Choice* choice, int64_t* scratch);
+// Solves the batch; with `wait`, faults of the kernel are among the errors.
+const char* solve(const Problem& problem, void* stream, bool wait);
+// Solves the implicit system.
+const char* lift(const Problem& problem, const Lifts& lifts, void* stream, bool wait);
+
+}  // namespace otalign::cuda

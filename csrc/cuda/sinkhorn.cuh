@@ -1,0 +1,325 @@
+// Sinkhorn's iterations: multiply-adds on an absorbed kernel matrix, exact in the log domain wherever floats run out.
+//
+// With potentials phi, gamma (in units of reg) absorbed, K_ij = exp(phi_i + gamma_j - C_ij / reg), an iteration is
+//
+//   u = 1 / (K w),  w = b v,   v = 1 / (K^T (a u)),
+//
+// and phi + log u, gamma + log v are the potentials. An iteration that would leave the range of absorb.h is not made:
+// the same iteration is made in the log domain from the costs, its potentials are absorbed, and K is built anew. The
+// first iteration of an item is such a one.
+#pragma once
+
+#include "matrix.cuh"
+
+namespace otalign::cuda {
+
+template <class L, bool kRelaxed>
+class Sinkhorn {
+  static constexpr int C = Block<L>::C;
+  enum ColumnVector { kW, kB, kGamma, kV };  // kV and the next: v of two iterations, taking turns
+  enum RowVector { kA, kPhi, kU };           // likewise
+  static constexpr float kLow = Absorb<float>::kLow, kHigh = Absorb<float>::kHigh;
+
+ public:
+  OTALIGN_DEVICE explicit Sinkhorn(const Arguments& arguments) : block(arguments) {}
+
+  OTALIGN_DEVICE void run() {
+    block.for_items([&] {
+      if (block.current().x.length > 0 && block.m > 0)
+        solve();
+      else
+        clear();
+    });
+  }
+
+ private:
+  OTALIGN_DEVICE float* v(int turn) { return block.columns(kV + turn); }
+  OTALIGN_DEVICE float& u(int i, int turn) { return block.row(kU + turn, i); }
+
+  OTALIGN_DEVICE void solve() {
+    begin();
+    bool first = true, ahead = true;
+    while (ahead) {
+      update_rows_exactly(first);
+      if (!first && should_stop<float>(error, block.p.tol, n_iter, block.p.max_iter)) break;
+      first = false;
+      update_columns_exactly();
+      ++n_iter;
+      build();
+      while (iterate(ahead)) ++n_iter;
+    }
+    finish();
+  }
+
+  OTALIGN_DEVICE void begin() {
+    const Problem& p = block.p;
+    keep_x = static_cast<float>(damping(block.current().epsilon, p.rho_x));
+    keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));
+    error = 0;
+    n_iter = 0;
+    turn = 0;
+    block.for_columns([&](int j) {
+      const bool real = j < block.m;
+      block.columns(kB)[j] = real ? weight(p.y.weights, block.current().y.start + j, block.m) : 0;
+      block.columns(kGamma)[j] =
+          real && p.init ? static_cast<const float*>(p.init)[block.current().y.start + j] * block.current().per_reg : 0;
+      v(0)[j] = 1;
+    });
+    for (int i = port::thread(); i < block.count; i += L::kThreads) {
+      block.row(kA, i) = weight(p.x.weights, block.current().first + i, block.current().x.length);
+      block.row(kPhi, i) = 0;
+      u(i, 0) = 1;
+    }
+    port::sync_block();
+  }
+
+  // Exact updates
+  // -----------------------------------------------------------------------------------------------------------
+
+  // phi + log u of the next iteration, into the other u; the largest exponents of columns with it, into the other v.
+  OTALIGN_DEVICE void update_rows_exactly(bool first) {
+    block.for_columns([&](int j) {
+      block.columns(kGamma)[j] += logarithm(v(turn)[j]);
+      v(turn)[j] = 1;
+      block.columns(kW)[j] = j < block.m ? block.columns(kGamma)[j] + logarithm(block.columns(kB)[j]) : 0;
+    });
+    port::sync_block();
+    float w[C], tops[C];
+    block.load_columns(block.columns(kW), w);
+    OTALIGN_UNROLL
+    for (int c = 0; c < C; ++c) tops[c] = -INFINITY;
+    float off = 0;
+    block.for_rows([&](int i, bool mine) {
+      float cost[C];
+      block.load_costs(i, mine, cost, block.costs(), block.current().per_reg);
+      float top = -INFINITY;
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c)
+        if (inside(c, mine)) top = fmaxf(top, w[c] - cost[c]);
+      top = finite_top(over_lanes<L::kLanes>(top, Largest()));
+      float sum = 0;
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c)
+        if (inside(c, mine)) sum += expf(w[c] - cost[c] - top);
+      sum = over_lanes<L::kLanes>(sum, Sum());
+      if (!mine) return;
+      const float potential = -keep_x * (top + logarithm(sum));
+      const float a = block.row(kA, i), log_a = logarithm(a);
+      if (block.across == 0) {
+        const float before = block.row(kPhi, i) + logarithm(u(i, turn));
+        if (!first) off += a > 0 ? a * fabsf(expf(before - potential) - 1) : a;
+        u(i, 1 - turn) = potential;
+      }
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c)
+        if (inside(c, mine)) tops[c] = fmaxf(tops[c], potential + log_a - cost[c]);
+    });
+    block.put_columns(tops, Largest());
+    block.put_number(off);
+    float* const other = v(1 - turn);
+    block.exchange(block.m, Largest(), [&](int j, float4 top) {
+      *reinterpret_cast<float4*>(other + j) = {finite_top(top.x), finite_top(top.y), finite_top(top.z),
+                                               finite_top(top.w)};
+    });
+    port::sync_block();
+    error = block.numbers().x;
+  }
+
+  OTALIGN_DEVICE bool inside(int c, bool mine) const { return mine && block.column(c) < block.m; }
+
+  // gamma of the same iteration, from the sums over exponents below those largest.
+  OTALIGN_DEVICE void update_columns_exactly() {
+    float sums[C], tops[C];
+    block.load_columns(v(1 - turn), tops);
+    OTALIGN_UNROLL
+    for (int c = 0; c < C; ++c) sums[c] = 0;
+    block.for_rows([&](int i, bool mine) {
+      float cost[C];
+      block.load_costs(i, mine, cost, block.costs(), block.current().per_reg);
+      if (!mine) return;
+      const float potential = u(i, 1 - turn) + logarithm(block.row(kA, i));
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c)
+        if (inside(c, mine)) sums[c] += expf(potential - cost[c] - tops[c]);
+    });
+    block.put_columns(sums, Sum());
+    block.put_number(0);
+    block.exchange(block.m, Sum(), [&](int j, float4 sum) {
+      OTALIGN_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const bool real = j + k < block.m;
+        block.columns(kGamma)[j + k] = real ? -keep_y * (v(1 - turn)[j + k] + logarithm(part(sum, k))) : 0;
+        block.columns(kW)[j + k] = block.columns(kB)[j + k];
+      }
+    });
+    port::sync_block();
+  }
+
+  // Absorb what the exact update has made. (Between points that both have no mass nothing bounds an entry: it is left
+  // out.)
+  OTALIGN_DEVICE void build() {
+    float gamma[C], potential = 0;
+    bool has_mass = false;
+    block.load_columns(block.columns(kGamma), gamma);
+    matrix.build(
+        block, block.current().per_reg,
+        [&](int i) {
+          potential = u(i, 1 - turn);
+          has_mass = block.row(kA, i) > 0;
+        },
+        [&](int c, float cost) {
+          return has_mass || block.columns(kB)[block.column(c)] > 0 ? expf(gamma[c] - (cost - potential)) : 0;
+        });
+    port::sync_block();
+    for (int i = port::thread(); i < block.count; i += L::kThreads) {
+      block.row(kPhi, i) = u(i, 1 - turn);
+      u(i, turn) = 1;
+    }
+    block.for_columns([&](int j) { v(turn)[j] = 1; });
+    port::sync_block();
+  }
+
+  // Multiply-adds
+  // -----------------------------------------------------------------------------------------------------------
+
+  OTALIGN_DEVICE float scaling(float sum, float absorbed, float keep) const {
+    return kRelaxed ? expf(-(1 - keep) * absorbed - keep * logf(sum)) : port::reciprocal(sum);
+  }
+  OTALIGN_DEVICE static bool in_range(float sum, float scaling) {
+    return is_near(sum) && (!kRelaxed || is_near(scaling));
+  }
+
+  // An iteration. False if it was not made: since the item is done (then `ahead` is false, too), or floats have run
+  // out.
+  OTALIGN_DEVICE bool iterate(bool& ahead) {
+    float off = 0;
+    float sums[C];
+    matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
+      if (!mine) return 0.0f;
+      const float a = numbers(kA, i), before = numbers(kU + turn, i);
+      const float next = scaling(sum, kRelaxed ? numbers(kPhi, i) : 0, keep_x);
+      const float ratio = kRelaxed ? before / next : before * sum;
+      if (one) {
+        off += !in_range(sum, next) ? INFINITY : a > 0 ? a * fabsf(ratio - 1) : a;
+        numbers(kU + 1 - turn, i) = next;
+      }
+      return a * next;
+    });
+    block.put_columns(sums, Sum());
+    block.put_number(off);
+    bool columns_near = true;
+    block.exchange(block.m, Sum(), [&](int first, float4 sum) {
+      float* const next = v(1 - turn) + first;
+      OTALIGN_UNROLL_BY(kRelaxed ? 1 : 4)  // the logarithms of four at once would take too many registers
+      for (int k = 0; k < 4; ++k) {
+        const int j = first + k;
+        const float total = j < block.m ? part(sum, k) : 1;
+        next[k] = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, keep_y);
+        columns_near = columns_near && in_range(total, next[k]);
+        block.columns(kW)[j] = block.columns(kB)[j] * next[k];
+      }
+    });
+    columns_near = port::all_of_block(columns_near);
+    off = block.numbers().x;
+    if (!(off < INFINITY)) return false;  // rows out of range: their error is for the exact update to find
+    error = off;
+    if (should_stop<float>(error, block.p.tol, n_iter, block.p.max_iter)) ahead = false;
+    if (!ahead || !columns_near) return false;
+    turn = 1 - turn;
+    return true;
+  }
+
+  // Results
+  // -----------------------------------------------------------------------------------------------------------------
+
+  OTALIGN_DEVICE void finish() {
+    const Problem& p = block.p;
+    float shift = 0;  // what moves from g to f, so that <b, g> = 0 if the problem is balanced
+    block.for_columns([&](int j) {
+      const float b = block.columns(kB)[j];
+      const float potential = j < block.m ? block.columns(kGamma)[j] + logarithm(v(turn)[j]) : 0;
+      block.columns(kW)[j] = potential;
+      if (!kRelaxed && b > 0) shift += b * potential;
+    });
+    shift = block.sum_block(shift);
+    port::sync_block();
+    const bool broken = error != error;
+    float potentials[C], weights[C];
+    block.load_columns(block.columns(kW), potentials);
+    block.load_columns(block.columns(kB), weights);
+    float4 total{};  // mass of the plan, transport cost, worth of f
+    block.for_rows([&](int i, bool mine) {
+      float cost[C];
+      block.load_costs(i, mine, cost, block.costs(), 1);
+      if (!mine) return;
+      const float a = block.row(kA, i), potential = block.row(kPhi, i) + logarithm(u(i, turn));
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c) {
+        if (!inside(c, mine) || !(a > 0) || !(weights[c] > 0)) continue;
+        const float mass = a * weights[c] * expf(potentials[c] - (cost[c] * block.current().per_reg - potential));
+        total.x += mass;
+        if (mass != 0) total.y += mass * cost[c];
+      }
+      if (block.across != 0) return;
+      const float f = block.current().epsilon * (potential + shift);
+      if (a > 0) total.z += a * (kRelaxed ? worth(f, block.p.rho_x) : f);
+      static_cast<float*>(p.x.potential)[block.current().first + i] = broken ? NAN : f;
+    });
+    block.put_numbers(total);
+    block.exchange(0, Sum(), [](int, float4) {});
+    port::sync_block();
+    total = block.numbers();
+    clear_rows(block.current().x.length);
+    if (block.rank() == 0) store(total, shift, broken);
+  }
+
+  OTALIGN_DEVICE void store(float4 total, float shift, bool broken) {
+    const Problem& p = block.p;
+    float of_y = 0;
+    block.for_columns([&](int j) {
+      const float b = block.columns(kB)[j], g = block.current().epsilon * (block.columns(kW)[j] - shift);
+      if (b > 0) of_y += b * (kRelaxed ? worth(g, block.p.rho_y) : g);
+    });
+    of_y = block.sum_block(of_y);
+    const float value = total.z + of_y - block.current().epsilon * (total.x - 1);
+    broken = broken || value != value;
+    float* const g = static_cast<float*>(p.y.potential) + block.current().y.start;
+    for (int64_t j = port::thread(); j < block.current().y.slot; j += L::kThreads)
+      g[j] = j >= block.m ? 0 : broken ? NAN : block.current().epsilon * (block.columns(kW)[j] - shift);
+    if (port::thread() != 0) return;
+    static_cast<float*>(p.value)[block.current().item] = broken ? NAN : value;
+    static_cast<float*>(p.linear)[block.current().item] = broken ? NAN : total.y;
+    static_cast<float*>(p.error)[block.current().item] = broken ? NAN : error;
+    p.n_iter[block.current().item] = broken ? 0 : n_iter;
+  }
+
+  // Zeros for the rows of the slot from `from` on, the blocks of the cluster taking turns.
+  OTALIGN_DEVICE void clear_rows(int64_t from) {
+    float* const f = static_cast<float*>(block.p.x.potential) + block.current().x.start;
+    for (int64_t i = from + block.rank() * L::kThreads + port::thread(); i < block.current().x.slot;
+         i += block.choice.cluster * L::kThreads)
+      f[i] = 0;
+  }
+
+  // An empty item.
+  OTALIGN_DEVICE void clear() {
+    const Problem& p = block.p;
+    clear_rows(0);
+    if (block.rank() != 0) return;
+    float* const g = static_cast<float*>(p.y.potential) + block.current().y.start;
+    for (int64_t j = port::thread(); j < block.current().y.slot; j += L::kThreads) g[j] = 0;
+    if (port::thread() != 0) return;
+    static_cast<float*>(p.value)[block.current().item] = 0;
+    static_cast<float*>(p.linear)[block.current().item] = 0;
+    static_cast<float*>(p.error)[block.current().item] = 0;
+    p.n_iter[block.current().item] = 0;
+  }
+
+  Block<L> block;
+  Matrix<L> matrix;
+  float keep_x = 1, keep_y = 1;
+  float error = 0;
+  int n_iter = 0, turn = 0;
+};
+
+}  // namespace otalign::cuda

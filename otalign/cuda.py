@@ -1,0 +1,115 @@
+"""The compiled CUDA kernels: Sinkhorn's iterations and the implicit system, on a matrix that stays on the chip.
+
+Costs, and what is made of a solution, are the business of the Triton kernels, which hand batches over to this module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .layout import debugging
+from .problem import Problem, Solution
+
+if TYPE_CHECKING:
+    from .triton_kernels.launch import Batch, Solved
+
+LONGEST_Y = 1024  # the widest form of csrc/cuda/layout.h
+
+
+def launch(problem: Problem) -> Solution:
+    """Solve a batch with the CUDA kernels."""
+    from . import gpu
+
+    if problem.dtype != torch.float32:
+        raise ValueError("backend: 'cuda' computes in float32, but the points are float64; 'triton' takes them")
+    if problem.y_segments.size > LONGEST_Y:
+        raise ValueError(
+            f"y: backend 'cuda' takes items of up to {LONGEST_Y} points, got {problem.y_segments.size}; exchange x and y, "
+            "or use 'triton'"
+        )
+    return gpu.launch(problem, "cuda")
+
+
+def iterate(batch: Batch, out: Solved, init: Tensor | None, max_iter: int, tol: float) -> None:
+    """Fill the solution from its costs, in one launch."""
+    p = _problem(batch, out.costs, out.f, out.g)
+    p.init = _address(init)
+    p.max_iter, p.tol = max_iter, tol
+    p.value, p.linear, p.error = out.value.data_ptr(), out.linear.data_ptr(), out.error.data_ptr()
+    p.n_iter = out.n_iter.data_ptr()
+    engine = _engine()
+    with _on(batch.device):
+        scratch = _scratch(batch, p, lift=False)
+        engine.cuda_solve(p, _stream(batch.device), debugging())
+    del scratch  # not before the launch: then it is the stream's
+
+
+def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
+    """Solve the implicit system of a solution, in one launch: the lifts of both sides."""
+    values = batch.values | values
+    costs = values["C"]
+    if costs.data_ptr() % 16:  # autograd's hooks may bring back what they were given at another place
+        costs = costs.clone()
+    p = _problem(batch, costs, values["f"], values["g"])
+    found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}
+    engine = _engine()
+    lifts = engine.Lifts()
+    if values["linear_step"] >= 0:
+        lifts.linear, lifts.linear_step = values["grad_linear"].data_ptr(), values["linear_step"]
+    if values["has_plan"]:
+        lifts.plan = values["G"].data_ptr()
+    lifts.x, lifts.y = found["x_lift"].data_ptr(), found["y_lift"].data_ptr()
+    with _on(batch.device):
+        scratch = _scratch(batch, p, lift=True)
+        engine.cuda_lift(p, lifts, _stream(batch.device), debugging())
+    del scratch
+    return found
+
+
+def _problem(batch: Batch, costs: Tensor, f: Tensor, g: Tensor) -> Any:
+    """The batch as the kernels take it, with its costs and potentials."""
+    values = batch.values
+    p = _engine().Problem()
+    p.items, p.pitch, p.given = batch.items, batch.ld, costs.data_ptr()
+    for to, side, potential in ((p.x, batch.x, f), (p.y, batch.y, g)):
+        to.size, to.rows, to.potential = side.size, side.rows, potential.data_ptr()
+        to.weights = _address(side.weights)
+        if side.packed:
+            to.starts = _address(side.layout)
+        else:
+            to.lengths = _address(side.layout)
+    if values["per_item"]:
+        p.reg = values["reg_items"].data_ptr()
+    p.reg_of_all, p.rho_x, p.rho_y = values["reg"], values["rho_x"], values["rho_y"]
+    return p
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
+    """Memory for the part of the matrix that the chip has no place for."""
+    size = _engine().cuda_scratch(p, lift)
+    if not size:
+        return None
+    scratch = torch.empty(size, dtype=torch.uint8, device=batch.device)
+    p.scratch = scratch.data_ptr()
+    return scratch
+
+
+def _engine() -> Any:
+    return backends.extension()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _on(device: torch.device) -> Any:
+    """Makes `device` the current one."""
+    return torch.cuda.device(device)

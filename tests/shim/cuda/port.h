@@ -1,0 +1,239 @@
+// csrc/cuda/port.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
+//
+// Fibers change places only where threads wait for each other, in an order drawn at random, so that results repeat; who
+// reads what another has yet to write gets poison. Threads of the system are for ThreadSanitizer, which sees a missing
+// barrier as a race: so what waits here must order as little as its counterpart on a GPU. (std::barrier orders more,
+// and hides races.)
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#ifdef OTALIGN_SHIM_THREADS
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
+
+#define OTALIGN_DEVICE inline
+#define OTALIGN_UNROLL
+#define OTALIGN_UNROLL_BY(count)
+#define OTALIGN_ROLLED
+#define OTALIGN_IN_ORDER
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace otalign::cuda::port {
+
+void let_others();  // run, since this thread waits for them
+
+class Barrier {
+ public:
+  void meet(int size) {
+    const int now = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
+    } else {
+      while (__atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now) let_others();
+    }
+  }
+
+ private:
+  int arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  float given[2][32];
+};
+
+struct BlockState {
+  BlockState(int threads, int bytes)
+      : threads(threads), warps(threads / 32), memory(static_cast<char*>(operator new(bytes, std::align_val_t(16)))) {
+    std::memset(memory, 0xFF, bytes);  // NaN
+  }
+  BlockState(const BlockState&) = delete;
+  ~BlockState() { operator delete(memory, std::align_val_t(16)); }
+
+  int threads;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  int against[3] = {0, 0, 0};  // votes
+  char* memory;
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<BlockState>> blocks;
+  Barrier barrier;
+};
+
+struct Thread {
+  Cluster* cluster;
+  BlockState* block;
+  int number, block_number, rank;
+  int swaps = 0, votes = 0;
+};
+
+#ifdef OTALIGN_SHIM_THREADS
+inline thread_local Thread* self;
+inline void let_others() { std::this_thread::yield(); }
+#else
+inline Thread* self;
+#endif
+
+OTALIGN_DEVICE int thread() { return self->number; }
+OTALIGN_DEVICE int block() { return self->block_number; }
+OTALIGN_DEVICE char* shared_memory() { return self->block->memory; }
+OTALIGN_DEVICE void sync_warp() { self->block->warps[self->number / 32].barrier.meet(32); }
+OTALIGN_DEVICE void sync_block() { self->block->barrier.meet(self->block->threads); }
+OTALIGN_DEVICE void sync_cluster() {
+  self->cluster->barrier.meet(static_cast<int>(self->cluster->blocks.size()) * self->block->threads);
+}
+
+OTALIGN_DEVICE bool all_of_block(bool vote) {
+  int* const against = self->block->against;
+  const int turn = self->votes++ % 3;
+  if (!vote) __atomic_add_fetch(&against[turn], 1, __ATOMIC_RELAXED);
+  sync_block();
+  if (self->number == 0) __atomic_store_n(&against[(turn + 2) % 3], 0, __ATOMIC_RELAXED);
+  return __atomic_load_n(&against[turn], __ATOMIC_RELAXED) == 0;
+}
+
+OTALIGN_DEVICE float swap(float value, int mask) {
+  Warp& warp = self->block->warps[self->number / 32];
+  const int turn = self->swaps++ % 2, lane = self->number % 32;
+  warp.given[turn][lane] = value;
+  warp.barrier.meet(32);
+  return warp.given[turn][lane ^ mask];
+}
+
+OTALIGN_DEVICE float reciprocal(float x) { return 1 / x; }
+
+// The number of the phase, and below it the bytes that are awaited, with kOpen more until they are `expect`ed.
+using Mailbox = uint64_t;
+constexpr uint64_t kOpen = 1 << 24;
+
+OTALIGN_DEVICE void count(Mailbox* box, int64_t bytes) {
+  uint64_t seen = __atomic_load_n(box, __ATOMIC_RELAXED), next;
+  do {
+    next = seen + bytes;
+    if (static_cast<uint32_t>(next) == 0) next += (uint64_t{1} << 32) + kOpen;
+  } while (!__atomic_compare_exchange_n(box, &seen, next, true, __ATOMIC_RELEASE, __ATOMIC_RELAXED));
+}
+
+OTALIGN_DEVICE void open(Mailbox* box) { __atomic_store_n(box, kOpen, __ATOMIC_RELAXED); }
+OTALIGN_DEVICE void expect(Mailbox* box, int bytes) { count(box, bytes - static_cast<int64_t>(kOpen)); }
+OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
+  while (static_cast<int>(__atomic_load_n(box, __ATOMIC_ACQUIRE) >> 32 & 1) == parity) let_others();
+}
+
+OTALIGN_DEVICE void send(float4 value, float* to, Mailbox* box, int rank) {
+  char* const there = self->cluster->blocks[rank]->memory;
+  char* const here = self->block->memory;
+  *reinterpret_cast<float4*>(there + (reinterpret_cast<char*>(to) - here)) = value;
+  count(reinterpret_cast<Mailbox*>(there + (reinterpret_cast<char*>(box) - here)), -static_cast<int64_t>(sizeof value));
+}
+
+// Runs kernel() in every thread of a cluster.
+#ifdef OTALIGN_SHIM_THREADS
+
+inline void run(std::vector<Thread>& threads, const std::function<void()>& kernel, unsigned) {
+  std::vector<std::thread> running;
+  for (Thread& thread : threads)
+    running.emplace_back([&] {
+      self = &thread;
+      kernel();
+    });
+  for (std::thread& thread : running) thread.join();
+}
+
+#else
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+struct Scheduler {
+  std::vector<Fiber> fibers;
+  std::vector<Thread>* threads;
+  std::vector<int> alive;
+  const std::function<void()>* kernel;
+  size_t current = 0;  // of those alive
+  std::minstd_rand random;
+  ucontext_t home;
+};
+inline Scheduler* scheduler;
+
+inline void go_on(ucontext_t* from, size_t next) {
+  Scheduler& s = *scheduler;
+  s.current = next;
+  self = &(*s.threads)[s.alive[next]];
+  swapcontext(from, &s.fibers[s.alive[next]].context);
+}
+
+inline void let_others() {
+  Scheduler& s = *scheduler;
+  ucontext_t* const mine = &s.fibers[s.alive[s.current]].context;
+  if (s.current + 1 == s.alive.size()) std::shuffle(s.alive.begin(), s.alive.end(), s.random);
+  go_on(mine, (s.current + 1) % s.alive.size());
+}
+
+inline void fiber() {
+  (*scheduler->kernel)();
+  Scheduler& s = *scheduler;
+  ucontext_t* const mine = &s.fibers[s.alive[s.current]].context;
+  s.alive.erase(s.alive.begin() + static_cast<int64_t>(s.current));
+  if (s.alive.empty()) setcontext(&s.home);
+  go_on(mine, s.current % s.alive.size());
+}
+
+inline void prepare(Fiber& f) {
+  constexpr size_t kStack = 1 << 17;
+  f.stack.reset(new char[kStack]);
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStack;
+  makecontext(&f.context, fiber, 0);
+}
+
+inline void run(std::vector<Thread>& threads, const std::function<void()>& kernel, unsigned seed) {
+  Scheduler s;
+  s.fibers.resize(threads.size());
+  s.threads = &threads;
+  s.kernel = &kernel;
+  s.random.seed(seed);
+  scheduler = &s;
+  for (size_t i = 0; i < threads.size(); ++i) {
+    prepare(s.fibers[i]);
+    s.alive.push_back(static_cast<int>(i));
+  }
+  go_on(&s.home, 0);
+}
+
+#endif
+
+// A launch: clusters one after the other, of so many blocks each.
+inline void launch(int clusters, int cluster, int threads, int bytes, unsigned seed,
+                   const std::function<void()>& kernel) {
+  for (int c = 0; c < clusters; ++c) {
+    Cluster state;
+    std::vector<Thread> all;
+    for (int rank = 0; rank < cluster; ++rank) {
+      state.blocks.push_back(std::make_unique<BlockState>(threads, bytes));
+      for (int t = 0; t < threads; ++t) all.push_back({&state, state.blocks.back().get(), t, c * cluster + rank, rank});
+    }
+    run(all, kernel, seed + static_cast<unsigned>(c));
+  }
+}
+
+}  // namespace otalign::cuda::port
