@@ -157,4 +157,10 @@ def cost_kernel(
             i, j = rows[:, None], columns[None, :]
             epsilon = load_reg(reg, reg_items, per_item, item, T)
             cost += prior_tile(i, j, n, m, epsilon, prior_first, prior_second, PRIOR, T)
-        tl.store(C + (x_start + rows)[:, None] * ld + columns[None, :], cost, mask=inside)
+        # Rows end with zeros up to the next multiple of four: the CUDA kernels read four numbers at once.
+        ends = columns < (m + 3) // 4 * 4
+        tl.store(
+            C + (x_start + rows)[:, None] * ld + columns[None, :],
+            tl.where(inside, cost, 0),
+            mask=mine[:, None] & ends[None, :],
+        )

@@ -160,8 +160,7 @@ class Block {
     if (choice.cluster > 1) port::sync_cluster();
   }
 
-  // Columns
-  // ---------------------------------------------------------------------------------------------------------------
+  // Columns ----------------------------------------------------------------------------------------------------------
 
   OTALIGN_DEVICE int column(int c) const { return ((c / 4) * L::kLanes + across) * 4 + c % 4; }
   // Vectors with one number for every column.
@@ -179,8 +178,7 @@ class Block {
     for (int j = port::thread(); j < L::kWidth; j += L::kThreads) f(j);
   }
 
-  // Rows
-  // ------------------------------------------------------------------------------------------------------------------
+  // Rows -------------------------------------------------------------------------------------------------------------
   // A row of the block is near if its part of the matrix is in registers or shared memory.
 
   OTALIGN_DEVICE int near() const { return L::kHeld + choice.shared; }
@@ -202,7 +200,7 @@ class Block {
     for (int i = below; i - below < count; i += L::kStep) f(i, i < count);
   }
 
-  // A row of costs, or of a matrix like them, times `factor`; what lies outside the item is undefined.
+  // A row of costs, or of a matrix like them, times `factor`; zero where there are none.
   OTALIGN_DEVICE void load_costs(int i, bool mine, float (&cost)[C], const float* from, float factor) const {
     OTALIGN_UNROLL
     for (int c = 0; c < C; c += 4) {
@@ -213,8 +211,7 @@ class Block {
     }
   }
 
-  // Sums
-  // ------------------------------------------------------------------------------------------------------------------
+  // Sums -------------------------------------------------------------------------------------------------------------
 
   // What every warp has for its columns and, besides, four numbers: to be exchanged.
   template <class Combine>

@@ -26,8 +26,9 @@ class Lift {
 
  private:
   OTALIGN_DEVICE void solve() {
-    build();
+    enter();
     load();
+    build();
     const float enough = begin() * kTolerance;
     float energy_before = 0;
     for (int left = energy > enough ? 4 * block.m + 40 : 0; left > 0 && energy > enough; --left) {
@@ -36,41 +37,32 @@ class Lift {
     finish();
   }
 
-  // The plan, and the masses of its rows and columns over what they keep.
-  OTALIGN_DEVICE void build() {
+  OTALIGN_DEVICE void enter() {
     const Problem& p = block.p;
     keep_x = static_cast<float>(damping(block.current().epsilon, p.rho_x));
     keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));
     balanced = p.rho_x == HUGE_VAL && p.rho_y == HUGE_VAL;
     block.for_columns([&](int j) {
-      const bool real = j < block.m;
-      block.columns(kSolution)[j] = real ? static_cast<const float*>(p.y.potential)[block.current().y.start + j] : 0;
-      block.columns(kMass)[j] = real ? weight(p.y.weights, block.current().y.start + j, block.m) : 0;
-      block.columns(kW)[j] = real ? 1 : 0;
+      const int64_t column = block.current().y.start + j;
+      const float b = j < block.m ? weight(p.y.weights, column, block.m) : 0;
+      block.columns(kMass)[j] = b;
+      block.columns(kSolution)[j] = b > 0 ? static_cast<const float*>(p.y.potential)[column] : -INFINITY;
+      block.columns(kW)[j] = j < block.m ? 1 : 0;
     });
-    port::sync_block();
-    float g[C], b[C];
-    block.load_columns(block.columns(kSolution), g);
-    block.load_columns(block.columns(kMass), b);
-    float a = 0, f = 0;
-    matrix.build(
-        block, 1,
-        [&](int i) {
-          a = weight(p.x.weights, block.current().first + i, block.current().x.length);
-          f = static_cast<const float*>(p.x.potential)[block.current().first + i];
-        },
-        [&](int c, float cost) { return density(a, b[c], f, g[c], cost); });
-    port::sync_block();
-    product([&](int i, float sum, bool one, auto numbers) {
-      if (one) numbers(kRowMass, i) = sum / keep_x;
-      return 1.0f;
-    });
-    block.for_columns([&](int j) { block.columns(kMass)[j] = j < block.m ? block.columns(kProduct)[j] / keep_y : 0; });
     port::sync_block();
   }
 
-  OTALIGN_DEVICE float density(float a, float b, float f, float g, float cost) const {
-    return a > 0 && b > 0 ? a * b * expf((f - cost + g) * block.current().per_reg) : 0;
+  // The weight of a point and its potential, which leaves no plan where there is no weight.
+  struct Bounded {
+    float weight, potential;
+  };
+  OTALIGN_DEVICE Bounded row(int i, bool mine) const {
+    const int64_t row = block.current().first + i;
+    const float a = mine ? weight(block.p.x.weights, row, block.current().x.length) : 0;
+    return {a, a > 0 ? static_cast<const float*>(block.p.x.potential)[row] : -INFINITY};
+  }
+  OTALIGN_DEVICE float plan(const Bounded& x, float b, float g, float cost, float per_reg) const {
+    return x.weight * b * expf((x.potential - cost + g) * per_reg);
   }
 
   // Q 1 into the rows' load, Q^T 1 into the residual.
@@ -79,29 +71,21 @@ class Lift {
     const float linear =
         lifts.linear ? static_cast<const float*>(lifts.linear)[block.current().item * lifts.linear_step] : 0.0f;
     const float* const gradient =
-        lifts.plan ? static_cast<const float*>(lifts.plan) + (block.current().first) * p.pitch : nullptr;
-    block.for_columns([&](int j) {
-      const bool real = j < block.m;
-      block.columns(kSolution)[j] = real ? static_cast<const float*>(p.y.potential)[block.current().y.start + j] : 0;
-    });
-    port::sync_block();
-    float sums[C];
+        lifts.plan ? static_cast<const float*>(lifts.plan) + block.current().first * p.pitch : nullptr;
+    float g[C], b[C], sums[C];
+    block.load_columns(block.columns(kSolution), g);
+    block.load_columns(block.columns(kMass), b);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = 0;
     block.for_rows([&](int i, bool mine) {
       float cost[C], upstream[C];
       block.load_costs(i, mine, cost, block.costs(), 1);
       block.load_costs(i, mine && gradient, upstream, gradient, 1);
-      const int64_t row = block.current().first + i;
-      const float a = mine ? weight(p.x.weights, row, block.current().x.length) : 0;
-      const float f = mine ? static_cast<const float*>(p.x.potential)[row] : 0;
+      const Bounded x = row(i, mine);
       float sum = 0;
       OTALIGN_UNROLL
       for (int c = 0; c < C; ++c) {
-        const int j = block.column(c);
-        if (!mine || j >= block.m) continue;
-        const float b = weight(p.y.weights, block.current().y.start + j, block.m);
-        const float mass = density(a, b, f, block.columns(kSolution)[j], cost[c]);
+        const float mass = plan(x, b[c], g[c], cost[c], block.current().per_reg);
         const float term = mass == 0 ? 0 : mass * (upstream[c] + (linear == 0 ? 0 : linear * cost[c]));
         sum += term;
         sums[c] += term;
@@ -112,6 +96,25 @@ class Lift {
     put(sums);
     block.exchange(block.m, Sum(),
                    [&](int j, float4 sum) { *reinterpret_cast<float4*>(block.columns(kResidual) + j) = sum; });
+    port::sync_block();
+  }
+
+  // The plan, and the masses of its rows and columns over what they keep.
+  OTALIGN_DEVICE void build() {
+    float g[C], b[C];
+    block.load_columns(block.columns(kSolution), g);
+    block.load_columns(block.columns(kMass), b);
+    const float per_reg = block.current().per_reg;
+    Bounded x{};
+    matrix.build(
+        block, 1, [&](int i, bool mine, auto) { x = row(i, mine); },
+        [&](int c, float cost) { return plan(x, b[c], g[c], cost, per_reg); });
+    port::sync_block();
+    product([&](int i, float sum, bool one, auto numbers) {
+      if (one) numbers(kRowMass, i) = sum / keep_x;
+      return 1.0f;
+    });
+    block.for_columns([&](int j) { block.columns(kMass)[j] = j < block.m ? block.columns(kProduct)[j] / keep_y : 0; });
     port::sync_block();
   }
 

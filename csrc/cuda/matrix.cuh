@@ -11,24 +11,20 @@ class Matrix {
   static constexpr int C = L::kColumns, R = L::kRows;
 
  public:
-  // Fills it with entry(c, cost): of the lane's c-th column, and the cost times `factor`; zero outside the item.
-  // begin(i) is called before each row that there is.
+  // Fills it with entry(c, cost): of the lane's c-th column, and the cost times `factor`. Before each row comes
+  // begin(i, mine, numbers), with the row's numbers if it is `mine`, that is, exists. Entries outside have to be zero.
   template <class Begin, class Entry>
   OTALIGN_DEVICE void build(const Block<L>& block, float factor, Begin begin, Entry entry) {
     OTALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      fill(block, r * L::kStep + block.below, held[r], factor, begin, entry);
+      fill(block, r * L::kStep + block.below, held[r], factor, block.near_rows(), begin, entry);
       OTALIGN_IN_ORDER;
     }
-    OTALIGN_ROLLED
-    for (int i = L::kHeld + block.below; i < block.count; i += L::kStep) {
-      float row[C];
-      fill(block, i, row, factor, begin, entry);
-      float* const to = i < block.near() ? near_row(block, i) : far_row(block, i);
-      OTALIGN_UNROLL
-      for (int c = 0; c < C; c += 4)
-        if (block.column(c) < block.m)
-          *reinterpret_cast<float4*>(to + block.column(c)) = {row[c], row[c + 1], row[c + 2], row[c + 3]};
+    fill_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, block.near(), factor, block.near_rows(), begin,
+                entry);
+    if (block.count > block.near()) {
+      float* const rows = far_row(block, block.near());
+      fill_memory(block, rows, block.p.pitch, block.near(), block.count, factor, block.far_rows(), begin, entry);
     }
   }
 
@@ -53,15 +49,32 @@ class Matrix {
   }
 
  private:
-  template <class Begin, class Entry>
-  OTALIGN_DEVICE static void fill(const Block<L>& block, int i, float (&row)[C], float factor, Begin& begin,
-                                  Entry& entry) {
+  template <class Rows, class Begin, class Entry>
+  OTALIGN_DEVICE static void fill(const Block<L>& block, int i, float (&row)[C], float factor, Rows numbers,
+                                  Begin& begin, Entry& entry) {
     const bool mine = i < block.count;
     float cost[C];
     block.load_costs(i, mine, cost, block.costs(), factor);
-    if (mine) begin(i);
+    begin(i, mine, numbers);
     OTALIGN_UNROLL
-    for (int c = 0; c < C; ++c) row[c] = mine && block.column(c) < block.m ? entry(c, cost[c]) : 0;
+    for (int c = 0; c < C; ++c) row[c] = entry(c, cost[c]);
+  }
+
+  // Rows from `from` to `to`, if there are so many, in memory.
+  template <class Rows, class Begin, class Entry>
+  OTALIGN_DEVICE static void fill_memory(const Block<L>& block, float* rows, int64_t pitch, int from, int to,
+                                         float factor, Rows numbers, Begin& begin, Entry& entry) {
+    if (to > block.count) to = block.count;
+    OTALIGN_ROLLED
+    for (int i = from + block.below; i < to; i += L::kStep) {
+      float row[C];
+      fill(block, i, row, factor, numbers, begin, entry);
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; c += 4)
+        if (block.column(c) < block.m)
+          *reinterpret_cast<float4*>(rows + (i - from) * pitch + block.column(c)) = {row[c], row[c + 1], row[c + 2],
+                                                                                     row[c + 3]};
+    }
   }
 
   OTALIGN_DEVICE static float* near_row(const Block<L>& block, int i) {

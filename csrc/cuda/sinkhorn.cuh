@@ -73,15 +73,14 @@ class Sinkhorn {
     port::sync_block();
   }
 
-  // Exact updates
-  // -----------------------------------------------------------------------------------------------------------
+  // Exact updates ----------------------------------------------------------------------------------------------------
 
   // phi + log u of the next iteration, into the other u; the largest exponents of columns with it, into the other v.
   OTALIGN_DEVICE void update_rows_exactly(bool first) {
     block.for_columns([&](int j) {
       block.columns(kGamma)[j] += logarithm(v(turn)[j]);
       v(turn)[j] = 1;
-      block.columns(kW)[j] = j < block.m ? block.columns(kGamma)[j] + logarithm(block.columns(kB)[j]) : 0;
+      block.columns(kW)[j] = j < block.m ? block.columns(kGamma)[j] + logarithm(block.columns(kB)[j]) : -INFINITY;
     });
     port::sync_block();
     float w[C], tops[C];
@@ -94,13 +93,11 @@ class Sinkhorn {
       block.load_costs(i, mine, cost, block.costs(), block.current().per_reg);
       float top = -INFINITY;
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c)
-        if (inside(c, mine)) top = fmaxf(top, w[c] - cost[c]);
+      for (int c = 0; c < C; ++c) top = fmaxf(top, w[c] - cost[c]);
       top = finite_top(over_lanes<L::kLanes>(top, Largest()));
       float sum = 0;
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c)
-        if (inside(c, mine)) sum += expf(w[c] - cost[c] - top);
+      for (int c = 0; c < C; ++c) sum += expf(w[c] - cost[c] - top);
       sum = over_lanes<L::kLanes>(sum, Sum());
       if (!mine) return;
       const float potential = -keep_x * (top + logarithm(sum));
@@ -111,8 +108,7 @@ class Sinkhorn {
         u(i, 1 - turn) = potential;
       }
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c)
-        if (inside(c, mine)) tops[c] = fmaxf(tops[c], potential + log_a - cost[c]);
+      for (int c = 0; c < C; ++c) tops[c] = fmaxf(tops[c], potential + log_a - cost[c]);
     });
     block.put_columns(tops, Largest());
     block.put_number(off);
@@ -124,8 +120,6 @@ class Sinkhorn {
     port::sync_block();
     error = block.numbers().x;
   }
-
-  OTALIGN_DEVICE bool inside(int c, bool mine) const { return mine && block.column(c) < block.m; }
 
   // gamma of the same iteration, from the sums over exponents below those largest.
   OTALIGN_DEVICE void update_columns_exactly() {
@@ -139,8 +133,7 @@ class Sinkhorn {
       if (!mine) return;
       const float potential = u(i, 1 - turn) + logarithm(block.row(kA, i));
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c)
-        if (inside(c, mine)) sums[c] += expf(potential - cost[c] - tops[c]);
+      for (int c = 0; c < C; ++c) sums[c] += expf(potential - cost[c] - tops[c]);
     });
     block.put_columns(sums, Sum());
     block.put_number(0);
@@ -149,7 +142,6 @@ class Sinkhorn {
       for (int k = 0; k < 4; ++k) {
         const bool real = j + k < block.m;
         block.columns(kGamma)[j + k] = real ? -keep_y * (v(1 - turn)[j + k] + logarithm(part(sum, k))) : 0;
-        block.columns(kW)[j + k] = block.columns(kB)[j + k];
       }
     });
     port::sync_block();
@@ -159,23 +151,30 @@ class Sinkhorn {
   // out.)
   OTALIGN_DEVICE void build() {
     float gamma[C], potential = 0;
-    bool has_mass = false;
     block.load_columns(block.columns(kGamma), gamma);
+    uint32_t with_mass = 0;  // of the lane's columns
+    OTALIGN_UNROLL
+    for (int c = 0; c < C; ++c) {
+      if (block.columns(kB)[block.column(c)] > 0) with_mass |= 1u << c;
+      if (block.column(c) >= block.m) gamma[c] = -INFINITY;
+    }
+    uint32_t wanted = 0;
     matrix.build(
         block, block.current().per_reg,
-        [&](int i) {
-          potential = u(i, 1 - turn);
-          has_mass = block.row(kA, i) > 0;
+        [&](int i, bool mine, auto numbers) {
+          potential = mine ? numbers(kU + 1 - turn, i) : -INFINITY;
+          wanted = mine && numbers(kA, i) > 0 ? ~0u : with_mass;
         },
-        [&](int c, float cost) {
-          return has_mass || block.columns(kB)[block.column(c)] > 0 ? expf(gamma[c] - (cost - potential)) : 0;
-        });
+        [&](int c, float cost) { return expf(wanted >> c & 1 ? gamma[c] - (cost - potential) : -INFINITY); });
     port::sync_block();
     for (int i = port::thread(); i < block.count; i += L::kThreads) {
       block.row(kPhi, i) = u(i, 1 - turn);
       u(i, turn) = 1;
     }
-    block.for_columns([&](int j) { v(turn)[j] = 1; });
+    block.for_columns([&](int j) {
+      v(turn)[j] = 1;
+      block.columns(kW)[j] = block.columns(kB)[j];
+    });
     port::sync_block();
   }
 
@@ -229,8 +228,7 @@ class Sinkhorn {
     return true;
   }
 
-  // Results
-  // -----------------------------------------------------------------------------------------------------------------
+  // Results ----------------------------------------------------------------------------------------------------------
 
   OTALIGN_DEVICE void finish() {
     const Problem& p = block.p;
@@ -247,16 +245,19 @@ class Sinkhorn {
     float potentials[C], weights[C];
     block.load_columns(block.columns(kW), potentials);
     block.load_columns(block.columns(kB), weights);
+    OTALIGN_UNROLL
+    for (int c = 0; c < C; ++c)
+      if (!(weights[c] > 0)) potentials[c] = -INFINITY;
     float4 total{};  // mass of the plan, transport cost, worth of f
     block.for_rows([&](int i, bool mine) {
       float cost[C];
       block.load_costs(i, mine, cost, block.costs(), 1);
       if (!mine) return;
       const float a = block.row(kA, i), potential = block.row(kPhi, i) + logarithm(u(i, turn));
+      const float bounded = a > 0 ? potential : -INFINITY;
       OTALIGN_UNROLL
       for (int c = 0; c < C; ++c) {
-        if (!inside(c, mine) || !(a > 0) || !(weights[c] > 0)) continue;
-        const float mass = a * weights[c] * expf(potentials[c] - (cost[c] * block.current().per_reg - potential));
+        const float mass = a * weights[c] * expf(potentials[c] - (cost[c] * block.current().per_reg - bounded));
         total.x += mass;
         if (mass != 0) total.y += mass * cost[c];
       }
