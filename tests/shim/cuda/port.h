@@ -1,14 +1,16 @@
 // csrc/cuda/port.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
 //
-// Fibers change places only where threads wait for each other, in an order drawn at random, so that results repeat; who
-// reads what another has yet to write gets poison. Threads of the system are for ThreadSanitizer, which sees a missing
-// barrier as a race: so what waits here must order as little as its counterpart on a GPU. (std::barrier orders more,
-// and hides races.)
+// Fibers change places only where threads wait for each other. A warp goes as far ahead of the others as it can, until
+// the dice name another one: who reads what another has yet to write gets poison, and again with the same dice. Threads
+// of the system are for ThreadSanitizer, which sees a missing barrier as a race: so what waits here must order as
+// little as its counterpart on a GPU. (std::barrier orders more, and hides races.)
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -33,7 +35,8 @@ struct alignas(16) float4 {
 
 namespace otalign::cuda::port {
 
-void let_others();  // run, since this thread waits for them
+template <class Ready>
+void wait_until(Ready ready);
 
 class Barrier {
  public:
@@ -43,7 +46,7 @@ class Barrier {
       __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
     } else {
-      while (__atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now) let_others();
+      wait_until([&] { return __atomic_load_n(&generation, __ATOMIC_ACQUIRE) != now; });
     }
   }
 
@@ -81,13 +84,26 @@ struct Thread {
   BlockState* block;
   int number, block_number, rank;
   int swaps = 0, votes = 0;
+  bool (*ready)(const void*) = nullptr;  // what it waits for
+  const void* awaited = nullptr;
 };
 
 #ifdef OTALIGN_SHIM_THREADS
 inline thread_local Thread* self;
-inline void let_others() { std::this_thread::yield(); }
+template <class Ready>
+void wait_until(Ready ready) {
+  while (!ready()) std::this_thread::yield();
+}
 #else
 inline Thread* self;
+void let_others();
+template <class Ready>
+void wait_until(Ready ready) {
+  self->awaited = &ready;
+  self->ready = [](const void* awaited) { return (*static_cast<const Ready*>(awaited))(); };
+  let_others();
+  self->ready = nullptr;
+}
 #endif
 
 OTALIGN_DEVICE int thread() { return self->number; }
@@ -133,7 +149,7 @@ OTALIGN_DEVICE void count(Mailbox* box, int64_t bytes) {
 OTALIGN_DEVICE void open(Mailbox* box) { __atomic_store_n(box, kOpen, __ATOMIC_RELAXED); }
 OTALIGN_DEVICE void expect(Mailbox* box, int bytes) { count(box, bytes - static_cast<int64_t>(kOpen)); }
 OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
-  while (static_cast<int>(__atomic_load_n(box, __ATOMIC_ACQUIRE) >> 32 & 1) == parity) let_others();
+  wait_until([&] { return static_cast<int>(__atomic_load_n(box, __ATOMIC_ACQUIRE) >> 32 & 1) != parity; });
 }
 
 OTALIGN_DEVICE void send(float4 value, float* to, Mailbox* box, int rank) {
@@ -166,35 +182,55 @@ struct Fiber {
 struct Scheduler {
   std::vector<Fiber> fibers;
   std::vector<Thread>* threads;
-  std::vector<int> alive;
+  std::vector<bool> ended;
   const std::function<void()>* kernel;
-  size_t current = 0;  // of those alive
+  size_t current = 0;
   std::minstd_rand random;
   ucontext_t home;
 };
 inline Scheduler* scheduler;
 
 inline void go_on(ucontext_t* from, size_t next) {
-  Scheduler& s = *scheduler;
-  s.current = next;
-  self = &(*s.threads)[s.alive[next]];
-  swapcontext(from, &s.fibers[s.alive[next]].context);
+  scheduler->current = next;
+  self = &(*scheduler->threads)[next];
+  swapcontext(from, &scheduler->fibers[next].context);
 }
 
-inline void let_others() {
-  Scheduler& s = *scheduler;
-  ucontext_t* const mine = &s.fibers[s.alive[s.current]].context;
-  if (s.current + 1 == s.alive.size()) std::shuffle(s.alive.begin(), s.alive.end(), s.random);
-  go_on(mine, (s.current + 1) % s.alive.size());
+// The next thread of `count` from `first` on, after `last`, that waits for nothing; `count` if there is none.
+inline size_t next_ready(size_t first, size_t count, size_t last) {
+  for (size_t k = 1; k <= count; ++k) {
+    const size_t i = (last + k) % count;
+    const Thread& thread = (*scheduler->threads)[first + i];
+    if (!scheduler->ended[first + i] && (!thread.ready || thread.ready(thread.awaited))) return i;
+  }
+  return count;
 }
+
+// The fiber to go on with: of the same warp, or now and then of any; -1 if all have ended.
+inline int64_t next_fiber() {
+  Scheduler& s = *scheduler;
+  const size_t all = s.fibers.size(), warp = s.current / 32 * 32;
+  if (s.random() % 256) {
+    const size_t i = next_ready(warp, 32, s.current - warp);
+    if (i < 32) return static_cast<int64_t>(warp + i);
+  }
+  const size_t i = next_ready(0, all, s.random() % all);
+  if (i < all) return static_cast<int64_t>(i);
+  if (std::find(s.ended.begin(), s.ended.end(), false) == s.ended.end()) return -1;
+  std::fputs("the threads of a cluster wait for each other for ever\n", stderr);
+  std::abort();
+}
+
+inline void let_others() { go_on(&scheduler->fibers[scheduler->current].context, next_fiber()); }
 
 inline void fiber() {
   (*scheduler->kernel)();
   Scheduler& s = *scheduler;
-  ucontext_t* const mine = &s.fibers[s.alive[s.current]].context;
-  s.alive.erase(s.alive.begin() + static_cast<int64_t>(s.current));
-  if (s.alive.empty()) setcontext(&s.home);
-  go_on(mine, s.current % s.alive.size());
+  ucontext_t* const mine = &s.fibers[s.current].context;
+  s.ended[s.current] = true;
+  const int64_t next = next_fiber();
+  if (next < 0) setcontext(&s.home);
+  go_on(mine, next);
 }
 
 inline void prepare(Fiber& f) {
@@ -209,15 +245,13 @@ inline void prepare(Fiber& f) {
 inline void run(std::vector<Thread>& threads, const std::function<void()>& kernel, unsigned seed) {
   Scheduler s;
   s.fibers.resize(threads.size());
+  s.ended.resize(threads.size());
   s.threads = &threads;
   s.kernel = &kernel;
   s.random.seed(seed);
   scheduler = &s;
-  for (size_t i = 0; i < threads.size(); ++i) {
-    prepare(s.fibers[i]);
-    s.alive.push_back(static_cast<int>(i));
-  }
-  go_on(&s.home, 0);
+  for (Fiber& f : s.fibers) prepare(f);
+  go_on(&s.home, next_fiber());
 }
 
 #endif
