@@ -52,9 +52,18 @@ gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, sanitize, benchmark, withi
 	$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_session.py --out $(RESULTS_DIR) \
 	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
-wheel: $(READY)  ## a wheel for this Python in dist/
+# The newest wheel alone is installed, beside torch, where nothing of this checkout is seen.
+wheel: $(READY)  ## a wheel for this Python in dist/, manylinux on Linux, tried in an empty environment
 	rm -rf build
-	$(PIP) wheel --no-deps -w dist .
+	$(PIP) wheel -q --no-deps -w build/wheel .
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair -w dist build/wheel/*.whl; \
+	else mkdir -p dist && cp build/wheel/*.whl dist; fi
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install -q $(TORCH)
+	build/empty/bin/python -m pip install -q "$$(ls -t dist/*.whl | head -n 1)"
+	cd build/empty && bin/python -m otalign && bin/python -c "import torch, otalign; \
+	  x = torch.rand(2, 9, 4, requires_grad=True); otalign.sinkhorn_loss(x, x[:, :5], backend='cpu').backward()"
 
 clean:  ## remove whatever these targets made
 	rm -rf $(VENV) build dist out *.egg-info otalign/_C*.so otalign/_build_info.py

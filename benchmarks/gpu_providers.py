@@ -234,11 +234,12 @@ def _need(package: str) -> None:
         raise Missing(f"{package} is not installed") from None
 
 
-OURS = ("triton", "triton, graph", "cuda")
+OURS = ("triton", "triton, graph", "cuda", "cuda, graph")
 PROVIDERS: dict[str, Callable[[Task], Contestant]] = {
     "triton": partial(otalign_backend, backend="triton"),
     "triton, graph": partial(otalign_backend, backend="triton", graph=True),
     "cuda": partial(otalign_backend, backend="cuda"),
+    "cuda, graph": partial(otalign_backend, backend="cuda", graph=True),
     "torch log, compiled, graph": partial(compiled_torch, form="log"),
     "torch absorbed, compiled, graph": partial(compiled_torch, form="absorbed"),
     "GeomLoss": geomloss,

@@ -40,7 +40,7 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
         yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 20)
     if not dry:
-        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 60)
+        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 90)
     few = {} if dry else {"OMP_NUM_THREADS": "2"}  # of every worker, for the reference
     yield Step("tests", [*pytest(dry=dry), f"--junitxml={out / 'tests.xml'}"], 150, few)
     small = [python, str(SCRIPTS / "sanitize_gpu.py")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,20 +23,31 @@ from gpu_cases import FIXED, LARGE, REG, TYPES, Case, make
 from gpu_timing import FLUSHED
 from shapes import SMALL, Batch
 
-COLUMNS = ("shape", "dtype", "stage", "kernel", "median_us", "p20_us", "p80_us", "floor_us", "ratio_to_floor")
+COLUMNS = (
+    "shape",
+    "dtype",
+    "backend",
+    "stage",
+    "kernel",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "floor_us",
+    "ratio_to_floor",
+)
 SEPARATOR = "bitwise_not"  # in the name of the kernel that flushes the L2 cache before every run
 Event = tuple[str, float]  # a kernel and its microseconds
 Stage = tuple[str, list[float]]  # a kernel and its microseconds, run by run
 
 
-def stages(batch: Batch, iterations: int, repeats: int) -> list[Stage]:
+def stages(batch: Batch, backend: str, iterations: int, repeats: int) -> list[Stage]:
     """All launches of a loss with both gradients, in their order."""
     x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
     on_gpu = x.device.type == "cuda"
     other = torch.zeros(FLUSHED if on_gpu else 2**20, dtype=torch.uint8, device=x.device)
 
     def full() -> None:
-        loss = otalign.sinkhorn_loss(x, y, reg=REG, tol=0, max_iter=iterations, backend="triton")
+        loss = otalign.sinkhorn_loss(x, y, reg=REG, tol=0, max_iter=iterations, backend=backend)
         torch.autograd.grad(loss, (x, y))
 
     full()
@@ -102,7 +115,7 @@ def floors(batch: Batch, iterations: int, ceilings: gpu_oracle.Ceilings) -> dict
 
     return {
         "cost_kernel": iter([of(x + y + 4 * entries, product)]),
-        # Two multiply-adds an entry and iteration, the entries on chip.
+        # Two multiply-adds an entry and iteration, the entries on chip; Triton's and the CUDA kernel, whose name is longer.
         "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
         # By x, which reads y, and by y, which reads x; the cosine's need their own points as well.
         "project_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
@@ -124,15 +137,19 @@ def main(arguments: list[str]) -> int:
     with (args.out / "stages.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, *about])
-        for case in (Case(shape, False, dtype, 0.0) for shape in shapes for dtype in TYPES):
+        cases = [Case(shape, False, dtype, 0.0) for shape in shapes for dtype in TYPES]
+        backends = [name for name in ("triton", "cuda") if otalign.backends.available()[name] is None]
+        for case, backend in itertools.product(cases, backends):
             batch = make(case, device)
             floor = floors(batch, iterations, ceilings)
-            for place, (kernel, times) in enumerate(stages(batch, iterations, repeats)):
+            for place, (name, times) in enumerate(stages(batch, backend, iterations, repeats)):
+                found = re.search(r"\w+_kernel", name)
+                kernel = found[0] if found else name
                 least = next(floor.get(kernel, iter(())), float("nan"))
                 median, low, high = np.percentile(times, (50, 20, 80))
                 figures = [f"{value:.5g}" for value in (median, low, high, least, median / least)]
-                writer.writerow([case.shape.name, case.dtype, place, kernel, *figures, *about.values()])
-                print(case.shape.name, case.dtype, place, kernel[:40], *figures, sep=" | ")
+                writer.writerow([case.shape.name, case.dtype, backend, place, kernel, *figures, *about.values()])
+                print(case.shape.name, case.dtype, backend, place, kernel[:40], *figures, sep=" | ")
     return 0
 
 

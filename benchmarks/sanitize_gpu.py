@@ -93,6 +93,8 @@ def main(arguments: list[str]) -> int:
         if done and time.perf_counter() - start > args.seconds:
             break
         for backend in backends:
+            if backend == "cuda" and case.dtype == torch.float64:
+                continue  # which it refuses
             error = run(case, backend, device)
             failed += not error < 1e-3
             print(

@@ -165,16 +165,16 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_reason") = OTALIGN_CUDA_REASON;
 #endif
 #ifdef OTALIGN_WITH_CUDA
-  module.def("cuda_scratch", [](const Problem& p, bool lift) {
+  module.def("cuda_scratch", [](const Problem& p, bool lift, int device) {
     cuda::Choice choice;
     int64_t scratch = 0;
-    check(cuda::plan(p, lift, &choice, &scratch));
+    check(cuda::plan(p, lift, device, &choice, &scratch));
     return scratch;
   });
-  module.def("cuda_choice", [](const Problem& p, bool lift) {
+  module.def("cuda_choice", [](const Problem& p, bool lift, int device) {
     cuda::Choice choice;
     int64_t scratch = 0;
-    check(cuda::plan(p, lift, &choice, &scratch));
+    check(cuda::plan(p, lift, device, &choice, &scratch));
     const cuda::Form& form = cuda::kForms[choice.form];
     py::dict out;
     out["form"] = py::make_tuple(form.width, form.lanes, form.rows, form.warps);
@@ -185,13 +185,13 @@ PYBIND11_MODULE(_C, module) {
     out["bytes"] = choice.bytes;
     return out;
   });
-  module.def("cuda_solve", [](const Problem& p, uintptr_t stream, bool wait) {
+  module.def("cuda_solve", [](const Problem& p, int device, uintptr_t stream, bool wait) {
     const py::gil_scoped_release release;
-    check(cuda::solve(p, reinterpret_cast<void*>(stream), wait));
+    check(cuda::solve(p, device, reinterpret_cast<void*>(stream), wait));
   });
-  module.def("cuda_lift", [](const Problem& p, const Lifts& lifts, uintptr_t stream, bool wait) {
+  module.def("cuda_lift", [](const Problem& p, const Lifts& lifts, int device, uintptr_t stream, bool wait) {
     const py::gil_scoped_release release;
-    check(cuda::lift(p, lifts, reinterpret_cast<void*>(stream), wait));
+    check(cuda::lift(p, lifts, device, reinterpret_cast<void*>(stream), wait));
   });
 #endif
   module.def("cuda_devices", [] {

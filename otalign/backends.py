@@ -23,7 +23,11 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The backend that will compute a problem on `device`; raises if the one asked for cannot."""
+    """The backend that will compute a problem on `device`; raises if the one asked for cannot.
+
+    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs, else "reference". It is not "cuda" anywhere yet: the rule is that
+    a measurement in benchmarks/results has to show the sizes for which that is faster, and none has been made.
+    """
     one_of("backend", backend, NAMES)
     if backend == "auto":
         best = "cpu" if device.type == "cpu" else "triton"

@@ -44,7 +44,7 @@ def iterate(batch: Batch, out: Solved, init: Tensor | None, max_iter: int, tol: 
     engine = _engine()
     with _on(batch.device):
         scratch = _scratch(batch, p, lift=False)
-        engine.cuda_solve(p, _stream(batch.device), debugging())
+        engine.cuda_solve(p, batch.device.index, _stream(batch.device), debugging())
     del scratch  # not before the launch: then it is the stream's
 
 
@@ -65,7 +65,7 @@ def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
     lifts.x, lifts.y = found["x_lift"].data_ptr(), found["y_lift"].data_ptr()
     with _on(batch.device):
         scratch = _scratch(batch, p, lift=True)
-        engine.cuda_lift(p, lifts, _stream(batch.device), debugging())
+        engine.cuda_lift(p, lifts, batch.device.index, _stream(batch.device), debugging())
     del scratch
     return found
 
@@ -94,7 +94,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
     """Memory for the part of the matrix that the chip has no place for."""
-    size = _engine().cuda_scratch(p, lift)
+    size = _engine().cuda_scratch(p, lift, batch.device.index)
     if not size:
         return None
     scratch = torch.empty(size, dtype=torch.uint8, device=batch.device)

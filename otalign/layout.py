@@ -25,6 +25,8 @@ _debug = contextvars.ContextVar("otalign_debug", default=False)
 def debug() -> Iterator[None]:
     """Within this context, values on a GPU are checked as they always are on a CPU, at a synchronisation each.
 
+    And faults of the CUDA kernels surface where these were launched, as RuntimeErrors that begin with CUDA's name for them.
+
     Example:
         >>> with otalign.debug():
         ...     loss = otalign.sinkhorn_loss(torch.rand(2, 5, 8), torch.rand(2, 3, 8))

@@ -78,14 +78,14 @@ class Engine:
         self.choices: list[Choice] = []
         self.Problem, self.Lifts = backends.extension().Problem, backends.extension().Lifts
 
-    def cuda_scratch(self, problem: Any, lift: bool) -> int:
+    def cuda_scratch(self, problem: Any, lift: bool, device: int | None) -> int:
         return library().host_scratch(ctypes.c_void_p(problem.itself), ctypes.byref(self.choice(problem)))
 
-    def cuda_solve(self, problem: Any, stream: int, wait: bool) -> None:
+    def cuda_solve(self, problem: Any, device: int | None, stream: int, wait: bool) -> None:
         relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
         self._run(problem, None, RELAXED if relaxed else STRICT)
 
-    def cuda_lift(self, problem: Any, lifts: Any, stream: int, wait: bool) -> None:
+    def cuda_lift(self, problem: Any, lifts: Any, device: int | None, stream: int, wait: bool) -> None:
         self._run(problem, lifts, LIFT)
 
     def _run(self, problem: Any, lifts: Any, kind: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import math
 import re
 import shutil
@@ -293,7 +294,7 @@ BROKEN = {
     ),
     "no barrier of a warp": ("matrix.cuh", "port::sync_warp();", ""),
     "no vote": ("sinkhorn.cuh", "columns_near = port::all_of_block(columns_near);", ""),
-    "one inbox": ("block.cuh", "shared + at.inbox + (epoch % 2) * at.inbox_pitch", "shared + at.inbox"),
+    "one inbox": ("block.cuh", "at.inbox + epoch % 2 * at.inbox_pitch", "at.inbox"),
     "beyond shared memory": ("matrix.cuh", "(i - L::kHeld) * L::kWidth", "(i - L::kHeld + 1) * L::kWidth"),
 }
 
@@ -388,70 +389,38 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 
-def cuobjdump(*options: str) -> str:
-    """What NVIDIA's tool, which comes with Triton, says of the extension."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(tool), *options, str(backends.extension().__file__)]
-    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-
-
-def kernel_name(symbol: str) -> str:
-    form = re.search(r"LayoutILi(\d+)E", symbol)
-    kind = "lift" if "lift_kernel" in symbol else "relaxed" if "ELb1E" in symbol else "strict"
-    return f"{kind} {form[1]}" if form else symbol
+@pytest.fixture(scope="module")
+def machine_code():
+    """benchmarks/machine_code.py, which reads the kernels in the installed extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(host_cuda.ROOT / "benchmarks"))
+        yield importlib.import_module("machine_code")
 
 
 @needs_nvcc
-def test_no_kernel_uses_local_memory():
+def test_no_kernel_uses_local_memory(machine_code):
     """Neither spills nor arrays: everything that a thread has is in registers, on every architecture."""
-    usage = cuobjdump("-res-usage")
-    found = collections.Counter()
-    for part in re.split(r"arch = ", usage)[1:]:
-        architecture = part.split()[0]
-        for symbol, numbers in re.findall(r"Function (\S+):\s+(REG.*)", part):
-            numbers = dict(re.findall(r"(\w+):(\d+)", numbers))
-            assert (numbers["STACK"], numbers["LOCAL"]) == ("0", "0"), (
-                f"{architecture} {kernel_name(symbol)}: {numbers}"
-            )
-            assert int(numbers["REG"]) <= 255
-            found[architecture] += 1
-    assert found == dict.fromkeys(ARCHITECTURES, 3 * len(ANY_FORM))
+    usages = machine_code.usages()
+    assert collections.Counter(kernel.architecture for kernel in usages) == dict.fromkeys(
+        ARCHITECTURES, 3 * len(ANY_FORM)
+    )
+    for kernel, usage in usages.items():
+        assert usage.local == 0, kernel
+        assert usage.registers <= 255, kernel
 
 
 @needs_nvcc
 @pytest.mark.parametrize(
     "architecture", [pytest.param(a, marks=[pytest.mark.slow] * (a != "sm_90a")) for a in ARCHITECTURES]
 )
-def test_loops_of_the_iteration(architecture):
+def test_loops_of_the_iteration(machine_code, architecture):
     """Numbers are read four at once, and nothing is in local memory, in the loop that all time goes to."""
-    code: dict[str, list[tuple[int, str]]] = {}
-    for line in cuobjdump("-sass", "-arch", architecture).splitlines():
-        if function := re.search(r"Function : (\S+)", line):
-            instructions = code[kernel_name(function[1])] = []
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(.*?)\s*;", line):
-            instructions.append((int(found[1], 16), found[2]))
-    assert len(code) == 3 * len(ANY_FORM)
-    for name, instructions in code.items():
-        loop = iteration(instructions)
-        words = collections.Counter(instruction.split()[0] for instruction in loop)
-        assert not [word for word in words if word.startswith(("LDL", "STL"))], name
-        assert words["LDS.128"] >= 4, name
-        assert any(word.startswith("LD") and ".128" in word and "LDS" not in word for word in words), name
-
-
-def iteration(instructions: list[tuple[int, str]]) -> list[str]:
-    """The smallest loop with barriers and the multiply-adds of a pass over the matrix."""
-    loops = []
-    for end, instruction in instructions:
-        jump = re.match(r"BRA(?:\.\S+)? .*?0x([0-9a-f]+)", instruction)
-        if jump and int(jump[1], 16) < end:
-            body = [text for at, text in instructions if int(jump[1], 16) <= at <= end]
-            words = collections.Counter(text.split()[0] for text in body)
-            if words["FFMA"] >= 200 and sum(n for word, n in words.items() if word.startswith("BAR.")) >= 2:
-                loops.append(body)
-    assert loops
-    return min(loops, key=len)
+    loops = machine_code.loops(architecture)
+    assert len(loops) == 3 * len(ANY_FORM)
+    for kernel, loop in loops.items():
+        assert loop.count("LDL") + loop.count("STL") == 0, kernel
+        assert loop.count("LDS", ".128") >= 4, kernel
+        assert loop.count("LDG", ".128") + loop.count("LD.", ".128") >= 1, kernel
 
 
 @needs_nvcc
@@ -485,4 +454,4 @@ def test_without_a_driver_the_error_has_its_name():
         pytest.skip("there is a driver")
     problem = backends.extension().Problem()
     with pytest.raises(RuntimeError, match=r"^cuda(ErrorInsufficientDriver|ErrorNoDevice): "):
-        backends.extension().cuda_scratch(problem, False)
+        backends.extension().cuda_scratch(problem, False, 0)

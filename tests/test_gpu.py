@@ -1,4 +1,4 @@
-"""The Triton backend on a real GPU: `pytest -m gpu`. Nothing here is skipped; without a GPU it is not selected.
+"""The backends for a GPU on a real one: `pytest -m gpu`. Nothing here is skipped; without a GPU it is not selected.
 
 Results against the reference in float64, on the CPU; what concerns the process and the device is in test_gpu_runtime.py.
 """
@@ -26,6 +26,20 @@ IMAGES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.
 GRADIENTS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+BACKEND = "triton"
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def gpu_backend(request, monkeypatch):
+    """All tests are for both. (Those in float64 are for Triton alone: conftest.py leaves them out.)"""
+    monkeypatch.setitem(globals(), "BACKEND", request.param)
+
+
+def precise() -> torch.dtype:
+    """The most precise type of points that the backend takes."""
+    return torch.float64 if BACKEND == "triton" else torch.float32
+
+
 def everything(batch, backend, weights=(None, None), **options):
     """The result, its plan and images, and the gradients of a number made of all of them."""
     leaves = [batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()]
@@ -40,10 +54,10 @@ def everything(batch, backend, weights=(None, None), **options):
 
 
 def compare(batch, device, weights=(None, None), **options):
-    """Triton against the reference: everything that a solve gives, and the gradients of all of it."""
+    """The backend against the reference: everything that a solve gives, and the gradients of all of it."""
     dtype = batch.x.dtype
     moved = [None if w is None else w.to(device) for w in weights]
-    result, plan, images, gradients = everything(on(batch, device), "triton", moved, **options)
+    result, plan, images, gradients = everything(on(batch, device), BACKEND, moved, **options)
     doubled = [None if w is None else w.double() for w in weights]
     expected, right_plan, right_images, right_gradients = everything(
         batch.to(torch.float64), "reference", doubled, **options
@@ -89,7 +103,7 @@ def test_priors_and_relaxations(device, prior, rho):
 def compare_losses(batch, device, **options):
     """As a trainer calls it: the kernels for gradients by the value alone are others than those of `compare`."""
     dtype, outcomes = batch.x.dtype, []
-    for part, backend in ((on(batch, device), "triton"), (batch.to(torch.float64), "reference")):
+    for part, backend in ((on(batch, device), BACKEND), (batch.to(torch.float64), "reference")):
         x, y = (t.detach().requires_grad_() for t in (part.x, part.y))
         loss = otalign.sinkhorn_loss(x, y, part.x_lengths, part.y_lengths, backend=backend, tol=0, **options)
         outcomes.append((loss.detach(), torch.autograd.grad(loss, (x, y))))
@@ -146,7 +160,7 @@ def test_weights_of_zero(device, objective):
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1], zeros=True).nan_to_num(0) for lengths, values in sides]
     outcomes = []
-    for where, backend in ((device, "triton"), ("cpu", "reference")):
+    for where, backend in ((device, BACKEND), ("cpu", "reference")):
         leaves = [t.detach().to(where).requires_grad_() for t in (batch.x, batch.y, *weights)]
         lengths = [length.to(where) for length in batch[2:]]
         options = {"objective": objective, "reg": 0.2, "tol": 0, "max_iter": 30, "backend": backend}
@@ -163,7 +177,7 @@ def test_given_cost(device, dtype):
     lengths = torch.tensor([300, 1, 0, 200]), torch.tensor([90, 5, 7, 1])
     C = torch.rand(4, 300, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     outcomes = []
-    for given, where, backend in ((C.to(device), device, "triton"), (C.double(), "cpu", "reference")):
+    for given, where, backend in ((C.to(device), device, BACKEND), (C.double(), "cpu", "reference")):
         leaf = given.detach().requires_grad_()
         moved = [length.to(where) for length in lengths]
         result = otalign.solve_cost(leaf, *moved, reg=0.1, tol=0, max_iter=30, backend=backend)
@@ -180,7 +194,7 @@ def test_small_reg(device, size):
     """A range of 10^4 reg: absorption again and again, and again the reference's numbers."""
     C = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     options = {"reg": 1e-4, "tol": 0, "max_iter": 60}
-    actual = otalign.solve_cost(C.to(device), backend="triton", **options)
+    actual = otalign.solve_cost(C.to(device), backend=BACKEND, **options)
     expected = otalign.solve_cost(C.double(), backend="reference", **options)
     close(actual.value.cpu(), expected.value, 1e-5)
     assert ((actual.plan().cpu() - expected.plan()).abs().sum((1, 2)) <= 1e-2).all(), (
@@ -192,7 +206,7 @@ def test_small_reg(device, size):
 def test_items_stop_by_themselves(device, dtype):
     batch = draw(*RAGGED, D=16, dtype=dtype)
     options = {"reg": 0.2, "tol": 1e-4, "max_iter": 1000}
-    actual = otalign.solve(*on(batch, device), backend="triton", **options)
+    actual = otalign.solve(*on(batch, device), backend=BACKEND, **options)
     expected = otalign.solve(*batch.to(torch.float64), backend="reference", **options)
     assert actual.converged.all()
     late = (actual.n_iter.cpu() - expected.n_iter).abs()
@@ -203,14 +217,14 @@ def test_items_stop_by_themselves(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_and_jagged(device, dtype):
     batch = on(draw([750, 1, 0, 300], [128, 5, 7, 100], D=16, dtype=dtype), device)
-    expected = otalign.solve(*batch, backend="triton")
+    expected = otalign.solve(*batch, backend=BACKEND)
     packed = batch.packed()
-    actual = otalign.solve(**packed, max_seqlen_x=750, max_seqlen_y=128, backend="triton")
+    actual = otalign.solve(**packed, max_seqlen_x=750, max_seqlen_y=128, backend=BACKEND)
     close(actual.value, expected.value, 1e-6)
     potentials = torch.cat([f[:n] for f, n in zip(expected.potentials[0], batch.x_lengths, strict=True)])
     close(actual.potentials[0], potentials, 1e-6)
     x, y = (torch.nested.nested_tensor_from_jagged(packed[s], packed[f"cu_seqlens_{s}"]) for s in "xy")
-    close(otalign.solve(x, y, backend="triton").value, expected.value, 1e-6)
+    close(otalign.solve(x, y, backend=BACKEND).value, expected.value, 1e-6)
 
 
 def views(x):
@@ -237,7 +251,7 @@ def test_strides(device):
 
     def step(x, y, *lengths):
         leaves = [t.detach().requires_grad_() for t in (x, y)]
-        loss = otalign.sinkhorn_loss(*leaves, *lengths, reg=0.1, backend="triton")
+        loss = otalign.sinkhorn_loss(*leaves, *lengths, reg=0.1, backend=BACKEND)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     expected = step(*batch)
@@ -252,7 +266,7 @@ def test_types_of_the_sides_may_differ(device):
     batch = draw([70, 40], [20, 30], D=24, dtype=torch.float64)
     mixed = batch._replace(x=batch.x.bfloat16(), y=batch.y.float())
     expected = otalign.solve(*batch._replace(x=mixed.x.double(), y=mixed.y.double()), backend="reference")
-    close(otalign.solve(*on(mixed, device), backend="triton").value.cpu(), expected.value, 2e-5)
+    close(otalign.solve(*on(mixed, device), backend=BACKEND).value.cpu(), expected.value, 2e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -264,7 +278,7 @@ def test_a_bad_item_is_alone(device, bad):
     outcomes = []
     for part in (batch, spoilt):
         leaves = [t.detach().requires_grad_() for t in (part.x, part.y)]
-        result = otalign.solve(*leaves, *part[2:], reg=0.2, backend="triton")
+        result = otalign.solve(*leaves, *part[2:], reg=0.2, backend=BACKEND)
         gradients = torch.autograd.grad(result.value.sum(), leaves)
         outcomes.append((result.value.detach(), result.plan().detach(), result.n_iter, *gradients))
     others = torch.tensor([0, 1, 2, 4], device=device)

@@ -1,4 +1,4 @@
-"""How the Triton backend behaves in its process, on a real GPU: `pytest -m gpu`. Nothing here is skipped either."""
+"""How the backends for a GPU behave in their process, on a real GPU: `pytest -m gpu`. Nothing here is skipped either."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]  # filling memory launche
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
 
 
+BACKEND = "triton"
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def gpu_backend(request, monkeypatch):
+    """All tests are for both. (Those in float64 are for Triton alone: conftest.py leaves them out.)"""
+    monkeypatch.setitem(globals(), "BACKEND", request.param)
+
+
 def ragged(device, dtype=torch.float32, seed=0):
     return on(draw(*RAGGED, D=64, dtype=dtype, seed=seed), device)
 
@@ -26,7 +35,7 @@ def ragged(device, dtype=torch.float32, seed=0):
 def step(batch, **options):
     """A loss and both gradients."""
     x, y = (t.detach().requires_grad_() for t in (batch.x, batch.y))
-    loss = otalign.sinkhorn_loss(x, y, batch.x_lengths, batch.y_lengths, **{"backend": "triton", **options})
+    loss = otalign.sinkhorn_loss(x, y, batch.x_lengths, batch.y_lengths, **{"backend": BACKEND, **options})
     return loss.detach(), *torch.autograd.grad(loss, (x, y))
 
 
@@ -45,7 +54,7 @@ def test_bitwise_from_run_to_run(device, lengths, dtype):
 
     def run():
         leaves = [t.detach().requires_grad_() for t in (batch.x, batch.y)]
-        result = otalign.solve(*leaves, *batch[2:], reg=0.1, max_iter=20, backend="triton")
+        result = otalign.solve(*leaves, *batch[2:], reg=0.1, max_iter=20, backend=BACKEND)
         plan = result.plan()
         total = result.value.sum() + result.value_linear.sum() + plan.square().sum() + result.barycentric_y().sum()
         return result.value.detach(), plan.detach(), *result.potentials, *torch.autograd.grad(total, leaves)
@@ -75,7 +84,7 @@ def test_nothing_waits_for_the_device(device, objective, no_synchronisation):
 def test_nothing_waits_with_packed_points_weights_and_regs(device, no_synchronisation):
     batch = on(draw([750, 1, 300], [128, 5, 100], D=64, dtype=torch.float32), device)
     packed = batch.packed() | {"max_seqlen_x": 750, "max_seqlen_y": 128, "reg": torch.full((3,), 0.1, device=device)}
-    packed |= {"a": torch.rand(len(packed["x"]), device=device), "b": "norm", "backend": "triton"}
+    packed |= {"a": torch.rand(len(packed["x"]), device=device), "b": "norm", "backend": BACKEND}
     leaves = {side: packed[side].requires_grad_() for side in "xy"}
 
     def run():
@@ -175,7 +184,7 @@ def test_device_guard(device, monkeypatch):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_whole(device, mode):
     torch._dynamo.reset()
-    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend="triton")
+    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend=BACKEND)
     batch = on(draw(*RAGGED, D=64, dtype=torch.float32, poison=0.0), device)
 
     def loss(x, y, x_lengths, y_lengths):
@@ -206,7 +215,7 @@ def test_mixed_precision_training(device):
     """A layer under autocast, gradients scaled for float16: finite, and the loss falls."""
     torch.manual_seed(0)
     batch = on(draw([200, 90], [40, 30], D=64, dtype=torch.float32, poison=0.0), device)
-    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend="triton")
+    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend=BACKEND)
     optimiser, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cuda", init_scale=1024.0)
     losses = []
     for _ in range(10):
@@ -249,9 +258,9 @@ def test_memory_of_a_loss(device, dtype):
     """The costs in the forward pass, once; gradients and nothing else in the backward pass: no plan."""
     B, N, M, D = 8, 1000, 128, 32
     x, y = (torch.randn(B, n, D, device=device, dtype=dtype, requires_grad=True) for n in (N, M))
-    torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend="triton"), (x, y))
+    torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend=BACKEND), (x, y))
     costs, vectors = 4 * B * N * M, 4 * 8 * B * (N + M)
-    forward, loss = peak(lambda: otalign.sinkhorn_loss(x, y, backend="triton"))
+    forward, loss = peak(lambda: otalign.sinkhorn_loss(x, y, backend=BACKEND))
     assert forward <= costs + vectors + 2**20
     backward, _ = peak(lambda: torch.autograd.grad(loss, (x, y)))
     assert backward <= x.nbytes + y.nbytes + vectors + 2**18
@@ -260,7 +269,7 @@ def test_memory_of_a_loss(device, dtype):
 def test_memory_of_images(device):
     """Images and assignments are made without the plan."""
     x, y = torch.randn(8, 2000, 8, device=device), torch.randn(8, 500, 8, device=device)
-    result = otalign.solve(x, y, backend="triton")
+    result = otalign.solve(x, y, backend=BACKEND)
     needed, _ = peak(lambda: (result.barycentric_x(), result.barycentric_y(), result.assign_y()))
     assert needed < 4 * 8 * 2000 * 500 / 2
 

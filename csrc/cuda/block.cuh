@@ -106,12 +106,12 @@ OTALIGN_DEVICE float worth(float potential, float rho) {
   return rho == INFINITY ? potential : -rho * expm1f(-potential / rho);
 }
 
-// The four numbers of every row: in shared memory, or in L2 if that row's part of the matrix is there.
+// The four numbers of a row: in shared memory, or in L2 if its part of the matrix is there.
 template <class Pitch>
 struct RowNumbers {
   float* at;
   Pitch pitch;
-  OTALIGN_DEVICE float& operator()(int which, int i) const { return at[which * pitch + i]; }
+  OTALIGN_DEVICE float& operator()(int which) const { return at[which * pitch]; }
 };
 
 // What a block knows of its item; in shared memory, since registers are for the matrix.
@@ -120,6 +120,7 @@ struct Item {
   Segment x, y;
   int64_t first;  // the block's first row, of all rows
   float epsilon, per_reg;
+  int slice, per_slice;  // groups of columns that a block sums for all, and 2^16 over that, rounded up
 };
 
 template <class L>
@@ -182,13 +183,16 @@ class Block {
   // A row of the block is near if its part of the matrix is in registers or shared memory.
 
   OTALIGN_DEVICE int near() const { return L::kHeld + choice.shared; }
-  OTALIGN_DEVICE RowNumbers<int> near_rows() const { return {shared + at.rows, near()}; }
-  OTALIGN_DEVICE RowNumbers<int64_t> far_rows() const {
-    return {static_cast<float*>(p.scratch) + current().first, p.x.rows};
+  // Row r of the lanes `below`, in registers: its numbers lie so that the lanes of a warp look into different banks.
+  OTALIGN_DEVICE RowNumbers<int> register_row(int r) const { return {shared + at.rows + below * L::kRows + r, near()}; }
+  OTALIGN_DEVICE RowNumbers<int> near_row(int i) const {
+    const int place = i < L::kHeld ? i % L::kStep * L::kRows + i / L::kStep : i;
+    return {shared + at.rows + place, near()};
   }
-  OTALIGN_DEVICE float& row(int which, int i) const {
-    return i < near() ? near_rows()(which, i) : far_rows()(which, i);
+  OTALIGN_DEVICE RowNumbers<int64_t> far_row(int i) const {
+    return {static_cast<float*>(p.scratch) + current().first + i, p.x.rows};
   }
+  OTALIGN_DEVICE float& row(int which, int i) const { return i < near() ? near_row(i)(which) : far_row(i)(which); }
   OTALIGN_DEVICE const float* costs() const { return static_cast<const float*>(p.given) + current().first * p.pitch; }
   OTALIGN_DEVICE float* far_matrix() const {  // rows as those of the costs
     return static_cast<float*>(p.scratch) + (4 * p.x.rows + 31) / 32 * 32 + current().first * p.pitch;
@@ -220,12 +224,16 @@ class Block {
     float* const mine = shared + at.parts + warp * L::kPitch;
     constexpr int left = folded(C, 16, L::kLanes);
     OTALIGN_UNROLL
-    for (int k = 0; k < left; k += left % 4 ? 1 : 4) {
-      if constexpr (left % 4)
-        mine[column(first + k)] = values[k];
+    for (int k = 0; k < left; k += left % 4 == 0 ? 4 : left) {
+      float* const to = mine + column(first + k);
+      if constexpr (left % 4 == 0)
+        port::store(float4{values[k], values[k + 1], values[k + 2], values[k + 3]}, to);
+      else if constexpr (left == 2)
+        port::store(float2{values[k], values[k + 1]}, to);
       else
-        *reinterpret_cast<float4*>(mine + column(first + k)) = {values[k], values[k + 1], values[k + 2], values[k + 3]};
+        *to = values[k];
     }
+    static_assert(left % 4 == 0 || left <= 2);
   }
   OTALIGN_DEVICE void put_numbers(float4 values) {
     OTALIGN_UNROLL
@@ -276,7 +284,6 @@ class Block {
   }
 
   OTALIGN_DEVICE const Item& current() const { return *reinterpret_cast<const Item*>(shared + kItem); }
-  OTALIGN_DEVICE int rank() const { return port::block() % choice.cluster; }
 
   const Problem& p;
   const Choice& choice;
@@ -312,29 +319,30 @@ class Block {
   OTALIGN_DEVICE void enter(int64_t next) {
     const Segment x = segment(p.x, next, p.items), y = segment(p.y, next, p.items);
     const int share = (x.length + choice.cluster - 1) / choice.cluster;
-    const int begin = rank() * share < x.length ? rank() * share : x.length;
+    const int begin = port::rank() * share < x.length ? port::rank() * share : x.length;
     m = y.length;
     count = m == 0 ? 0 : x.length - begin < share ? x.length - begin : share;
     const float epsilon = static_cast<float>(p.reg ? p.reg[next] : p.reg_of_all);
+    const int slice = ((m + 3) / 4 + choice.cluster) / choice.cluster;
     if (port::thread() == 0)
-      *reinterpret_cast<Item*>(shared + kItem) = {next, x, y, x.start + begin, epsilon, 1 / epsilon};
+      *reinterpret_cast<Item*>(shared + kItem) = {next,    x,           y,     x.start + begin,
+                                                  epsilon, 1 / epsilon, slice, 65536 / slice + 1};
     port::sync_block();
   }
 
   // Vectors of as many numbers as a warp puts, to be combined.
   struct Parts {
-    const float* at;
-    int pitch, count;
+    int at, pitch, count;  // in shared memory
   };
-  OTALIGN_DEVICE Parts of_warps() const { return {shared + at.parts, L::kPitch, L::kWarps}; }
+  OTALIGN_DEVICE Parts of_warps() const { return {at.parts, L::kPitch, L::kWarps}; }
   OTALIGN_DEVICE static int place(int g, int groups) { return g < groups ? 4 * g : L::kWidth; }
   template <int kUnroll, class Combine>
-  OTALIGN_DEVICE static float4 over(const Parts& parts, int g, int groups, Combine combine) {
-    const float* const at = parts.at + place(g, groups);
-    float4 total = load4(at);
+  OTALIGN_DEVICE float4 over(const Parts& parts, int g, int groups, Combine combine) const {
+    const float* const first = shared + parts.at + place(g, groups);
+    float4 total = load4(first);
     OTALIGN_UNROLL_BY(kUnroll)
     for (int k = 1; k < parts.count; ++k) {
-      const float4 next = load4(at + k * parts.pitch);
+      const float4 next = load4(first + k * parts.pitch);
       total = g < groups ? combined(total, next, combine) : combined(total, next, Sum());
     }
     return total;
@@ -345,36 +353,48 @@ class Block {
   // into one again has seen, by what came in between, that it has been read.
   template <class Combine>
   OTALIGN_DEVICE Parts of_blocks(int groups, Combine combine) {
-    float* const inbox = shared + at.inbox + (epoch % 2) * at.inbox_pitch;
-    float* const totals = inbox + choice.cluster * at.slice * 4;
+    const int inbox = at.inbox + epoch % 2 * at.inbox_pitch;
     port::Mailbox* const box = mailbox(epoch % 2);
-    port::Mailbox* const box_of_totals = mailbox(2 + epoch % 2);
-    const int slice = (groups + choice.cluster) / choice.cluster, mine = rank() * slice;
-    const int size = choice.scatter ? static_cast<int>(within(groups + 1 - mine, 0, slice)) : groups + 1;
-    if (port::thread() == 0) port::expect(box, choice.cluster * size * 16);
+    const int parity = epoch / 2 % 2;
+    ++epoch;
+    if (choice.scatter) return of_slices(groups, inbox, box, parity, combine);
+    if (port::thread() == 0) port::expect(box, choice.cluster * (groups + 1) * 16);
     OTALIGN_ROLLED
     for (int g = port::thread(); g <= groups; g += L::kThreads) {
       const float4 total = over<L::kWarps>(of_warps(), g, groups, combine);
-      if (choice.scatter) {
-        port::send(total, inbox + (rank() * at.slice + g % slice) * 4, box, g / slice);
-        continue;
-      }
+      float* const to = shared + inbox + port::rank() * L::kPitch + place(g, groups);
       OTALIGN_UNROLL_BY(4)
-      for (int k = 0; k < choice.cluster; ++k) port::send(total, inbox + rank() * L::kPitch + place(g, groups), box, k);
+      for (int k = 0; k < choice.cluster; ++k) port::send(total, to, box, k);
     }
-    const int parity = epoch / 2 % 2;
-    ++epoch;
     port::wait(box, parity);
-    if (!choice.scatter) return {inbox, L::kPitch, choice.cluster};
-    if (port::thread() == 0) port::expect(box_of_totals, (groups + 1) * 16);
-    const Parts slices{inbox - 4 * mine, at.slice * 4, choice.cluster};
+    return {inbox, L::kPitch, choice.cluster};
+  }
+  template <class Combine>
+  OTALIGN_DEVICE Parts of_slices(int groups, int inbox, port::Mailbox* box, int parity, Combine combine) {
+    port::Mailbox* const box_of_totals = box + 2;
+    const int totals = inbox + choice.cluster * at.slice * 4;
+    // (The exchange of numbers alone has another slice: all of it is one block's.)
+    const int slice = groups ? current().slice : 1, per_slice = groups ? current().per_slice : 65536;
+    const int mine = port::rank() * slice;
+    const int size = static_cast<int>(within(groups + 1 - mine, 0, slice));
+    if (port::thread() == 0) {
+      port::expect(box, choice.cluster * size * 16);
+      port::expect(box_of_totals, (groups + 1) * 16);
+    }
+    OTALIGN_ROLLED
+    for (int g = port::thread(); g <= groups; g += L::kThreads) {
+      const int to = g * per_slice >> 16;
+      float* const there = shared + inbox + (port::rank() * at.slice + g - to * slice) * 4;
+      port::send(over<L::kWarps>(of_warps(), g, groups, combine), there, box, to);
+    }
+    port::wait(box, parity);
     OTALIGN_ROLLED
     for (int g = mine + port::thread(); g < mine + size; g += L::kThreads) {
-      const bool last = g == groups;
-      const float4 total =
-          over<4>({last ? slices.at + 4 * g - L::kWidth : slices.at, slices.pitch, slices.count}, g, groups, combine);
+      // Slices lie from their first group on, the numbers not apart.
+      const int at_first = inbox + (g - mine) * 4 - place(g, groups);
+      const float4 total = over<4>({at_first, at.slice * 4, choice.cluster}, g, groups, combine);
       OTALIGN_UNROLL_BY(4)
-      for (int k = 0; k < choice.cluster; ++k) port::send(total, totals + place(g, groups), box_of_totals, k);
+      for (int k = 0; k < choice.cluster; ++k) port::send(total, shared + totals + place(g, groups), box_of_totals, k);
     }
     port::wait(box_of_totals, parity);
     return {totals, 0, 1};

@@ -54,14 +54,14 @@ struct Choice {
   int32_t ordered;    // whether items are taken longest first
 };
 
-constexpr int kOrdered = 1024;      // items that are put in order; of more, chance evens out who gets the longest
+constexpr int kOrdered = 256;       // items that are put in order; of more, chance evens out who gets the longest
 constexpr int kScatterFrom = 1024;  // numbers that a block receives otherwise
 
 // Offsets into a block's shared memory, in floats: first the mailboxes (four of eight bytes), then
 constexpr int kSums = 8;      // what the warps have, for sums over the block
 constexpr int kNumbers = 16;  // four numbers that an exchange has summed
 constexpr int kItem = 20;     // what is known of the item
-constexpr int kFixed = 40;
+constexpr int kFixed = 44;
 struct Memory {
   int32_t columns, parts, inbox, factors, rows, kernel, order, end;
   int32_t inbox_pitch;  // of one of the two buffers
@@ -92,6 +92,7 @@ struct Arguments {
   Lifts lifts;
   Choice choice;
   Memory memory;
+  float tol;
 };
 
 // The rows of a block that find no place on the chip.

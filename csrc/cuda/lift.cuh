@@ -110,8 +110,8 @@ class Lift {
         block, 1, [&](int i, bool mine, auto) { x = row(i, mine); },
         [&](int c, float cost) { return plan(x, b[c], g[c], cost, per_reg); });
     port::sync_block();
-    product([&](int i, float sum, bool one, auto numbers) {
-      if (one) numbers(kRowMass, i) = sum / keep_x;
+    product([&](int, float sum, bool one, auto numbers) {
+      if (one) numbers(kRowMass) = sum / keep_x;
       return 1.0f;
     });
     block.for_columns([&](int j) { block.columns(kMass)[j] = j < block.m ? block.columns(kProduct)[j] / keep_y : 0; });
@@ -120,7 +120,7 @@ class Lift {
 
   // The right-hand side of the eliminated system, and its energy.
   OTALIGN_DEVICE float begin() {
-    product([&](int i, float, bool, auto numbers) { return over_mass(numbers(kLoad, i), numbers(kRowMass, i)); });
+    product([&](int, float, bool, auto numbers) { return over_mass(numbers(kLoad), numbers(kRowMass)); });
     block.for_columns([&](int j) {
       const bool real = block.columns(kMass)[j] > 0;
       block.columns(kResidual)[j] = real ? block.columns(kResidual)[j] - block.columns(kProduct)[j] : 0;
@@ -140,7 +140,7 @@ class Lift {
       block.columns(kW)[j] = preconditioned + carry * block.columns(kW)[j];
     });
     port::sync_block();
-    product([&](int i, float sum, bool, auto numbers) { return over_mass(sum, numbers(kRowMass, i)); });
+    product([&](int, float sum, bool, auto numbers) { return over_mass(sum, numbers(kRowMass)); });
     float curvature = 0;
     block.for_columns([&](int j) {
       if (j >= block.m) return;
@@ -202,11 +202,11 @@ class Lift {
     float* const s = static_cast<float*>(lifts.x) + block.current().first;
     float sums[C];
     matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
-      if (mine && one) s[i] = over_mass(numbers(kLoad, i) - sum, numbers(kRowMass, i));
+      if (mine && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
       return 0.0f;
     });
     float* const t = static_cast<float*>(lifts.y) + block.current().y.start;
-    if (block.rank() == 0)
+    if (port::rank() == 0)
       block.for_columns([&](int j) {
         if (j < block.m) t[j] = block.columns(kSolution)[j];
       });

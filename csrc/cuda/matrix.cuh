@@ -17,14 +17,13 @@ class Matrix {
   OTALIGN_DEVICE void build(const Block<L>& block, float factor, Begin begin, Entry entry) {
     OTALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      fill(block, r * L::kStep + block.below, held[r], factor, block.near_rows(), begin, entry);
+      fill(block, r * L::kStep + block.below, held[r], factor, block.register_row(r), begin, entry);
       OTALIGN_IN_ORDER;
     }
-    fill_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, block.near(), factor, block.near_rows(), begin,
-                entry);
+    fill_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, block.near(), factor, Near(), begin, entry);
     if (block.count > block.near()) {
       float* const rows = far_row(block, block.near());
-      fill_memory(block, rows, block.p.pitch, block.near(), block.count, factor, block.far_rows(), begin, entry);
+      fill_memory(block, rows, block.p.pitch, block.near(), block.count, factor, Far(), begin, entry);
     }
   }
 
@@ -40,15 +39,23 @@ class Matrix {
     if constexpr (R > 0) pass_registers(block, w, sums, update);
     if (block.count > L::kHeld) {
       const int near = block.count < block.near() ? block.count : block.near();
-      pass_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, near, w, sums, update, block.near_rows());
+      pass_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, near, w, sums, update, Near());
     }
     if (block.count > block.near()) {
       const float* const rows = far_row(block, block.near());
-      pass_memory(block, rows, block.p.pitch, block.near(), block.count, w, sums, update, block.far_rows());
+      pass_memory(block, rows, block.p.pitch, block.near(), block.count, w, sums, update, Far());
     }
   }
 
  private:
+  // The numbers of a row in memory.
+  struct Near {
+    OTALIGN_DEVICE auto operator()(const Block<L>& block, int i) const { return block.near_row(i); }
+  };
+  struct Far {
+    OTALIGN_DEVICE auto operator()(const Block<L>& block, int i) const { return block.far_row(i); }
+  };
+
   template <class Rows, class Begin, class Entry>
   OTALIGN_DEVICE static void fill(const Block<L>& block, int i, float (&row)[C], float factor, Rows numbers,
                                   Begin& begin, Entry& entry) {
@@ -68,7 +75,7 @@ class Matrix {
     OTALIGN_ROLLED
     for (int i = from + block.below; i < to; i += L::kStep) {
       float row[C];
-      fill(block, i, row, factor, numbers, begin, entry);
+      fill(block, i, row, factor, numbers(block, i), begin, entry);
       OTALIGN_UNROLL
       for (int c = 0; c < C; c += 4)
         if (block.column(c) < block.m)
@@ -103,7 +110,7 @@ class Matrix {
     for (int k = 0; k < left; ++k) {
       const int i = (first + k) * L::kStep + block.below;
       const bool one = (block.lane & same) == 0;
-      const float factor = update(i, dots[k], i < block.count, one, block.near_rows());
+      const float factor = update(i, dots[k], i < block.count, one, block.register_row(first + k));
       if (one) factors[first + k] = factor;
     }
     port::sync_warp();
@@ -151,7 +158,7 @@ class Matrix {
       OTALIGN_UNROLL
       for (int k = 0; k < N; ++k) {
         const int at = i + k * L::kStep;
-        const float factor = update(at, dots[k], at < to, block.across == 0, numbers);
+        const float factor = update(at, dots[k], at < to, block.across == 0, numbers(block, at));
         OTALIGN_UNROLL
         for (int c = 0; c < C; ++c) sums[c] += row[k][c] * factor;
       }

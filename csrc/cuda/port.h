@@ -21,6 +21,15 @@ namespace otalign::cuda::port {
 OTALIGN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 OTALIGN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 
+// The block's number in its cluster.
+OTALIGN_DEVICE int rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+
 OTALIGN_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
@@ -39,6 +48,16 @@ OTALIGN_DEVICE float reciprocal(float x) {
 
 OTALIGN_DEVICE uint32_t address(const void* in_shared_memory) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
+}
+
+// Numbers next to each other in shared memory, at once: left to itself, the compiler stores them one by one.
+OTALIGN_DEVICE void store(float4 value, float* to) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+OTALIGN_DEVICE void store(float2 value, float* to) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address(to)), "f"(value.x), "f"(value.y) : "memory");
 }
 
 // A mailbox counts the bytes that arrive for it. Its phases follow each other; `expect` opens one, by one thread,
@@ -65,6 +84,7 @@ OTALIGN_DEVICE void expect(Mailbox* box, int bytes) {
 #endif
 }
 
+// (An acquire of wider scope would throw away the L1 cache; what is waited for is in shared memory.)
 OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;

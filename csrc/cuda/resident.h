@@ -16,11 +16,12 @@ struct Kernels {
 Kernels narrow_kernels(int form), middle_kernels(int form), wide_kernels(int form);
 
 // All of these return nullptr, or a string that begins with the name of CUDA's error, or tells why not; the thread's
-// next call may overwrite it. They work on the current device; `problem` needs sizes, items and relaxation for a plan.
-const char* plan(const Problem& problem, bool lift, Choice* choice, int64_t* scratch);
+// next call may overwrite it. `device` becomes the current one. A plan needs of a problem its sizes, items and
+// relaxation.
+const char* plan(const Problem& problem, bool lift, int device, Choice* choice, int64_t* scratch);
 // Solves the batch; with `wait`, faults of the kernel are among the errors.
-const char* solve(const Problem& problem, void* stream, bool wait);
+const char* solve(const Problem& problem, int device, void* stream, bool wait);
 // Solves the implicit system.
-const char* lift(const Problem& problem, const Lifts& lifts, void* stream, bool wait);
+const char* lift(const Problem& problem, const Lifts& lifts, int device, void* stream, bool wait);
 
 }  // namespace otalign::cuda

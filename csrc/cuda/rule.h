@@ -37,13 +37,14 @@ inline int64_t scratch_bytes(const Problem& problem) {
 // The choice for a form and a size of clusters; active(choice) tells how many clusters run at the same time, 0 if none
 // can.
 template <class Active>
-Choice choose(const Chip& chip, int form_number, int cluster, int64_t items, int64_t size_x, Active active) {
+Choice choose(const Chip& chip, int form_number, int cluster, int64_t items, int64_t size_x, bool ragged,
+              Active active) {
   const Form& form = kForms[form_number];
   Choice choice{};
   choice.form = form_number;
   choice.cluster = cluster;
   choice.scatter = cluster * form.width > kScatterFrom;
-  choice.ordered = items <= kOrdered;
+  choice.ordered = ragged && items <= kOrdered;
   const int64_t rows = (size_x + cluster - 1) / cluster;
   const int64_t wanted = std::max<int64_t>(0, rows - form.held() + form.step() - 1) / form.step() * form.step();
   const int free = chip.shared_of_block / 4 - memory(form, choice).end;
@@ -58,7 +59,7 @@ Choice choose(const Chip& chip, int form_number, int cluster, int64_t items, int
 
 // The choice that takes the least time by the estimate; in_flight is 0 if y is too long.
 template <class Active>
-Choice choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, Active active) {
+Choice choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, bool ragged, Active active) {
   Choice best{};
   double least = 0;
   int width = 0;
@@ -68,7 +69,7 @@ Choice choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, A
     width = form.width;
     for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
       if (cluster > 1 && (!chip.clusters || cluster > size_x)) break;
-      const Choice choice = choose(chip, number, cluster, items, size_x, active);
+      const Choice choice = choose(chip, number, cluster, items, size_x, ragged, active);
       if (choice.in_flight <= 0) continue;
       const int rows = static_cast<int>((size_x + cluster - 1) / cluster);
       const double rounds = static_cast<double>((items + choice.in_flight - 1) / choice.in_flight);

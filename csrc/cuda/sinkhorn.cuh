@@ -21,7 +21,7 @@ class Sinkhorn {
   static constexpr float kLow = Absorb<float>::kLow, kHigh = Absorb<float>::kHigh;
 
  public:
-  OTALIGN_DEVICE explicit Sinkhorn(const Arguments& arguments) : block(arguments) {}
+  OTALIGN_DEVICE explicit Sinkhorn(const Arguments& arguments) : block(arguments), tol(arguments.tol) {}
 
   OTALIGN_DEVICE void run() {
     block.for_items([&] {
@@ -41,7 +41,7 @@ class Sinkhorn {
     bool first = true, ahead = true;
     while (ahead) {
       update_rows_exactly(first);
-      if (!first && should_stop<float>(error, block.p.tol, n_iter, block.p.max_iter)) break;
+      if (!first && should_stop(error, tol, n_iter, block.p.max_iter)) break;
       first = false;
       update_columns_exactly();
       ++n_iter;
@@ -161,9 +161,9 @@ class Sinkhorn {
     uint32_t wanted = 0;
     matrix.build(
         block, block.current().per_reg,
-        [&](int i, bool mine, auto numbers) {
-          potential = mine ? numbers(kU + 1 - turn, i) : -INFINITY;
-          wanted = mine && numbers(kA, i) > 0 ? ~0u : with_mass;
+        [&](int, bool mine, auto numbers) {
+          potential = mine ? numbers(kU + 1 - turn) : -INFINITY;
+          wanted = mine && numbers(kA) > 0 ? ~0u : with_mass;
         },
         [&](int c, float cost) { return expf(wanted >> c & 1 ? gamma[c] - (cost - potential) : -INFINITY); });
     port::sync_block();
@@ -193,36 +193,39 @@ class Sinkhorn {
   OTALIGN_DEVICE bool iterate(bool& ahead) {
     float off = 0;
     float sums[C];
-    matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
+    matrix.pass(block, sums, [&](int, float sum, bool mine, bool one, auto numbers) {
       if (!mine) return 0.0f;
-      const float a = numbers(kA, i), before = numbers(kU + turn, i);
-      const float next = scaling(sum, kRelaxed ? numbers(kPhi, i) : 0, keep_x);
+      const float a = numbers(kA), before = numbers(kU + turn);
+      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, keep_x);
       const float ratio = kRelaxed ? before / next : before * sum;
       if (one) {
         off += !in_range(sum, next) ? INFINITY : a > 0 ? a * fabsf(ratio - 1) : a;
-        numbers(kU + 1 - turn, i) = next;
+        numbers(kU + 1 - turn) = next;
       }
       return a * next;
     });
     block.put_columns(sums, Sum());
     block.put_number(off);
     bool columns_near = true;
-    block.exchange(block.m, Sum(), [&](int first, float4 sum) {
-      float* const next = v(1 - turn) + first;
-      OTALIGN_UNROLL_BY(kRelaxed ? 1 : 4)  // the logarithms of four at once would take too many registers
-      for (int k = 0; k < 4; ++k) {
-        const int j = first + k;
-        const float total = j < block.m ? part(sum, k) : 1;
-        next[k] = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, keep_y);
-        columns_near = columns_near && in_range(total, next[k]);
-        block.columns(kW)[j] = block.columns(kB)[j] * next[k];
-      }
+    block.exchange(block.m, Sum(), [&](int j, float4 sum) {
+      const float4 b = load4(block.columns(kB) + j);
+      float4 gamma{};
+      if (kRelaxed) gamma = load4(block.columns(kGamma) + j);
+      const auto next = [&](int k) {
+        const float total = j + k < block.m ? part(sum, k) : 1;
+        const float scaled = scaling(total, part(gamma, k), keep_y);
+        columns_near = columns_near && in_range(total, scaled);
+        return scaled;
+      };
+      const float4 v_next{next(0), next(1), next(2), next(3)};
+      port::store(v_next, v(1 - turn) + j);
+      port::store(float4{b.x * v_next.x, b.y * v_next.y, b.z * v_next.z, b.w * v_next.w}, block.columns(kW) + j);
     });
     columns_near = port::all_of_block(columns_near);
     off = block.numbers().x;
     if (!(off < INFINITY)) return false;  // rows out of range: their error is for the exact update to find
     error = off;
-    if (should_stop<float>(error, block.p.tol, n_iter, block.p.max_iter)) ahead = false;
+    if (should_stop(error, tol, n_iter, block.p.max_iter)) ahead = false;
     if (!ahead || !columns_near) return false;
     turn = 1 - turn;
     return true;
@@ -271,7 +274,7 @@ class Sinkhorn {
     port::sync_block();
     total = block.numbers();
     clear_rows(block.current().x.length);
-    if (block.rank() == 0) store(total, shift, broken);
+    if (port::rank() == 0) store(total, shift, broken);
   }
 
   OTALIGN_DEVICE void store(float4 total, float shift, bool broken) {
@@ -297,7 +300,7 @@ class Sinkhorn {
   // Zeros for the rows of the slot from `from` on, the blocks of the cluster taking turns.
   OTALIGN_DEVICE void clear_rows(int64_t from) {
     float* const f = static_cast<float*>(block.p.x.potential) + block.current().x.start;
-    for (int64_t i = from + block.rank() * L::kThreads + port::thread(); i < block.current().x.slot;
+    for (int64_t i = from + port::rank() * L::kThreads + port::thread(); i < block.current().x.slot;
          i += block.choice.cluster * L::kThreads)
       f[i] = 0;
   }
@@ -306,7 +309,7 @@ class Sinkhorn {
   OTALIGN_DEVICE void clear() {
     const Problem& p = block.p;
     clear_rows(0);
-    if (block.rank() != 0) return;
+    if (port::rank() != 0) return;
     float* const g = static_cast<float*>(p.y.potential) + block.current().y.start;
     for (int64_t j = port::thread(); j < block.current().y.slot; j += L::kThreads) g[j] = 0;
     if (port::thread() != 0) return;
@@ -318,6 +321,7 @@ class Sinkhorn {
 
   Block<L> block;
   Matrix<L> matrix;
+  const float& tol;
   float keep_x = 1, keep_y = 1;
   float error = 0;
   int n_iter = 0, turn = 0;

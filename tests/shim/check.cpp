@@ -170,7 +170,7 @@ bool check(const Case& c, unsigned seed) {
   const std::vector<int64_t> n = {size_x, size_x - 3, 1, 0, 4, 5, 2}, m = {size_y, size_y - 5, 1, 3, 0, 9, 1};
   Batch batch(n, m, size_x, size_y, c.weighted, seed);
   constexpr int iterations = OTALIGN_ITERATIONS;
-  Arguments arguments{batch.problem(c.reg, c.rho_x, c.rho_y, iterations, 0), {}, {}, {}};
+  Arguments arguments{batch.problem(c.reg, c.rho_x, c.rho_y, iterations, 0), {}, {}, {}, 0};
   const int32_t ordered = c.in_flight < static_cast<int>(n.size());
   arguments.choice = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, ordered};
   arguments.memory = memory(L::form(), arguments.choice);

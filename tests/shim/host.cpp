@@ -40,7 +40,7 @@ extern "C" {
 void host_choose(int processors, int shared_of_block, int largest_cluster, int64_t items, int64_t size_x,
                  int64_t size_y, Choice* out) {
   const Chip chip{processors, shared_of_block, largest_cluster > 1};
-  *out = choose(chip, items, size_x, size_y, [&](const Choice& choice) {
+  *out = choose(chip, items, size_x, size_y, true, [&](const Choice& choice) {
     if (choice.cluster > largest_cluster) return 0;
     const int by_registers = 65536 / (256 * kForms[choice.form].threads());
     const int by_memory = (shared_of_block + 1024) / (choice.bytes + 1024);
@@ -60,7 +60,8 @@ int64_t host_scratch(const Problem* problem, const Choice* choice) {
 
 // Kinds as in resident.h. False if the form is not among those compiled.
 bool host_run(const Problem* problem, const Lifts* lifts, const Choice* choice, int kind, unsigned seed) {
-  const Arguments arguments{*problem, lifts ? *lifts : Lifts{}, *choice, memory(kForms[choice->form], *choice)};
+  const Arguments arguments{*problem, lifts ? *lifts : Lifts{}, *choice, memory(kForms[choice->form], *choice),
+                            static_cast<float>(problem->tol)};
   return run_any(arguments, kind, seed, std::integer_sequence<int, OTALIGN_FORMS>());
 }
 

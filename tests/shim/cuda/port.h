@@ -32,6 +32,9 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 
 namespace otalign::cuda::port {
 
@@ -108,6 +111,7 @@ void wait_until(Ready ready) {
 
 OTALIGN_DEVICE int thread() { return self->number; }
 OTALIGN_DEVICE int block() { return self->block_number; }
+OTALIGN_DEVICE int rank() { return self->rank; }
 OTALIGN_DEVICE char* shared_memory() { return self->block->memory; }
 OTALIGN_DEVICE void sync_warp() { self->block->warps[self->number / 32].barrier.meet(32); }
 OTALIGN_DEVICE void sync_block() { self->block->barrier.meet(self->block->threads); }
@@ -130,6 +134,11 @@ OTALIGN_DEVICE float swap(float value, int mask) {
   warp.given[turn][lane] = value;
   warp.barrier.meet(32);
   return warp.given[turn][lane ^ mask];
+}
+
+template <class Numbers>
+OTALIGN_DEVICE void store(Numbers value, float* to) {
+  *reinterpret_cast<Numbers*>(to) = value;
 }
 
 OTALIGN_DEVICE float reciprocal(float x) { return 1 / x; }
