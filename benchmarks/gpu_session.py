@@ -40,9 +40,9 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
         yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 20)
     if not dry:
-        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 90)
+        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 75)
     few = {} if dry else {"OMP_NUM_THREADS": "2"}  # of every worker, for the reference
-    yield Step("tests", [*pytest(dry=dry), f"--junitxml={out / 'tests.xml'}"], 150, few)
+    yield Step("tests", [*pytest(dry=dry), f"--junitxml={out / 'tests.xml'}"], 160, few)
     small = [python, str(SCRIPTS / "sanitize_gpu.py")]
     if dry:
         yield Step("sanitizer cases", small, 120)
@@ -54,7 +54,7 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         yield Step("memcheck", [*check, "--tool", "memcheck", *small, "--seconds", "30"], 50, alone)
         yield Step("racecheck", [*check, "--tool", "racecheck", *small, "--seconds", "30"], 50)
     benchmark = [python, str(SCRIPTS / "gpu.py"), "--out", str(out)]
-    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "135"])], 175)
+    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "120"])], 155)
     stages = [python, str(SCRIPTS / "gpu_stages.py"), "--out", str(out)]
     yield Step("stages", [*stages, *(["--dry"] if dry else [])], 30)
 

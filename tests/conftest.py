@@ -73,7 +73,11 @@ QUICK_WITH_TRITON = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    refused = [item for item in items if is_refused(item)]
+    if refused:
+        config.hook.pytest_deselected(items=refused)
+        items[:] = [item for item in items if item not in refused]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("backend") != "triton":
@@ -81,6 +85,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         thrice = parameters.get("objective") == "divergence" and item.path.stem != "test_layouts"
         if thrice or item.path.stem not in QUICK_WITH_TRITON:
             item.add_marker(pytest.mark.slow)
+
+
+def is_refused(item: pytest.Item) -> bool:
+    """Whether this asks the CUDA kernels for float64, which they have a test for refusing."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("gpu_backend") == "cuda" and parameters.get("dtype") == torch.float64
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -375,6 +375,24 @@ def test_float64_is_refused():
         otalign.solve(torch.rand(1, 2, 3).double(), torch.rand(1, 2, 3), backend="cuda")
 
 
+def test_debug_waits_for_the_kernels():
+    """So that a fault is reported where it was launched; and not otherwise, as waiting costs."""
+
+    class Waiting(Engine):
+        waited: list[bool] = []  # noqa: RUF012 - of this test alone
+
+        def cuda_solve(self, problem, device, stream, wait):
+            self.waited.append(wait)
+            super().cuda_solve(problem, device, stream, wait)
+
+    batch = draw(*RAGGED, D=8).to(torch.float32)
+    with emulated(Waiting()):
+        otalign.solve(*batch, backend="cuda")
+        with otalign.debug():
+            otalign.solve(*batch, backend="cuda")
+    assert Waiting.waited == [False, True]
+
+
 def test_tensors_on_the_cpu_are_refused(monkeypatch):
     monkeypatch.setattr(backends, "_why_no_cuda", lambda: None)
     monkeypatch.setattr(backends.extension(), "cuda_reason", "")

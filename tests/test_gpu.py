@@ -97,7 +97,15 @@ def test_costs_and_types(device, cost, dtype):
 )
 @pytest.mark.parametrize("rho", [None, 0.5, (0.4, math.inf), (math.inf, 0.4)], ids=str)
 def test_priors_and_relaxations(device, prior, rho):
-    compare(draw([40, 1, 33], [30, 4, 17], D=16), device, prior=prior, unbalanced=rho, reg=0.2, tol=0, max_iter=30)
+    compare(
+        draw([40, 1, 33], [30, 4, 17], D=16, dtype=precise()),
+        device,
+        prior=prior,
+        unbalanced=rho,
+        reg=0.2,
+        tol=0,
+        max_iter=30,
+    )
 
 
 def compare_losses(batch, device, **options):
@@ -148,7 +156,7 @@ def test_a_long_item(device):
 
 
 def test_weights(device):
-    batch = draw(*RAGGED, D=16, dtype=torch.float64)
+    batch = draw(*RAGGED, D=16, dtype=precise())
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1]).nan_to_num(0) for lengths, values in sides]
     compare(batch, device, weights, cost="sqeuclidean", reg=0.4, tol=0, max_iter=20)
@@ -156,20 +164,21 @@ def test_weights(device):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_weights_of_zero(device, objective):
-    batch = draw(*RAGGED, D=16, dtype=torch.float64)
+    batch = draw(*RAGGED, D=16, dtype=precise())
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1], zeros=True).nan_to_num(0) for lengths, values in sides]
     outcomes = []
     for where, backend in ((device, BACKEND), ("cpu", "reference")):
-        leaves = [t.detach().to(where).requires_grad_() for t in (batch.x, batch.y, *weights)]
+        kind = precise() if backend == BACKEND else torch.float64
+        leaves = [t.detach().to(where, kind).requires_grad_() for t in (batch.x, batch.y, *weights)]
         lengths = [length.to(where) for length in batch[2:]]
         options = {"objective": objective, "reg": 0.2, "tol": 0, "max_iter": 30, "backend": backend}
         loss = otalign.sinkhorn_loss(*leaves[:2], *lengths, *leaves[2:], **options)
         wanted = leaves if objective != "plan_cost" else leaves[:2]
         outcomes.append((loss.detach(), torch.autograd.grad(loss, wanted)))
     (loss, gradients), (right_loss, right_gradients) = outcomes
-    close(loss.cpu(), right_loss, 1e-9)
-    relatively(gradients, right_gradients, 1e-8)
+    close(loss.cpu(), right_loss, FORWARD[precise()])
+    relatively(gradients, right_gradients, GRADIENTS[precise()])
 
 
 @pytest.mark.parametrize("dtype", FORWARD, ids=str)
