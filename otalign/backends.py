@@ -91,6 +91,7 @@ def reason_missing(name: str) -> str | None:
     return _why_no_cuda()
 
 
+@functools.cache
 def _why_no_cuda() -> str | None:
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU was found"

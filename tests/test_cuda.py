@@ -309,20 +309,21 @@ def broken(tmp_path: Path, what: str) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("what", ["no barrier before an exchange", "no vote"])
+@pytest.mark.parametrize("what", ["no barrier before an exchange", pytest.param("no vote", marks=pytest.mark.slow)])
 def test_a_missing_barrier_gives_wrong_numbers(tmp_path, what):
     right, said = outcome(program(tmp_path, "3", rows=9, csrc=broken(tmp_path, what)))
     assert not right
     assert "WRONG" in said
 
 
-@pytest.mark.parametrize("what", ["no barrier of a warp", "one inbox"])
+@pytest.mark.parametrize("what", [pytest.param("no barrier of a warp", marks=pytest.mark.slow), "one inbox"])
 def test_a_race_is_reported(tmp_path, what):
     right, said = outcome(program(tmp_path, "2", *THREAD, rows=9, csrc=broken(tmp_path, what)))
     assert not right
     assert "ThreadSanitizer: data race" in said
 
 
+@pytest.mark.slow
 def test_an_overrun_is_reported(tmp_path):
     check = program(tmp_path, "2", *ADDRESS, rows=80, csrc=broken(tmp_path, "beyond shared memory"))
     right, said = outcome(check)

@@ -122,6 +122,7 @@ struct Item {
   float epsilon, per_reg;
   int slice, per_slice;  // groups of columns that a block sums for all, and 2^16 over that, rounded up
 };
+static_assert(sizeof(Item) <= 4 * (kFixed - kItem));
 
 template <class L>
 class Block {
