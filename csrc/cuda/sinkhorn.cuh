@@ -18,7 +18,6 @@ class Sinkhorn {
   static constexpr int C = Block<L>::C;
   enum ColumnVector { kW, kB, kGamma, kV };  // kV and the next: v of two iterations, taking turns
   enum RowVector { kA, kPhi, kU };           // likewise
-  static constexpr float kLow = Absorb<float>::kLow, kHigh = Absorb<float>::kHigh;
 
  public:
   OTALIGN_DEVICE explicit Sinkhorn(const Arguments& arguments) : block(arguments), tol(arguments.tol) {}
@@ -178,8 +177,7 @@ class Sinkhorn {
     port::sync_block();
   }
 
-  // Multiply-adds
-  // -----------------------------------------------------------------------------------------------------------
+  // Multiply-adds ----------------------------------------------------------------------------------------------------
 
   OTALIGN_DEVICE float scaling(float sum, float absorbed, float keep) const {
     return kRelaxed ? expf(-(1 - keep) * absorbed - keep * logf(sum)) : port::reciprocal(sum);
