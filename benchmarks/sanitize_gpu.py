@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ def main(arguments: list[str]) -> int:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     backends = [name for name in ("triton", "cuda") if otalign.backends.available()[name] is None]
+    if "OTALIGN_WITHOUT_CUDA" in os.environ:  # its first solve failed
+        backends = [name for name in backends if name != "cuda"]
     if not backends:
         print("no backend for a GPU is available here")
         return 1

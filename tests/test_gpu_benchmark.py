@@ -288,6 +288,21 @@ def test_session_runs_every_gpu_test(tmp_path):
     assert {str(path) for path in marked} <= set(gpu_session.pytest(dry=False))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_session_goes_on_without_what_hangs(tmp_path, monkeypatch, fails):
+    import gpu_session
+
+    def steps(out, site, wheels, *, dry):
+        yield gpu_session.Step("first", [sys.executable, "-c", f"exit({int(fails)})"], 20, needed_for="LEFT_OUT")
+        yield gpu_session.Step(
+            "next", [sys.executable, "-c", "import os; print('left out:', 'LEFT_OUT' in os.environ)"], 20
+        )
+
+    monkeypatch.setattr(gpu_session, "steps", steps)
+    gpu_session.main(["--out", str(tmp_path)])
+    assert f"left out: {fails}" in (tmp_path / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("dry", [False, True])
 def test_session_leaves_few_files(tmp_path, monkeypatch, dry):
     import gpu_session
