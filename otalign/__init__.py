@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from . import layout
+from . import layout, speech
 from .functional import sinkhorn_loss, solve, solve_cost
 from .layout import debug
 from .modules import SinkhornLoss
@@ -24,4 +24,5 @@ __all__ = [
     "sinkhorn_loss",
     "solve",
     "solve_cost",
+    "speech",
 ]

@@ -1,0 +1,99 @@
+"""AI-STA's loss: align speech and text in selected inner layers of a language model (arXiv 2503.10211)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import sinkhorn_loss
+from ..prior import Prior
+from .states import States, by_layer
+
+
+class InnerAlignmentLoss(nn.Module):
+    """Optimal transport between the hidden states of speech and text in selected layers (AI-STA, arXiv 2503.10211).
+
+    What is known from the abstract: a discrepancy by optimal transport is minimised in layers that cross-modal retrieval
+    selects (`retrieval_scores`, `select_layers`), jointly with the task. Cost, weights, `reg` and iterations are not
+    published; ours are those of `sinkhorn_loss`. All layers are one batch: a single solve.
+
+    Args:
+        layers: numbers of the layers, as they index the states that the call is given.
+        layer_weights: of each layer in the sum; None = 1 over their number, so that the loss is their mean.
+        detach_text: whether the text's states are a constant to the gradient.
+        reg, cost, objective, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
+
+    Shape:
+        - speech_states: lists or dicts of `(B, N, D)`; text_states: of `(B, M, D)`; lengths: `(B,)`
+        - output: scalar, the mean over the items that are not empty
+
+    Example:
+        >>> criterion = otalign.speech.InnerAlignmentLoss(layers=[0, 1])
+        >>> speech = [torch.randn(2, 30, 16, requires_grad=True) for _ in range(4)]
+        >>> text = [torch.randn(2, 8, 16) for _ in range(4)]
+        >>> criterion(speech, text, torch.tensor([30, 21]), torch.tensor([8, 5])).backward()
+        >>> [layer.grad is not None for layer in speech]
+        [True, True, False, False]
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        layer_weights: Sequence[float] | None = None,
+        detach_text: bool = True,
+        reg: float = 0.05,
+        cost: str = "cosine",
+        objective: str = "value",
+        prior: Prior | None = None,
+        unbalanced: float | tuple[float, float] | None = None,
+        max_iter: int = 200,
+        tol: float = 1e-3,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.layers, self.detach_text = list(layers), detach_text
+        if not self.layers:
+            raise ValueError("layers: expected at least one")
+        if layer_weights is not None and len(layer_weights) != len(self.layers):
+            raise ValueError(f"layer_weights: expected {len(self.layers)} numbers, got {len(layer_weights)}")
+        self.layer_weights = [1 / len(self.layers)] * len(self.layers) if layer_weights is None else list(layer_weights)
+        self.options: dict[str, Any] = {
+            "reg": reg, "cost": cost, "objective": objective, "prior": prior, "unbalanced": unbalanced,
+            "max_iter": max_iter, "tol": tol, "backend": backend,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        speech_states: States,
+        text_states: States,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> Tensor:
+        x, y = (self._stacked(name, s) for name, s in (("speech_states", speech_states), ("text_states", text_states)))
+        if self.detach_text:
+            y = y.detach()
+        count = len(self.layers)
+        lengths = [None if n is None else n.repeat(count) for n in (speech_lengths, text_lengths)]
+        losses = sinkhorn_loss(x, y, *lengths, reduction="none", **self.options).view(count, -1)
+        weights = losses.new_tensor(self.layer_weights)
+        filled = torch.ones(losses.shape[1], dtype=torch.bool, device=losses.device)
+        for n, size in ((speech_lengths, x.shape[1]), (text_lengths, y.shape[1])):
+            filled = filled & (
+                n.to(losses.device) > 0 if n is not None else torch.tensor(size > 0, device=losses.device)
+            )
+        return (weights @ losses).sum() / filled.sum().clamp(min=1)
+
+    def _stacked(self, name: str, states: States) -> Tensor:
+        found = by_layer(name, states)
+        missing = [layer for layer in self.layers if layer not in found]
+        if missing:
+            raise ValueError(f"{name}: expected layers {self.layers}, got {list(found)}")
+        return torch.cat([found[layer] for layer in self.layers])
+
+    def extra_repr(self) -> str:
+        shown = {"layers": self.layers, "layer_weights": self.layer_weights} | self.options
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

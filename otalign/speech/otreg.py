@@ -1,0 +1,231 @@
+"""OTReg: pull the speech embeddings of a spoken language model towards those of its transcript (arXiv 2508.08131)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import sinkhorn_loss, solve
+from ..layout import padded_segments
+from ..prior import Prior
+from ..problem import one_of
+from .states import clean, inside, lengths_of, unit
+
+FORMS = ("cost", "soft_target")
+TOKEN_WEIGHTS = ("uniform", "count")
+
+
+class UniqueTokens(NamedTuple):
+    """First occurrences of the tokens of each item, in their order; what lies behind `lengths` is 0."""
+
+    index: Tensor  # type: ignore[assignment]  # (B, M) int64, positions of first occurrences
+    lengths: Tensor  # (B,) int64, how many there are
+    counts: Tensor  # (B, M) int64, how often each token occurs
+
+
+def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
+    """The different tokens of every item, without a loop and without waiting for the device.
+
+    Args:
+        ids: `(B, M)` integer token ids; those behind an item's length are not looked at.
+        lengths: `(B,)` int32 or int64; None = full.
+
+    Returns:
+        `index` `(B, M)`, `lengths` `(B,)` and `counts` `(B, M)`, all int64.
+
+    Example:
+        >>> otalign.speech.unique_tokens(torch.tensor([[7, 3, 7, 9]]), torch.tensor([3]))
+        UniqueTokens(index=tensor([[0, 1, 0, 0]]), lengths=tensor([2]), counts=tensor([[2, 1, 0, 0]]))
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError(f"ids: expected shape (B, M), got {tuple(ids.shape) if isinstance(ids, Tensor) else ids!r}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"ids: expected integers, got {ids.dtype}")
+    size = ids.shape[1]
+    valid = torch.arange(size, device=ids.device) < padded_segments("lengths", ids, size, lengths).lengths[:, None]
+    # Equal tokens next to each other, first occurrences first; padding at the end.
+    order = ids.argsort(dim=1, stable=True)
+    order = order.gather(1, (~valid).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
+    ordered, real = ids.gather(1, order), valid.gather(1, order)
+    new = real.clone()
+    new[:, 1:] &= (ordered[:, 1:] != ordered[:, :-1]) | ~real[:, :-1]
+    run = (new.cumsum(1) - 1).clamp(min=0)  # which token of the ordered list
+    occurrences = torch.zeros_like(order).scatter_add_(1, run, real.long())
+    # Back at their places: whether a token is a first occurrence, and how often it occurs.
+    first = torch.zeros_like(valid).scatter_(1, order, new)
+    counts = torch.zeros_like(order).scatter_(1, order, torch.where(new, occurrences.gather(1, run), 0))
+    index = (~first).to(torch.uint8).argsort(dim=1, stable=True)
+    kept = torch.arange(size, device=ids.device) < first.sum(1, keepdim=True)
+    return UniqueTokens(torch.where(kept, index, 0), first.sum(1), torch.where(kept, counts.gather(1, index), 0))
+
+
+class OTRegLoss(nn.Module):
+    r"""OTReg's regulariser for spoken language models (Xu et al., arXiv 2508.08131).
+
+    What is known from the paper: in each training iteration the transport plan between the speech embeddings (the adapter's
+    output, as it enters the LLM) and the transcript's embeddings is solved for, and a loss made of that plan pulls the speech
+    towards the text; it needs no labels and has no parameters. A digest of it adds that duplicate tokens are removed,
+    that the cost is a similarity, and that training starts without the regulariser. Everything else is our choice, and
+    configurable: the cosine cost, uniform marginals, `reg`, and the two forms of the loss.
+
+    With the plan P, its frame weights a and the cost C, the loss of an item is
+
+    .. math:: \langle \mathrm{sg}(P), C \rangle \quad (\text{"cost"}), \qquad
+              -\sum_{ij} \mathrm{sg}(P_{ij}) \log \mathrm{softmax}_j(\cos(x_i, y_j) / \tau) \quad (\text{"soft\_target"})
+
+    times the weight that the schedule has reached. sg is the stop-gradient; `detach_plan=False` leaves it out, and gives the
+    exact gradient through the implicit function theorem.
+
+    Args:
+        reg: entropic regularisation of the plan, in the unit of the cost.
+        weight: what the loss is multiplied with, once warmed up.
+        form: `"cost"` or `"soft_target"`.
+        detach_plan: whether the plan is a constant to the gradient.
+        unique: whether tokens that occur several times in an item count once; needs `text_ids` in the call.
+        token_weights: `"uniform"`, or `"count"` = by how often a token occurs.
+        temperature: of the softmax of `"soft_target"`.
+        start_step: steps without the loss, as in the paper's first stage of plain fine-tuning.
+        warmup_steps: steps over which the weight then rises linearly to `weight`.
+        detach_text: whether the text embeddings are a constant to the gradient.
+        cost, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
+
+    The schedule's step is a buffer, and so part of the state dict: a call in training mode counts one, unless `count_calls` is
+    False; then `set_step(n)` tells it, for example where gradients are accumulated.
+
+    Shape:
+        - speech: `(B, N, D)`, text: `(B, M, D)`, lengths: `(B,)`, text_ids: `(B, M)`
+        - output: scalar, the mean over the items that are not empty; attached to `speech` even if all are
+
+    Example:
+        >>> criterion = otalign.speech.OTRegLoss(weight=0.1, warmup_steps=100)
+        >>> speech, text = torch.randn(2, 30, 16, requires_grad=True), torch.randn(2, 8, 16)
+        >>> criterion(speech, text, torch.tensor([30, 21]), torch.tensor([8, 5]), torch.randint(9, (2, 8))).backward()
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        *,
+        reg: float = 0.05,
+        weight: float = 1.0,
+        form: str = "cost",
+        detach_plan: bool = True,
+        unique: bool = True,
+        token_weights: str = "uniform",
+        temperature: float = 0.1,
+        start_step: int = 0,
+        warmup_steps: int = 0,
+        count_calls: bool = True,
+        detach_text: bool = True,
+        cost: str = "cosine",
+        prior: Prior | None = None,
+        unbalanced: float | tuple[float, float] | None = None,
+        max_iter: int = 200,
+        tol: float = 1e-3,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        one_of("form", form, FORMS)
+        one_of("token_weights", token_weights, TOKEN_WEIGHTS)
+        if form == "soft_target" and cost != "cosine":
+            raise ValueError(f"cost: the form 'soft_target' compares cosines, got {cost!r}")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+        if start_step < 0 or warmup_steps < 0:
+            raise ValueError(f"start_step, warmup_steps: expected numbers >= 0, got {start_step} and {warmup_steps}")
+        self.weight, self.form, self.detach_plan, self.unique = weight, form, detach_plan, unique
+        self.token_weights, self.temperature, self.detach_text = token_weights, temperature, detach_text
+        self.start_step, self.warmup_steps, self.count_calls = start_step, warmup_steps, count_calls
+        self.options: dict[str, Any] = {
+            "reg": reg, "cost": cost, "prior": prior, "unbalanced": unbalanced,
+            "max_iter": max_iter, "tol": tol, "backend": backend,
+        }  # fmt: skip
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        speech: Tensor,
+        text: Tensor,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> Tensor:
+        weight = self.current_weight()
+        if self.training and self.count_calls:
+            self.step += 1
+        if self.detach_text:
+            text = text.detach()
+        token_weights = None
+        if self.unique and text_ids is not None:
+            if text_ids.shape != text.shape[:2]:
+                raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
+            index, text_lengths, counts = unique_tokens(text_ids, text_lengths)
+            text = text.gather(1, index[..., None].expand_as(text))
+            if self.token_weights == "count":
+                token_weights = counts.to(speech.dtype)
+        elif self.unique or self.token_weights == "count":
+            self._needs_ids(text_ids)
+        if token_weights is not None:  # an empty item has no weight to give, and its points no meaning
+            token_weights = torch.where(token_weights.sum(1, keepdim=True) > 0, token_weights, 1)
+        losses = self._losses(speech, text, speech_lengths, text_lengths, token_weights)
+        return weight.to(losses.device, losses.dtype) * losses
+
+    def _needs_ids(self, text_ids: Tensor | None) -> None:
+        if text_ids is None:
+            raise ValueError("text_ids: needed to tell which tokens are the same; unique=False does without")
+        raise ValueError('token_weights: "count" needs unique=True')
+
+    def _losses(
+        self,
+        speech: Tensor,
+        text: Tensor,
+        speech_lengths: Tensor | None,
+        text_lengths: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        if self.form == "cost":
+            objective = "plan_cost" if self.detach_plan else "transport"
+            options = self.options | {"objective": objective}
+            return sinkhorn_loss(speech, text, speech_lengths, text_lengths, None, weights, **options)
+        result = solve(speech, text, speech_lengths, text_lengths, None, weights, **self.options)
+        plan = result.plan()
+        if self.detach_plan:
+            plan = plan.detach()
+        inside_x = inside(speech, lengths_of("speech_lengths", speech, speech_lengths))
+        inside_y = inside(text, lengths_of("text_lengths", text, text_lengths))
+        x, y = (unit(clean(t, mask).to(plan.dtype)) for t, mask in ((speech, inside_x), (text, inside_y)))
+        # (Not minus infinity, of which an item without text would have nothing else, and NaN for a gradient.)
+        logits = torch.bmm(x, y.mT).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
+        log_p = F.log_softmax(logits, 2)
+        terms = torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0)
+        filled = (inside_x.any(1) & inside_y.any(1)).sum()
+        return terms.sum() / filled.clamp(min=1)
+
+    def current_weight(self) -> Tensor:
+        """The weight at the present step: a scalar tensor, so that nobody waits for the device."""
+        past = (self.step - self.start_step).double()
+        ramp = (past >= 0).double() if self.warmup_steps == 0 else ((past + 1) / self.warmup_steps).clamp(0, 1)
+        return self.weight * ramp
+
+    def set_step(self, step: int) -> None:
+        """Set the schedule to the trainer's global step."""
+        self.step.fill_(step)
+
+    def extra_repr(self) -> str:
+        names = (
+            "weight",
+            "form",
+            "detach_plan",
+            "unique",
+            "token_weights",
+            "temperature",
+            "start_step",
+            "warmup_steps",
+        )
+        shown = {name: getattr(self, name) for name in names} | self.options
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -1,0 +1,253 @@
+"""The alignment path of speech and text inside a language model, its score, and interventions on it (arXiv 2510.12116)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import one_of
+from .states import States, inside, lengths_of, means, paired, unit
+
+METRICS = ("cosine", "euclidean")
+INTERVENTIONS = ("angle", "length")
+
+
+class AlignmentPath(NamedTuple):
+    """What `alignment_path` gives, for L layers, B items and M tokens; NaN stands for what an empty item does not have."""
+
+    path: Tensor  # (L, B, M) int64, the speech frame nearest to each token; -1 on the padding
+    similarity: Tensor  # (L, B, M) cosine, or distance, along the path; 0 on the padding
+    monotonicity: Tensor  # (L, B)
+    consistency: Tensor  # (L, B)
+
+
+class AlignmentPathScore(NamedTuple):
+    """What `alignment_path_score` gives, for L layers, B items and M tokens."""
+
+    score: Tensor  # (B,) mean over the layers
+    per_layer: Tensor  # (L, B)
+    path: Tensor  # (L, B, M) int64, -1 on the padding
+    monotonicity: Tensor  # (L, B)
+    consistency: Tensor  # (L, B)
+
+
+@torch.no_grad()
+def alignment_path(
+    speech_states: States,
+    text_states: States,
+    speech_lengths: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+) -> AlignmentPath:
+    r"""For every token the speech frame whose hidden state is nearest, in each layer (arXiv 2510.12116, "alignment path").
+
+    With :math:`A_l[i, j] = f(h^s_i, h^t_j)`, the path is :math:`i^*_j = \arg\max_i A_l[i, j]` (argmin for the distance), for
+    each token by itself: no warping and no transport. Layers are taken one by one, so that one layer's `(B, N, M)`
+    similarities are in memory at a time. The equations are rebuilt from the paper's prose.
+
+    Args:
+        speech_states: of every layer `(B, N, D)`: a list, a dict by layer number, or one tensor.
+        text_states: likewise `(B, M, D)`, of the same layers.
+        speech_lengths: `(B,)` int32 or int64; None = full. What lies behind is never read.
+        text_lengths: likewise.
+        metric: `"cosine"` (similarity) or `"euclidean"` (distance).
+
+    Returns:
+        `path`; `similarity` along it; `monotonicity`, Spearman's rank correlation of j and i*_j (1 for one token); and
+        `consistency`, the share of tokens whose cosine and Euclidean paths agree. Ties go to the first frame.
+    """
+    one_of("metric", metric, METRICS)
+    found = [
+        _layer(
+            x, y, lengths_of("speech_lengths", x, speech_lengths), lengths_of("text_lengths", y, text_lengths), metric
+        )
+        for _, x, y in paired(speech_states, text_states)
+    ]
+    return AlignmentPath(*map(torch.stack, zip(*found, strict=True)))
+
+
+def alignment_path_score(
+    speech_states: States,
+    text_states: States,
+    speech_lengths: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+) -> AlignmentPathScore:
+    r"""The alignment path score, a measure of the gap between speech and text in a language model (arXiv 2510.12116).
+
+    :math:`\mathrm{APS} = \frac{1}{L} \sum_l \frac{1}{T_t} \sum_j A_l[i^*_j, j]`: the mean similarity (for "euclidean" the mean
+    distance) along the alignment path. The paper correlates it with the gap in task scores: R^2 0.81 for the cosine. Cosine
+    and distance both rise with depth there, so the cosine is the safe choice. Arguments as in `alignment_path`.
+
+    Example:
+        >>> speech = [torch.randn(2, 30, 16) for _ in range(4)]
+        >>> text = [torch.randn(2, 8, 16) for _ in range(4)]
+        >>> aps = otalign.speech.alignment_path_score(speech, text, torch.tensor([30, 20]), torch.tensor([8, 5]))
+        >>> aps.score.shape, aps.per_layer.shape, aps.path.shape
+        (torch.Size([2]), torch.Size([4, 2]), torch.Size([4, 2, 8]))
+    """
+    found = alignment_path(speech_states, text_states, speech_lengths, text_lengths, metric=metric)
+    tokens = (found.path >= 0).sum(2)
+    per_layer = torch.where(tokens > 0, found.similarity.sum(2) / tokens.clamp(min=1), torch.nan)
+    return AlignmentPathScore(per_layer.mean(0), per_layer, found.path, found.monotonicity, found.consistency)
+
+
+@torch.no_grad()
+def sequence_similarity(
+    speech_states: States,
+    text_states: States,
+    speech_lengths: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+) -> Tensor:
+    """Cosine, or distance, of the means over time: `(L, B)`; NaN for empty items (arXiv 2510.12116, sequence level)."""
+    one_of("metric", metric, METRICS)
+    found = []
+    for _, x, y in paired(speech_states, text_states):
+        mask_x = inside(x, lengths_of("speech_lengths", x, speech_lengths))
+        mask_y = inside(y, lengths_of("text_lengths", y, text_lengths))
+        mean_x, mean_y = means(x, mask_x), means(y, mask_y)
+        cosine = (unit(mean_x) * unit(mean_y)).sum(1)
+        similarity = cosine if metric == "cosine" else (mean_x - mean_y).norm(dim=1)
+        found.append(torch.where(mask_x.any(1) & mask_y.any(1), similarity, torch.nan))
+    return torch.stack(found)
+
+
+def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Tensor, ...]:
+    """Path, similarity, monotonicity and consistency of one layer."""
+    if x.shape[1] == 0:  # nothing to be near to: one frame that no item has
+        x = x.new_zeros(x.shape[0], 1, x.shape[2])
+    mask_x, mask_y = inside(x, n), inside(y, m) & (n > 0)[:, None]
+    norms_x, norms_y = (torch.where(mask, _norms(t), 0) for t, mask in ((x, mask_x), (y, mask_y)))
+    matrix, outside = _products(x, y), ~mask_x[:, :, None]
+    # What lies behind the lengths is in rows and columns of its own. There is one matrix: each path is made of it in place.
+    cosines = matrix.mul_(_inverse(norms_x)[:, :, None]).masked_fill_(outside, -torch.inf)
+    best, alike = cosines.max(1)
+    # The nearest by distance has the largest <x, y> - |x|^2 / 2.
+    scores = matrix.masked_fill_(outside, 0).mul_(norms_x[:, :, None]).sub_(norms_x[:, :, None].square() / 2)
+    nearest = scores.masked_fill_(outside, -torch.inf).argmax(1)
+    del matrix, cosines, scores
+    if metric == "cosine":
+        path, other, similarity = alike, nearest, best * _inverse(norms_y)
+    else:
+        path, other = nearest, alike
+        items = zip(x, y, path, strict=True)
+        similarity = torch.stack([(frames[at].to(best.dtype) - tokens).norm(dim=1) for frames, tokens, at in items])
+    tokens = mask_y.sum(1)
+    agreement = ((path == other) & mask_y).sum(1) / tokens.clamp(min=1)
+    return (
+        torch.where(mask_y, path, -1),
+        torch.where(mask_y, similarity, 0),
+        torch.where(tokens > 0, _spearman(path, mask_y), torch.nan),
+        torch.where(tokens > 0, agreement, torch.nan),
+    )
+
+
+def _norms(points: Tensor) -> Tensor:
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(points, dim=2, dtype=dtype)
+
+
+def _inverse(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1), 0)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_j> of every item, (B, N, M), summed in float32 at least, without a copy of the batch in it."""
+    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
+        return torch.bmm(x, y.mT)
+    if x.dtype == y.dtype and x.device.type == "cuda":
+        return torch.bmm(x, y.mT, out_dtype=torch.float32)
+    dtype = torch.promote_types(torch.float32, torch.promote_types(x.dtype, y.dtype))
+    matrix = x.new_empty(x.shape[0], x.shape[1], y.shape[1], dtype=dtype)
+    for frames, tokens, out in zip(x, y, matrix, strict=True):
+        torch.mm(frames.to(dtype), tokens.to(dtype).mT, out=out)
+    return matrix
+
+
+def _spearman(path: Tensor, mask: Tensor) -> Tensor:
+    """Spearman's rank correlation of token numbers and frames `(B, M)`, equal frames sharing their ranks: `(B,)`.
+
+    1 for a single token; 0 where all tokens have the same frame, which says nothing about order.
+    """
+    count = mask.sum(1)
+    frames = torch.where(mask, path, torch.iinfo(path.dtype).max).contiguous()
+    ordered = frames.sort(1).values
+    below, upto = (torch.searchsorted(ordered, frames, right=right) for right in (False, True))
+    of_frames = torch.where(mask, (below + upto - 1) / 2, 0)
+    of_tokens = torch.where(mask, torch.arange(path.shape[1], device=path.device).to(of_frames.dtype), 0)
+    middle = ((count - 1) / 2)[:, None]
+    p, q = (torch.where(mask, ranks - middle, 0) for ranks in (of_frames, of_tokens))
+    norm = (p.square().sum(1) * q.square().sum(1)).sqrt()
+    correlation = torch.where(norm > 0, (p * q).sum(1) / torch.where(norm > 0, norm, 1), 0)
+    return torch.where(count == 1, 1, correlation)
+
+
+# Interventions ---------------------------------------------------------------------------------------------------------
+
+
+def angle_project(speech: Tensor, text: Tensor) -> Tensor:
+    """|h^s| h^t / |h^t|: the text's direction with the speech's length, `(..., D)` (arXiv 2510.12116, "angle projection").
+
+    Where the text is zero the speech stays.
+    """
+    direction = unit(text)
+    return torch.where((direction != 0).any(-1, keepdim=True), speech.norm(dim=-1, keepdim=True) * direction, speech)
+
+
+def length_normalize(speech: Tensor, text: Tensor) -> Tensor:
+    """|h^t| h^s / |h^s|: the speech's direction with the text's length, `(..., D)` (arXiv 2510.12116, "length normalisation").
+
+    In the paper it helps in one of eight settings; angle projection helps in most. Zero speech stays zero.
+    """
+    return text.norm(dim=-1, keepdim=True) * unit(speech)
+
+
+def intervene(
+    speech: Tensor,
+    text: Tensor,
+    speech_lengths: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    *,
+    kind: str = "angle",
+    worst: int | None = 3,
+) -> Tensor:
+    """Hidden states of the speech with those on the alignment path moved towards the text's (arXiv 2510.12116).
+
+    To be used in a forward hook of a decoder layer: its output for the speech, and what the same layer gave for the text.
+
+    Args:
+        speech: `(B, N, D)` states of one layer.
+        text: `(B, M, D)`.
+        kind: `"angle"` = `angle_project`, or `"length"` = `length_normalize`.
+        worst: how many tokens of each item, those with the lowest cosine; None = the whole path.
+
+    Returns:
+        `(B, N, D)`, a new tensor of the type of `speech`. A frame on the path of several tokens follows the least similar one.
+    """
+    one_of("kind", kind, INTERVENTIONS)
+    if worst is not None and worst < 1:
+        raise ValueError(f"worst: expected at least 1, or None, got {worst}")
+    found = alignment_path(speech, text, speech_lengths, text_lengths)
+    path, similarity = found.path[0], found.similarity[0]
+    # From the most similar to the least, so that the least is written last; the padding is left out by a frame too many.
+    order = similarity.masked_fill(path < 0, torch.inf).argsort(dim=1, descending=True, stable=True)
+    if worst is not None:
+        order = order[:, -worst:] if order.shape[1] > worst else order
+    frames = path.gather(1, order)
+    moved = torch.cat([speech, speech[:, :1]], 1)
+    for place in range(frames.shape[1]):  # tokens one after the other, as two may share a frame
+        frame = torch.where(frames[:, place] < 0, speech.shape[1], frames[:, place])[:, None, None]
+        frame = frame.expand(-1, 1, speech.shape[2])
+        token = order[:, place, None, None].expand(-1, 1, text.shape[2])
+        function = angle_project if kind == "angle" else length_normalize
+        changed = function(
+            torch.cat([speech, speech[:, :1]], 1).gather(1, frame).float(), text.gather(1, token).float()
+        )
+        moved = moved.scatter(1, frame, changed.to(moved.dtype))
+    return moved[:, :-1]
