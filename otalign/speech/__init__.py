@@ -1,5 +1,6 @@
 """What papers on spoken language models do with alignment, on top of the solver: losses, scores and interventions."""
 
+from . import recipes
 from .inner import InnerAlignmentLoss
 from .otreg import OTRegLoss, UniqueTokens, unique_tokens
 from .path import (
@@ -27,6 +28,7 @@ __all__ = [
     "angle_project",
     "intervene",
     "length_normalize",
+    "recipes",
     "retrieval_scores",
     "select_layers",
     "sequence_similarity",
