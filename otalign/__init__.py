@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from . import layout, speech
+from . import layout, plot, speech
 from .functional import sinkhorn_loss, solve, solve_cost
 from .layout import debug
 from .modules import SinkhornLoss
@@ -21,6 +21,7 @@ __all__ = [
     "SinkhornLoss",
     "debug",
     "layout",
+    "plot",
     "sinkhorn_loss",
     "solve",
     "solve_cost",

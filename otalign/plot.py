@@ -1,0 +1,193 @@
+"""Pictures of alignments: matplotlib axes in and out, for 5 frames or 3000. (matplotlib is imported when one is drawn.)
+
+Every function draws on `ax`, or on new axes if that is None, and returns the axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .result import OTResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = 48  # points of a line that are marked, at most
+LABELS = 24  # tokens that are labelled, at most
+
+
+def plan(
+    plan: Tensor,
+    *,
+    tokens: Sequence[str] | None = None,
+    seconds_per_frame: float | None = None,
+    ax: Axes | None = None,
+    **options: Any,
+) -> Axes:
+    """A transport plan as a heat map: time to the right, tokens upwards, each token's frames relative to its strongest.
+
+    Args:
+        plan: `(N, M)`, one item without its padding: `result.plan()[b, :n, :m]`.
+        tokens: M labels.
+        seconds_per_frame: the axis is in seconds if given, else in frames.
+        options: of `Axes.imshow`.
+
+    Example:
+        >>> ax = otalign.plot.plan(torch.eye(5), tokens=list("hello"), seconds_per_frame=0.04)
+        >>> ax.get_xlabel()
+        'time, s'
+    """
+    matrix = _matrix("plan", plan)
+    ax = _axes(ax)
+    relative = matrix / matrix.amax(0).clamp(min=torch.finfo(matrix.dtype).tiny)
+    image = _image(ax, relative, seconds_per_frame, **{"cmap": "magma", "vmin": 0, "vmax": 1, **options})
+    ax.figure.colorbar(image, ax=ax, label="plan, relative to the token's strongest frame")
+    _label(ax, matrix.shape, tokens, seconds_per_frame)
+    return ax
+
+
+def path(
+    similarity: Tensor,
+    path: Tensor,
+    *,
+    tokens: Sequence[str] | None = None,
+    seconds_per_frame: float | None = None,
+    ax: Axes | None = None,
+    **options: Any,
+) -> Axes:
+    """An alignment path over the similarities that it follows.
+
+    Args:
+        similarity: `(N, M)` of one item and layer, such as `otalign.plot.cosines(speech, text)`.
+        path: `(M,)` the frame of each token, as `alignment_path` gives it; -1 is left out.
+        tokens, seconds_per_frame, options: as in `plan`.
+    """
+    matrix, frames = _matrix("similarity", similarity), path.detach().cpu()
+    ax = _axes(ax)
+    image = _image(ax, matrix, seconds_per_frame, **{"cmap": "viridis", **options})
+    ax.figure.colorbar(image, ax=ax, label="similarity")
+    shown = frames >= 0
+    at = (frames[shown].double() + 0.5) * (seconds_per_frame or 1)
+    many = len(frames) > MARKERS
+    ax.plot(
+        at, torch.arange(len(frames))[shown], color="white", marker=None if many else "o", linewidth=1, markersize=4
+    )
+    _label(ax, matrix.shape, tokens, seconds_per_frame)
+    return ax
+
+
+def cosines(speech: Tensor, text: Tensor) -> Tensor:
+    """Cosine of every frame `(N, D)` with every token `(M, D)`: `(N, M)`."""
+    return F.normalize(speech.detach().float(), dim=1) @ F.normalize(text.detach().float(), dim=1).T
+
+
+def layers(
+    curves: Mapping[str, Tensor | Sequence[float]],
+    *,
+    numbers: Sequence[int] | None = None,
+    right: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """Quantities by layer, one line each: cosine, distance, alignment path score, retrieval.
+
+    Args:
+        curves: label and values `(L,)`, or `(L, B)` whose mean is drawn within the 10th and 90th percentile over the items.
+        numbers: of the layers; None = from 0 on.
+        right: labels that are measured on an axis of their own, at the right, such as distances.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    ax = _axes(ax)
+    other = ax.twinx() if right else None
+    for index, (label, values) in enumerate(curves.items()):
+        values = torch.as_tensor(values).detach().cpu().double()
+        x = list(range(len(values))) if numbers is None else list(numbers)
+        on = other if other is not None and label in right else ax
+        style: dict[str, Any] = {"color": f"C{index}", "linestyle": "--" if on is other else "-"}
+        if values.dim() == 2:
+            low, high = values.nanquantile(torch.tensor([0.1, 0.9], dtype=values.dtype), dim=1)
+            on.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            values = values.nanmean(1)
+        on.plot(x, values, label=label, marker="o" if len(x) <= MARKERS else None, markersize=3, **style)
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if other is not None:
+        other.set_ylabel(", ".join(right) + " (dashed)")
+    drawn = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
+    ax.legend(drawn, [str(line.get_label()) for line in drawn], frameon=False)
+    return ax
+
+
+def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Axes:
+    """The two dual potentials of an item against relative position: high where points are expensive to reach.
+
+    Args:
+        result: of a padded or packed batch.
+        item: its number.
+    """
+    ax = _axes(ax)
+    problem = result._problem
+    sides = zip("fg", ("speech f", "text g"), result.potentials, (problem.x_segments, problem.y_segments), strict=True)
+    for letter, label, values, segments in sides:
+        length = int(segments.lengths[item])
+        start = 0 if segments.starts is None else int(segments.starts[item])
+        row = (values if segments.packed else values[item])[start : start + length].detach().cpu()
+        position = torch.arange(length) / max(length - 1, 1)
+        ax.plot(
+            position,
+            row,
+            label=label,
+            marker="o" if length <= MARKERS else None,
+            markersize=3,
+            color=f"C{'fg'.index(letter)}",
+        )
+    ax.set_xlabel("relative position")
+    ax.set_ylabel("potential, in the unit of the cost")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Any:
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 4), layout="constrained").subplots()
+
+
+def _matrix(name: str, matrix: Tensor) -> Tensor:
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or 0 in matrix.shape:
+        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(f"{name}: expected a tensor of shape (N, M), one item that is not empty, got {shape}")
+    return matrix.detach().cpu().float()
+
+
+def _image(ax: Any, matrix: Tensor, seconds_per_frame: float | None, **options: Any) -> Any:
+    """`(N, M)` with frames to the right and tokens upwards.
+
+    What is finer than the axes' pixels is pooled by its largest entry, so that a narrow ridge stays visible.
+    """
+    n, m = matrix.shape
+    width, height = (max(int(0.75 * pixels), 16) for pixels in ax.get_window_extent().size)  # labels take their part
+    size = min(n, width), min(m, height)
+    if size != (n, m):
+        matrix = F.adaptive_max_pool2d(matrix[None], size)[0]
+    extent = (0, n * (seconds_per_frame or 1), -0.5, m - 0.5)
+    options = {"origin": "lower", "aspect": "auto", "interpolation": "nearest", "extent": extent, **options}
+    return ax.imshow(matrix.T.numpy(), **options)
+
+
+def _label(ax: Any, shape: tuple[int, ...], tokens: Sequence[str] | None, seconds_per_frame: float | None) -> None:
+    ax.set_xlabel("frame" if seconds_per_frame is None else "time, s")
+    if tokens is None:
+        ax.set_ylabel("token")
+        return
+    if len(tokens) != shape[1]:
+        raise ValueError(f"tokens: expected {shape[1]} labels, got {len(tokens)}")
+    every = -(-len(tokens) // LABELS)
+    ax.set_yticks(range(0, len(tokens), every), list(tokens)[::every], fontsize=8)
