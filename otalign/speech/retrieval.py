@@ -30,7 +30,7 @@ def retrieval_scores(
 
     AI-STA (arXiv 2503.10211) selects the layers to align by cross-modal retrieval. How it pools is not published: means over
     time, and the mean of both directions, are our choice. A partner that ties with others has the middle of their ranks. For
-    a corpus in several batches, `RetrievalCorpus`.
+    a corpus in several batches, or on several processes, `RetrievalCorpus`.
 
     Args:
         speech_states: of every layer `(B, N, D)`: a list, a dict by layer number, or one tensor.
@@ -43,7 +43,7 @@ def retrieval_scores(
         >>> otalign.speech.retrieval_scores(states, states).recall_at_1
         tensor([1., 1., 1.])
     """
-    corpus = RetrievalCorpus()
+    corpus = RetrievalCorpus(distributed=False)
     corpus.update(speech_states, text_states, speech_lengths, text_lengths)
     return corpus.compute()
 
@@ -76,35 +76,48 @@ class RetrievalCorpus:
         text_lengths: Tensor | None = None,
     ) -> None:
         """Add a batch; arguments as in `retrieval_scores`."""
-        for number, x, y in paired(speech_states, text_states):
-            mask_x = inside(x, lengths_of("speech_lengths", x, speech_lengths))
-            mask_y = inside(y, lengths_of("text_lengths", y, text_lengths))
-            filled = mask_x.any(1) & mask_y.any(1)
-            vectors = unit(means(x, mask_x)[filled]), unit(means(y, mask_y)[filled])
+        for number, vectors in pooled(speech_states, text_states, speech_lengths, text_lengths).items():
             self.pooled.setdefault(number, []).append(vectors)
 
     @torch.no_grad()
     def compute(self) -> RetrievalScores:
         """The scores of all items so far, layers in the order in which they came first."""
-        return RetrievalScores(*map(torch.stack, zip(*(self._scores(layer) for layer in self._layers()), strict=True)))
+        found = [scores_of(*layer, self.chunk) for layer in self._layers()]
+        return RetrievalScores(*map(torch.stack, zip(*found, strict=True)))
 
     def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batches in self.pooled.values():
             speech, text = (torch.cat(vectors) for vectors in zip(*batches, strict=True))
             yield _gather(speech) if self.distributed else speech, _gather(text) if self.distributed else text
 
-    def _scores(self, layer: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        speech, text = layer
-        ranks = torch.cat([self._ranks(speech, text), self._ranks(text, speech)])
-        return (1 / ranks).mean(), *((ranks <= k).to(ranks.dtype).mean() for k in (1, 5, 10))
 
-    def _ranks(self, queries: Tensor, keys: Tensor) -> Tensor:
-        found = []
-        for first in range(0, len(queries), self.chunk):
-            similarities = queries[first : first + self.chunk] @ keys.mT
-            own = similarities.diagonal(first)[:, None]
-            found.append((similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2)
-        return torch.cat(found) if found else queries.new_empty(0)
+@torch.no_grad()
+def pooled(
+    speech_states: States, text_states: States, speech_lengths: Tensor | None, text_lengths: Tensor | None
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By layer the means over time of the items that are not empty, of length one: two tensors `(items, D)`."""
+    found = {}
+    for number, x, y in paired(speech_states, text_states):
+        mask_x = inside(x, lengths_of("speech_lengths", x, speech_lengths))
+        mask_y = inside(y, lengths_of("text_lengths", y, text_lengths))
+        filled = mask_x.any(1) & mask_y.any(1)
+        found[number] = unit(means(x, mask_x)[filled]), unit(means(y, mask_y)[filled])
+    return found
+
+
+def scores_of(speech: Tensor, text: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """Mean reciprocal rank and recalls of one layer, from vectors of length one `(items, D)`."""
+    ranks = torch.cat([_ranks(speech, text, chunk), _ranks(text, speech, chunk)])
+    return (1 / ranks).mean(), *((ranks <= k).to(ranks.dtype).mean() for k in (1, 5, 10))
+
+
+def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
+    found = [queries.new_empty(0)]
+    for first in range(0, len(queries), chunk):
+        similarities = queries[first : first + chunk] @ keys.mT
+        own = similarities.diagonal(first)[:, None]
+        found.append((similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2)
+    return torch.cat(found)
 
 
 def _gather(vectors: Tensor) -> Tensor:

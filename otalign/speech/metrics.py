@@ -1,0 +1,120 @@
+"""Scores of this folder over a data set, as torchmetrics: streaming, and the same on any number of processes.
+
+`import otalign.speech.metrics` needs torchmetrics (`pip install otalign[metrics]`), which nothing else does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from .path import alignment_path_score, sequence_similarity
+from .retrieval import RetrievalScores, pooled, scores_of
+from .states import States
+
+
+class PathScores(NamedTuple):
+    """Means over the items of a data set that are not empty; NaN if there are none."""
+
+    score: Tensor  # scalar, the alignment path score
+    per_layer: Tensor  # (L,)
+    monotonicity: Tensor  # (L,)
+    consistency: Tensor  # (L,)
+    sequence_similarity: Tensor  # (L,)
+
+
+class AlignmentPathMetric(Metric):
+    """The alignment path score over a data set (see `alignment_path_score`): `compute()` gives `PathScores`.
+
+    Args:
+        layers: how many layers the states have.
+        metric: `"cosine"` or `"euclidean"`.
+        kwargs: of `torchmetrics.Metric`.
+
+    Example:
+        >>> aps = otalign.speech.metrics.AlignmentPathMetric(layers=2)
+        >>> for _ in range(3):
+        ...     aps.update([torch.randn(4, 9, 8)] * 2, [torch.randn(4, 5, 8)] * 2)
+        >>> aps.compute().per_layer.shape
+        torch.Size([2])
+    """
+
+    is_differentiable = False
+    higher_is_better = None  # of cosines; of distances, lower
+    full_state_update = False
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self, layers: int, *, metric: str = "cosine", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layers, self.metric = layers, metric
+        self.add_state("sums", torch.zeros(4, layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        speech_states: States,
+        text_states: States,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> None:
+        """Add a batch; arguments as in `alignment_path_score`."""
+        arguments = speech_states, text_states, speech_lengths, text_lengths
+        path = alignment_path_score(*arguments, metric=self.metric)
+        sequence = sequence_similarity(*arguments, metric=self.metric)
+        if len(path.per_layer) != self.layers:
+            raise ValueError(f"speech_states: expected {self.layers} layers, got {len(path.per_layer)}")
+        filled = (path.path >= 0).any(2).all(0)
+        found = torch.stack([path.per_layer, path.monotonicity, path.consistency, sequence]).double()
+        self.sums += torch.where(filled, found, 0).sum(2)
+        self.count += filled.sum()
+
+    def compute(self) -> PathScores:
+        """The means so far."""
+        means = torch.where(self.count > 0, self.sums / self.count.clamp(min=1), torch.nan)
+        return PathScores(means[0].mean(), *means)
+
+
+class RetrievalMetric(Metric):
+    """Cross-modal retrieval by layer over a data set (see `retrieval_scores`): `compute()` gives `RetrievalScores`.
+
+    All items of all processes are compared with each other; kept are their means over time, 2 L D numbers for an item.
+
+    Args:
+        chunk: how many items are compared with all others at a time.
+        kwargs: of `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    speech: list[Tensor]
+    text: list[Tensor]
+
+    def __init__(self, *, chunk: int = 1024, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chunk = chunk
+        self.add_state("speech", [], dist_reduce_fx="cat")
+        self.add_state("text", [], dist_reduce_fx="cat")
+
+    def update(
+        self,
+        speech_states: States,
+        text_states: States,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> None:
+        """Add a batch; arguments as in `retrieval_scores`. Layers have to have the same D."""
+        layers = list(pooled(speech_states, text_states, speech_lengths, text_lengths).values())
+        speech, text = zip(*layers, strict=True)
+        self.speech.append(torch.stack(speech, 1))
+        self.text.append(torch.stack(text, 1))
+
+    def compute(self) -> RetrievalScores:
+        """The scores of all items so far."""
+        speech, text = (torch.cat(list(kept)) if isinstance(kept, list) else kept for kept in (self.speech, self.text))
+        found = [scores_of(x, y, self.chunk) for x, y in zip(speech.unbind(1), text.unbind(1), strict=True)]
+        return RetrievalScores(*map(torch.stack, zip(*found, strict=True)))
