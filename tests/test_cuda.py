@@ -225,6 +225,24 @@ def test_losses(objective):
         close(actual / expected.abs().max(), expected / expected.abs().max(), 2e-4)
 
 
+def test_compiled_whole():
+    """torch.compile takes the same way through torch.library, with its fakes, and gives the same bits."""
+    torch._dynamo.reset()
+    batch = draw([9, 4], [5, 3], D=8, poison=0.0).to(torch.float32)
+
+    def loss(x, y, x_lengths, y_lengths):
+        return otalign.sinkhorn_loss(x, y, x_lengths, y_lengths, reg=0.1, objective="transport", backend="cuda")
+
+    outcomes = []
+    with emulated():
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            x = batch.x.clone().requires_grad_()
+            value = function(x, *batch[1:])
+            outcomes.append((value.detach(), *torch.autograd.grad(value, x)))
+    for actual, expected in zip(*outcomes, strict=True):
+        identical(actual, expected)
+
+
 # Random problems ---------------------------------------------------------------------------------------------------------
 
 
