@@ -183,10 +183,10 @@ def test_whatever_the_order_of_threads():
 
 
 def test_whatever_the_order_of_items():
-    batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 4, [5, 20, 9, 30, 3, 0, 12, 1] * 4, D=8).to(torch.float32)
+    batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 2, [5, 20, 9, 30, 3, 0, 12, 1] * 2, D=8).to(torch.float32)
     first, *others = (
         bits(Engine(form=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
-        for in_flight, ordered in ((32, 0), (1, 1), (5, 1), (5, 0))
+        for in_flight, ordered in ((16, 0), (1, 1), (5, 1), (5, 0))
     )
     for other in others:
         for actual, expected in zip(other, first, strict=True):
@@ -288,7 +288,7 @@ def outcome(check: Path, seed: int = 0) -> tuple[bool, str]:
 
 
 def test_under_address_sanitizer(tmp_path):
-    right, said = outcome(program(tmp_path, "2,8", *ADDRESS, rows=80))
+    right, said = outcome(program(tmp_path, "2", *ADDRESS, rows=80))
     assert right, said
 
 
@@ -299,7 +299,7 @@ def test_under_thread_sanitizer(tmp_path):
 
 @pytest.mark.slow
 def test_more_under_sanitizers(tmp_path):
-    for forms, options, rows in (("0,1,3,5,6,7", ADDRESS, 150), ("3", THREAD, 9)):
+    for forms, options, rows in (("0,1,3,5,6,7,8", ADDRESS, 150), ("3", THREAD, 9)):
         right, said = outcome(program(tmp_path, forms, *options, rows=rows))
         assert right, said
 
