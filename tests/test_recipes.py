@@ -69,6 +69,8 @@ def test_zeroswot_is_a_sum_of_layers():
     expected = sum(0.1285 * recipes.siamese_pt(xs[k], ys[k], n, m, position_weight=10.0) for k in (0, 2))
     close(loss, expected, 1e-10)
     assert torch.autograd.grad(loss, xs, allow_unused=True)[1] is None
+    with pytest.raises(ValueError, match="speech_states: expected layers"):
+        recipes.zeroswot(xs, ys, n, m, layers=[7])
 
 
 @pytest.mark.parametrize("window", [None, 2, 0.5])

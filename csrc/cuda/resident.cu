@@ -28,6 +28,7 @@ const char* message(cudaError_t status) {
   if (const char* error = message(call)) return error
 
 const void* kernel(int form, Kind kind) {
+  static_assert(kFormCount == 9, "narrow.cu, middle.cu and wide.cu have to have every form");
   if (form < 4) return narrow_kernels(form).of[kind];
   return (form < 7 ? middle_kernels(form - 4) : wide_kernels(form - 7)).of[kind];
 }

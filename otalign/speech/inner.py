@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import sinkhorn_loss
 from ..prior import Prior
-from .states import States, by_layer
+from .states import States, lengths_of, repeated, stacked
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -73,26 +72,16 @@ class InnerAlignmentLoss(nn.Module):
         speech_lengths: Tensor | None = None,
         text_lengths: Tensor | None = None,
     ) -> Tensor:
-        x, y = (self._stacked(name, s) for name, s in (("speech_states", speech_states), ("text_states", text_states)))
+        x = stacked("speech_states", speech_states, self.layers)
+        y = stacked("text_states", text_states, self.layers)
         if self.detach_text:
             y = y.detach()
         count = len(self.layers)
-        lengths = [None if n is None else n.repeat(count) for n in (speech_lengths, text_lengths)]
-        losses = sinkhorn_loss(x, y, *lengths, reduction="none", **self.options).view(count, -1)
-        weights = losses.new_tensor(self.layer_weights)
-        filled = torch.ones(losses.shape[1], dtype=torch.bool, device=losses.device)
-        for n, size in ((speech_lengths, x.shape[1]), (text_lengths, y.shape[1])):
-            filled = filled & (
-                n.to(losses.device) > 0 if n is not None else torch.tensor(size > 0, device=losses.device)
-            )
-        return (weights @ losses).sum() / filled.sum().clamp(min=1)
-
-    def _stacked(self, name: str, states: States) -> Tensor:
-        found = by_layer(name, states)
-        missing = [layer for layer in self.layers if layer not in found]
-        if missing:
-            raise ValueError(f"{name}: expected layers {self.layers}, got {list(found)}")
-        return torch.cat([found[layer] for layer in self.layers])
+        n, m = repeated(speech_lengths, count), repeated(text_lengths, count)
+        losses = sinkhorn_loss(x, y, n, m, reduction="none", **self.options).view(count, -1)
+        filled = (lengths_of("speech_lengths", x, n) > 0) & (lengths_of("text_lengths", y, m) > 0)
+        items = filled.sum() / count  # every layer has the same
+        return (losses.new_tensor(self.layer_weights) @ losses).sum() / items.clamp(min=1)
 
     def extra_repr(self) -> str:
         shown = {"layers": self.layers, "layer_weights": self.layer_weights} | self.options

@@ -235,19 +235,18 @@ def intervene(
         raise ValueError(f"worst: expected at least 1, or None, got {worst}")
     found = alignment_path(speech, text, speech_lengths, text_lengths)
     path, similarity = found.path[0], found.similarity[0]
-    # From the most similar to the least, so that the least is written last; the padding is left out by a frame too many.
+    # From the most similar to the least, so that the least is written last.
     order = similarity.masked_fill(path < 0, torch.inf).argsort(dim=1, descending=True, stable=True)
     if worst is not None:
         order = order[:, -worst:] if order.shape[1] > worst else order
     frames = path.gather(1, order)
-    moved = torch.cat([speech, speech[:, :1]], 1)
+    spare = torch.cat([speech, speech[:, :1]], 1)  # a frame too many, for the padding to be moved to
+    moved, function = spare, angle_project if kind == "angle" else length_normalize
+    wide = torch.promote_types(torch.float32, torch.promote_types(speech.dtype, text.dtype))
     for place in range(frames.shape[1]):  # tokens one after the other, as two may share a frame
         frame = torch.where(frames[:, place] < 0, speech.shape[1], frames[:, place])[:, None, None]
         frame = frame.expand(-1, 1, speech.shape[2])
         token = order[:, place, None, None].expand(-1, 1, text.shape[2])
-        function = angle_project if kind == "angle" else length_normalize
-        changed = function(
-            torch.cat([speech, speech[:, :1]], 1).gather(1, frame).float(), text.gather(1, token).float()
-        )
+        changed = function(spare.gather(1, frame).to(wide), text.gather(1, token).to(wide))
         moved = moved.scatter(1, frame, changed.to(moved.dtype))
     return moved[:, :-1]

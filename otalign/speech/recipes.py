@@ -16,7 +16,7 @@ from torch import Tensor
 from ..functional import sinkhorn_loss, solve, solve_cost
 from ..prior import Prior
 from ..problem import REDUCTIONS, one_of
-from .states import States, by_layer, clean, inside, lengths_of, unit
+from .states import States, clean, inside, lengths_of, repeated, stacked, unit
 
 OTALIGN_KINDS = ("balanced", "unbalanced", "partial")
 
@@ -140,10 +140,9 @@ def zeroswot(
     Siamese-PT's divergence in several layers of the encoders (six, stacked in the batch), each with the weight `layer_weight`,
     and with positions that weigh ten times as much. States as in `InnerAlignmentLoss`; `options` as in `siamese_pt`.
     """
-    speech, text = by_layer("speech_states", speech_states), by_layer("text_states", text_states)
-    stacked = (torch.cat([states[layer] for layer in layers]) for states in (speech, text))
-    lengths = (None if k is None else k.repeat(len(layers)) for k in (speech_lengths, text_lengths))
-    mean = siamese_pt(*stacked, *lengths, position_weight=position_weight, **options)
+    x, y = stacked("speech_states", speech_states, layers), stacked("text_states", text_states, layers)
+    n, m = repeated(speech_lengths, len(layers)), repeated(text_lengths, len(layers))
+    mean = siamese_pt(x, y, n, m, position_weight=position_weight, **options)
     return len(layers) * layer_weight * mean
 
 

@@ -42,6 +42,19 @@ def paired(speech_states: States, text_states: States) -> Iterator[tuple[int, Te
         yield number, x, y
 
 
+def stacked(name: str, states: States, layers: Sequence[int]) -> Tensor:
+    """Some layers as one batch, one behind the other: `(L B, N, D)`."""
+    found = by_layer(name, states)
+    if missing := [layer for layer in layers if layer not in found]:
+        raise ValueError(f"{name}: expected layers {list(layers)}, got {list(found)}, without {missing}")
+    return torch.cat([found[layer] for layer in layers])
+
+
+def repeated(lengths: Tensor | None, count: int) -> Tensor | None:
+    """The lengths that belong to so many stacked layers."""
+    return None if lengths is None else lengths.repeat(count)
+
+
 def lengths_of(name: str, values: Tensor, lengths: Tensor | None) -> Tensor:
     """Validated lengths `(B,)` int64 on the device of the values."""
     return padded_segments(name, values, values.shape[1], lengths).lengths
