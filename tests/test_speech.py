@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,12 +184,44 @@ def test_otreg_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             OTRegLoss(**options)
-    with pytest.raises(ValueError, match="text_ids: needed"):
-        OTRegLoss()(speech, text)
+    with pytest.raises(ValueError, match="token_weights"):
+        OTRegLoss(token_weights="count")(speech, text)
     with pytest.raises(ValueError, match="needs unique=True"):
         OTRegLoss(unique=False, token_weights="count")(speech, text, text_ids=torch.ones(1, 3).long())
+    with pytest.raises(ValueError, match="sample_weight: expected a tensor of shape"):
+        OTRegLoss()(speech, text, sample_weight=torch.ones(2))
     with pytest.raises(ValueError, match="text_ids: expected shape"):
         OTRegLoss()(speech, text, text_ids=torch.ones(1, 2).long())
+
+
+@pytest.mark.parametrize("form", ["cost", "soft_target"])
+def test_weights_make_accumulation_exact(form):
+    """Parts of a batch, weighted and divided by what the whole has, add up to the whole: OTReg and the inner layers."""
+    batch = draw([9, 4, 0, 6], [5, 3, 2, 4], D=6)
+    x, y, n, m = batch.x.double(), batch.y.double(), batch.x_lengths, batch.y_lengths
+    tokens = torch.tensor([7.0, 2.0, 5.0, 4.0])
+    otreg, inner = OTRegLoss(form=form, weight=0.3), InnerAlignmentLoss([0, 1])
+    for loss in (otreg, lambda x, y, *rest, **options: inner([x, 2 * x], [y, y.flip(2)], *rest, **options)):
+        whole, parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+        loss(whole, y, n, m, sample_weight=tokens).backward()
+        for part in (slice(0, 1), slice(1, 4)):
+            shares = {"sample_weight": tokens[part], "normalizer": tokens.sum() - tokens[2]}
+            loss(parts[part], y[part], n[part], m[part], **shares).backward()
+        close(parts.grad, whole.grad, 1e-12)
+        single = [loss(x[k : k + 1], y[k : k + 1], n[k : k + 1], m[k : k + 1]) for k in range(4)]
+        expected = sum(t * value for t, value in zip(tokens, single, strict=True)) / (tokens.sum() - tokens[2])
+        close(loss(x, y, n, m, sample_weight=tokens), expected, 1e-12)
+
+
+def test_weight_zero_keeps_an_item_out():
+    x, y = torch.randn(3, 5, 4), torch.randn(3, 4, 4)
+    x[1, 2] = math.nan
+    x.requires_grad_()
+    loss = OTRegLoss()(x, y, sample_weight=torch.tensor([1.0, 0.0, 1.0]))
+    close(loss, OTRegLoss()(x[::2], y[::2]), 1e-6)
+    loss.backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[1].any()
 
 
 # Alignment path ------------------------------------------------------------------------------------------------------------
@@ -322,16 +355,68 @@ def test_interventions(kind, worst, dtype):
         close(moved[item], expected, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_intervention_in_a_hook():
-    """As it is used on a decoder: the layer's output for the speech is replaced while the text's is at hand."""
-    layer = torch.nn.Linear(8, 8)
-    speech, text = torch.randn(2, 9, 8), torch.randn(2, 4, 8)
-    target = layer(text)
-    handle = layer.register_forward_hook(lambda module, inputs, output: intervene(output, target, worst=None))
-    moved = layer(speech)
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+        )
+    ).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["angle", "length"])
+def test_intervention_in_a_hook_of_a_language_model(kind):
+    """The paper's: a decoder layer's output for the speech is moved towards what it was for the text."""
+    model = tiny_llama()
+    n, m = torch.tensor([9, 6]), torch.tensor([4, 3])
+    speech, ids = torch.randn(2, 9, 16), torch.randint(40, (2, 4))
+    text = model(input_ids=ids, output_hidden_states=True).hidden_states
+
+    def hook(module, arguments, output):
+        states = output[0] if isinstance(output, tuple) else output
+        states = intervene(states, text[2], n, m, kind=kind, worst=2)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    seen = []  # what enters the third layer
+    watch = model.model.layers[2].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    plain = model(inputs_embeds=speech).logits
+    handle = model.model.layers[1].register_forward_hook(hook)
+    changed = model(inputs_embeds=speech).logits
     handle.remove()
-    assert alignment_path_score(moved, target).score.min() > 0.999
-    assert alignment_path_score(layer(speech), target).score.max() < 0.999
+    again = model(inputs_embeds=speech).logits
+    watch.remove()
+
+    before, after = seen[:2]
+    moved = (after != before).any(2)
+    assert ((moved.sum(1) >= 1) & (moved.sum(1) <= 2)).all()
+    assert not moved[1, 6:].any()
+    assert not changed.equal(plain)
+    assert again.equal(plain)
+    path = alignment_path(before, text[2], n, m)
+    for item in range(2):
+        worst = path.similarity[0, item, : m[item]].argmin()
+        state, target = after[item, path.path[0, item, worst]], text[2][item, worst]
+        if kind == "angle":
+            close(F.cosine_similarity(state, target, dim=0), torch.ones(()), 1e-5)
+        else:
+            close(state.norm(), target.norm(), 1e-5)
+
+
+def test_methods_on_a_language_model():
+    """Scores, retrieval and both losses take a Llama's hidden states as they come, and reach what made the embeddings."""
+    model = tiny_llama().requires_grad_(False)
+    adapter = torch.nn.Linear(5, 16)
+    n, m = torch.tensor([9, 6, 8]), torch.tensor([4, 3, 2])
+    ids = torch.randint(40, (3, 4))
+    embedded = adapter(torch.randn(3, 9, 5))
+    speech = model(inputs_embeds=embedded, output_hidden_states=True).hidden_states
+    text = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert alignment_path_score(speech, text, n, m).per_layer.shape == (4, 3)
+    assert retrieval_scores(speech, text, n, m).mrr.shape == (4,)
+    loss = InnerAlignmentLoss([0, 2])(speech, text, n, m) + OTRegLoss()(embedded, text[0], n, m, ids)
+    loss.backward()
+    assert adapter.weight.grad.abs().max() > 0
 
 
 # Retrieval -------------------------------------------------------------------------------------------------------------------

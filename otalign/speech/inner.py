@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import sinkhorn_loss
 from ..prior import Prior
-from .states import States, lengths_of, repeated, stacked
+from .states import States, lengths_of, repeated, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -27,6 +27,7 @@ class InnerAlignmentLoss(nn.Module):
 
     Shape:
         - speech_states: lists or dicts of `(B, N, D)`; text_states: of `(B, M, D)`; lengths: `(B,)`
+        - sample_weight: `(B,)`, normalizer: scalar, both as in `OTRegLoss`
         - output: scalar, the mean over the items that are not empty
 
     Example:
@@ -71,6 +72,9 @@ class InnerAlignmentLoss(nn.Module):
         text_states: States,
         speech_lengths: Tensor | None = None,
         text_lengths: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> Tensor:
         x = stacked("speech_states", speech_states, self.layers)
         y = stacked("text_states", text_states, self.layers)
@@ -80,8 +84,8 @@ class InnerAlignmentLoss(nn.Module):
         n, m = repeated(speech_lengths, count), repeated(text_lengths, count)
         losses = sinkhorn_loss(x, y, n, m, reduction="none", **self.options).view(count, -1)
         filled = (lengths_of("speech_lengths", x, n) > 0) & (lengths_of("text_lengths", y, m) > 0)
-        items = filled.sum() / count  # every layer has the same
-        return (losses.new_tensor(self.layer_weights) @ losses).sum() / items.clamp(min=1)
+        by_item = losses.new_tensor(self.layer_weights) @ losses
+        return weighted_mean(by_item, filled[: losses.shape[1]], sample_weight, normalizer)
 
     def extra_repr(self) -> str:
         shown = {"layers": self.layers, "layer_weights": self.layer_weights} | self.options

@@ -13,7 +13,7 @@ from ..functional import sinkhorn_loss, solve
 from ..layout import padded_segments
 from ..prior import Prior
 from ..problem import one_of
-from .states import clean, inside, lengths_of, unit
+from .states import clean, inside, lengths_of, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
@@ -85,8 +85,9 @@ class OTRegLoss(nn.Module):
         weight: what the loss is multiplied with, once warmed up.
         form: `"cost"` or `"soft_target"`.
         detach_plan: whether the plan is a constant to the gradient.
-        unique: whether tokens that occur several times in an item count once; needs `text_ids` in the call.
-        token_weights: `"uniform"`, or `"count"` = by how often a token occurs.
+        unique: whether tokens that occur several times in an item count once. Which are the same is told by `text_ids` in the
+            call; without them every token counts.
+        token_weights: `"uniform"`, or `"count"` = by how often a token occurs, which needs `unique` and `text_ids`.
         temperature: of the softmax of `"soft_target"`.
         start_step: steps without the loss, as in the paper's first stage of plain fine-tuning.
         warmup_steps: steps over which the weight then rises linearly to `weight`.
@@ -96,8 +97,12 @@ class OTRegLoss(nn.Module):
     The schedule's step is a buffer, and so part of the state dict: a call in training mode counts one, unless `count_calls` is
     False; then `set_step(n)` tells it, for example where gradients are accumulated.
 
+    Where gradients are accumulated over batches of different sizes, or over processes, means of means are not the mean. In the
+    call `sample_weight` gives each item a weight, such as its number of label tokens, and `normalizer` what their weighted
+    sum is divided by, such as the number of label tokens in the whole step; without it, the weights' own sum.
+
     Shape:
-        - speech: `(B, N, D)`, text: `(B, M, D)`, lengths: `(B,)`, text_ids: `(B, M)`
+        - speech: `(B, N, D)`, text: `(B, M, D)`, lengths: `(B,)`, text_ids: `(B, M)`, sample_weight: `(B,)`, normalizer: scalar
         - output: scalar, the mean over the items that are not empty; attached to `speech` even if all are
 
     Example:
@@ -154,6 +159,9 @@ class OTRegLoss(nn.Module):
         speech_lengths: Tensor | None = None,
         text_lengths: Tensor | None = None,
         text_ids: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> Tensor:
         weight = self.current_weight()
         if self.training and self.count_calls:
@@ -167,18 +175,15 @@ class OTRegLoss(nn.Module):
             index, text_lengths, counts = unique_tokens(text_ids, text_lengths)
             text = text.gather(1, index[..., None].expand_as(text))
             if self.token_weights == "count":
-                token_weights = counts.to(speech.dtype)
-        elif self.unique or self.token_weights == "count":
-            self._needs_ids(text_ids)
-        if token_weights is not None:  # an empty item has no weight to give, and its points no meaning
-            token_weights = torch.where(token_weights.sum(1, keepdim=True) > 0, token_weights, 1)
+                # An empty item has no weight to give, and its points no meaning.
+                token_weights = torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(speech.dtype)
+        elif self.token_weights == "count":
+            raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
         losses = self._losses(speech, text, speech_lengths, text_lengths, token_weights)
-        return weight.to(losses.device, losses.dtype) * losses
-
-    def _needs_ids(self, text_ids: Tensor | None) -> None:
-        if text_ids is None:
-            raise ValueError("text_ids: needed to tell which tokens are the same; unique=False does without")
-        raise ValueError('token_weights: "count" needs unique=True')
+        filled = lengths_of("speech_lengths", speech, speech_lengths) > 0
+        filled = filled & (lengths_of("text_lengths", text, text_lengths) > 0)
+        loss = weighted_mean(losses, filled, sample_weight, normalizer)
+        return weight.to(loss.device, loss.dtype) * loss
 
     def _losses(
         self,
@@ -188,9 +193,10 @@ class OTRegLoss(nn.Module):
         text_lengths: Tensor | None,
         weights: Tensor | None,
     ) -> Tensor:
+        """Of every item, `(B,)`."""
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            options = self.options | {"objective": objective}
+            options = self.options | {"objective": objective, "reduction": "none"}
             return sinkhorn_loss(speech, text, speech_lengths, text_lengths, None, weights, **options)
         result = solve(speech, text, speech_lengths, text_lengths, None, weights, **self.options)
         plan = result.plan()
@@ -202,9 +208,7 @@ class OTRegLoss(nn.Module):
         # (Not minus infinity, of which an item without text would have nothing else, and NaN for a gradient.)
         logits = torch.bmm(x, y.mT).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
         log_p = F.log_softmax(logits, 2)
-        terms = torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0)
-        filled = (inside_x.any(1) & inside_y.any(1)).sum()
-        return terms.sum() / filled.clamp(min=1)
+        return torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0).sum((1, 2))
 
     def current_weight(self) -> Tensor:
         """The weight at the present step: a scalar tensor, so that nobody waits for the device."""

@@ -81,3 +81,27 @@ def unit(vectors: Tensor) -> Tensor:
 def means(values: Tensor, mask: Tensor) -> Tensor:
     """Means over the points of every item, `(B, D)`; zero for empty ones."""
     return clean(values, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def weighted_mean(
+    losses: Tensor, filled: Tensor, sample_weight: Tensor | None, normalizer: Tensor | float | None
+) -> Tensor:
+    """Mean of `(B,)` losses over the items that are not empty: scalar, 0 if all are.
+
+    Args:
+        losses: `(B,)`, 0 for empty items.
+        filled: `(B,)`, True where an item is not empty.
+        sample_weight: `(B,)`, of each item, 0 to leave it out; None = 1.
+        normalizer: what the weighted sum is divided by; None = the sum of the weights of the items that are not empty.
+    """
+    weights = torch.ones_like(losses)
+    if sample_weight is not None:
+        if not isinstance(sample_weight, Tensor) or sample_weight.shape != losses.shape:
+            shape = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else type(sample_weight).__name__
+            raise ValueError(f"sample_weight: expected a tensor of shape {tuple(losses.shape)}, got {shape}")
+        weights = sample_weight.to(losses)
+    if normalizer is None:
+        total = torch.where(filled, weights, 0).sum()
+        normalizer = torch.where(total == 0, 1, total)
+    counted = filled & (weights != 0)  # a weight of zero keeps an item out, even one with NaN
+    return torch.where(counted, weights * losses, 0).sum() / normalizer
