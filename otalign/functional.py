@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ def sinkhorn_loss(
         max_iter=max_iter,
         tol=tol,
     )
-    return _reduce(problem, _objective(problem, objective, backend), reduction)
+    losses, _ = _objective(problem, objective, backend)
+    return _reduce(problem, losses, reduction)
 
 
 def solve(
@@ -205,6 +207,33 @@ def solve_cost(
     return _result(problem, backend)
 
 
+class ItemLosses(NamedTuple):
+    """A loss before its reduction, and what is known of the solve behind it: `(B,)` each."""
+
+    loss: Tensor
+    n_iter: Tensor
+    error: Tensor
+
+
+def item_losses(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    b: Tensor | None = None,
+    *,
+    objective: str,
+    backend: str = "auto",
+    **options: Any,
+) -> ItemLosses:
+    """`sinkhorn_loss` of padded items, not reduced, for losses that say how well they were solved."""
+    one_of("objective", objective, OBJECTIVES)
+    lengths: dict[str, Any] = dict.fromkeys(("cu_seqlens_x", "cu_seqlens_y", "max_seqlen_x", "max_seqlen_y"))
+    problem = from_points(x, y, x_lengths, y_lengths, None, b, **lengths, **options)
+    losses, solution = _objective(problem, objective, backend)
+    return ItemLosses(losses, solution.n_iter, solution.error)
+
+
 def _result(problem: Problem, backend: str) -> OTResult:
     solution = _solve(problem, backend)
     return OTResult(
@@ -224,22 +253,23 @@ def _solve(problem: Problem, backend: str) -> Solution:
     return backends.launcher(name)(problem)
 
 
-def _objective(problem: Problem, objective: str, backend: str) -> Tensor:
-    """The loss of every item: (B,)."""
+def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, Solution]:
+    """The loss of every item, `(B,)`, and the solution behind it."""
     if objective == "plan_cost":
         a, b = (None if w is None else w.detach() for w in (problem.a, problem.b))
-        return _solve(dataclasses.replace(problem, a=a, b=b), backend).plan_cost()
+        solution = _solve(dataclasses.replace(problem, a=a, b=b), backend)
+        return solution.plan_cost(), solution
     solution = _solve(problem, backend)
     if objective == "value":
-        return solution.value
+        return solution.value, solution
     if objective == "transport":
-        return solution.value_linear
+        return solution.value_linear, solution
     p = problem
     xx = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]))
     yy = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]))
     self_terms = _solve(xx, backend).value + _solve(yy, backend).value
     empty = ~_filled(problem)
-    return torch.where(empty, 0, solution.value - self_terms / 2)
+    return torch.where(empty, 0, solution.value - self_terms / 2), solution
 
 
 def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:

@@ -22,6 +22,7 @@ from otalign.speech import (
     angle_project,
     intervene,
     length_normalize,
+    recipes,
     retrieval_scores,
     select_layers,
     sequence_similarity,
@@ -518,3 +519,37 @@ def test_inner_alignment_on_nothing():
     assert not x.grad.any()
     with pytest.raises(ValueError, match="speech_states: expected layers"):
         InnerAlignmentLoss([3])(x, torch.randn(2, 2, 4))
+
+
+# Autocast ------------------------------------------------------------------------------------------------------------------
+
+
+def losses_and_scores(x, y, n, m):
+    """What each method gives for states of two layers: what is differentiable, and what is not."""
+    xs, ys = [x, 2 * x.detach()], [y, y.flip(2)]
+    ids = torch.arange(y.shape[1]).expand(len(y), -1)
+    losses = [
+        *(OTRegLoss(form=form, tol=0)(x, y, n, m, ids) for form in ("cost", "soft_target")),
+        InnerAlignmentLoss([0, 1], tol=0)(xs, ys, n, m),
+        recipes.siamese_pt(x, y, n, m),
+        recipes.siamese_pt(x, y, n, m, schedule="released"),
+        recipes.zeroswot(xs, ys, n, m, layers=[0, 1]),
+        recipes.one_sided(x, y, n, m),
+        *(recipe(x, y, n, m).loss.sum() for recipe in (recipes.cmot, recipes.opw, recipes.ipot)),
+    ]
+    scores = [recipes.otalign(x, y, n, m), *retrieval_scores(x, y, n, m), intervene(x, y, n, m).detach()]
+    for metric in ("cosine", "euclidean"):
+        scores += [*alignment_path_score(x, y, n, m, metric=metric), sequence_similarity(x, y, n, m, metric=metric)]
+    return losses, scores
+
+
+def test_autocast_changes_nothing():
+    batch = draw([9, 4, 7], [5, 3, 4], D=16, dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        x = batch.x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses, scores = losses_and_scores(x, batch.y, batch.x_lengths, batch.y_lengths)
+        found.append([*losses, *(torch.autograd.grad(loss, x)[0] for loss in losses), *scores])
+    for ours, theirs in zip(*found, strict=True):
+        identical(ours, theirs)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import sinkhorn_loss
+from ..functional import ItemLosses, item_losses
 from ..prior import Prior
-from .states import States, lengths_of, repeated, stacked, weighted_mean
+from .states import States, by_layer, lengths_of, repeated, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -76,16 +76,29 @@ class InnerAlignmentLoss(nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
+        losses = self.items(speech_states, text_states, speech_lengths, text_lengths).loss
+        x, y = (by_layer(name, s)[self.layers[0]] for name, s in (("speech", speech_states), ("text", text_states)))
+        filled = lengths_of("speech_lengths", x, speech_lengths) > 0
+        filled = filled & (lengths_of("text_lengths", y, text_lengths) > 0)
+        return weighted_mean(losses, filled, sample_weight, normalizer)
+
+    def items(
+        self,
+        speech_states: States,
+        text_states: States,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> ItemLosses:
+        """The loss of every item, its mean iterations over the layers, and its largest marginal error: `(B,)`."""
         x = stacked("speech_states", speech_states, self.layers)
         y = stacked("text_states", text_states, self.layers)
         if self.detach_text:
             y = y.detach()
         count = len(self.layers)
         n, m = repeated(speech_lengths, count), repeated(text_lengths, count)
-        losses = sinkhorn_loss(x, y, n, m, reduction="none", **self.options).view(count, -1)
-        filled = (lengths_of("speech_lengths", x, n) > 0) & (lengths_of("text_lengths", y, m) > 0)
-        by_item = losses.new_tensor(self.layer_weights) @ losses
-        return weighted_mean(by_item, filled[: losses.shape[1]], sample_weight, normalizer)
+        losses, n_iter, error = (values.view(count, -1) for values in item_losses(x, y, n, m, **self.options))
+        weights = losses.new_tensor(self.layer_weights)
+        return ItemLosses((weights[:, None] * losses).sum(0), n_iter.double().mean(0), error.amax(0))
 
     def extra_repr(self) -> str:
         shown = {"layers": self.layers, "layer_weights": self.layer_weights} | self.options

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import sinkhorn_loss, solve
+from ..functional import ItemLosses, item_losses, solve
 from ..layout import padded_segments
 from ..prior import Prior
 from ..problem import one_of
-from .states import clean, inside, lengths_of, unit, weighted_mean
+from .states import clean, inside, lengths_of, products, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
@@ -166,9 +166,24 @@ class OTRegLoss(nn.Module):
         weight = self.current_weight()
         if self.training and self.count_calls:
             self.step += 1
+        losses = self.items(speech, text, speech_lengths, text_lengths, text_ids).loss
+        filled = lengths_of("speech_lengths", speech, speech_lengths) > 0
+        filled = filled & (lengths_of("text_lengths", text, text_lengths) > 0)
+        loss = weighted_mean(losses, filled, sample_weight, normalizer)
+        return weight.to(loss.device, loss.dtype) * loss
+
+    def items(
+        self,
+        speech: Tensor,
+        text: Tensor,
+        speech_lengths: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> ItemLosses:
+        """The loss of every item without the schedule's weight, and the iterations and marginal error behind it: `(B,)`."""
         if self.detach_text:
             text = text.detach()
-        token_weights = None
+        weights = None
         if self.unique and text_ids is not None:
             if text_ids.shape != text.shape[:2]:
                 raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
@@ -176,28 +191,12 @@ class OTRegLoss(nn.Module):
             text = text.gather(1, index[..., None].expand_as(text))
             if self.token_weights == "count":
                 # An empty item has no weight to give, and its points no meaning.
-                token_weights = torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(speech.dtype)
+                weights = torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(speech.dtype)
         elif self.token_weights == "count":
             raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
-        losses = self._losses(speech, text, speech_lengths, text_lengths, token_weights)
-        filled = lengths_of("speech_lengths", speech, speech_lengths) > 0
-        filled = filled & (lengths_of("text_lengths", text, text_lengths) > 0)
-        loss = weighted_mean(losses, filled, sample_weight, normalizer)
-        return weight.to(loss.device, loss.dtype) * loss
-
-    def _losses(
-        self,
-        speech: Tensor,
-        text: Tensor,
-        speech_lengths: Tensor | None,
-        text_lengths: Tensor | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        """Of every item, `(B,)`."""
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            options = self.options | {"objective": objective, "reduction": "none"}
-            return sinkhorn_loss(speech, text, speech_lengths, text_lengths, None, weights, **options)
+            return item_losses(speech, text, speech_lengths, text_lengths, weights, objective=objective, **self.options)
         result = solve(speech, text, speech_lengths, text_lengths, None, weights, **self.options)
         plan = result.plan()
         if self.detach_plan:
@@ -206,9 +205,10 @@ class OTRegLoss(nn.Module):
         inside_y = inside(text, lengths_of("text_lengths", text, text_lengths))
         x, y = (unit(clean(t, mask).to(plan.dtype)) for t, mask in ((speech, inside_x), (text, inside_y)))
         # (Not minus infinity, of which an item without text would have nothing else, and NaN for a gradient.)
-        logits = torch.bmm(x, y.mT).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
+        logits = products(x, y).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
         log_p = F.log_softmax(logits, 2)
-        return torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0).sum((1, 2))
+        terms = torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0)
+        return ItemLosses(terms.sum((1, 2)), result.n_iter, result.error)
 
     def current_weight(self) -> Tensor:
         """The weight at the present step: a scalar tensor, so that nobody waits for the device."""

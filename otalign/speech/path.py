@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import one_of
-from .states import States, inside, lengths_of, means, paired, unit
+from .states import States, inside, lengths_of, means, paired, products, unit
 
 METRICS = ("cosine", "euclidean")
 INTERVENTIONS = ("angle", "length")
@@ -124,7 +124,7 @@ def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Ten
         x = x.new_zeros(x.shape[0], 1, x.shape[2])
     mask_x, mask_y = inside(x, n), inside(y, m) & (n > 0)[:, None]
     norms_x, norms_y = (torch.where(mask, _norms(t), 0) for t, mask in ((x, mask_x), (y, mask_y)))
-    matrix, outside = _products(x, y), ~mask_x[:, :, None]
+    matrix, outside = _similarities(x, y), ~mask_x[:, :, None]
     # What lies behind the lengths is in rows and columns of its own. There is one matrix: each path is made of it in place.
     cosines = matrix.mul_(_inverse(norms_x)[:, :, None]).masked_fill_(outside, -torch.inf)
     best, alike = cosines.max(1)
@@ -157,10 +157,10 @@ def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1), 0)
 
 
-def _products(x: Tensor, y: Tensor) -> Tensor:
+def _similarities(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_j> of every item, (B, N, M), summed in float32 at least, without a copy of the batch in it."""
     if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
-        return torch.bmm(x, y.mT)
+        return products(x, y)
     if x.dtype == y.dtype and x.device.type == "cuda":
         return torch.bmm(x, y.mT, out_dtype=torch.float32)
     dtype = torch.promote_types(torch.float32, torch.promote_types(x.dtype, y.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..functional import sinkhorn_loss, solve, solve_cost
 from ..prior import Prior
 from ..problem import REDUCTIONS, one_of
-from .states import States, clean, inside, lengths_of, repeated, stacked, unit
+from .states import States, clean, inside, lengths_of, products, repeated, stacked, unit
 
 OTALIGN_KINDS = ("balanced", "unbalanced", "partial")
 
@@ -288,7 +288,7 @@ def otalign(
     mask_x, mask_y = inside(x, n), inside(y, m)
     x, y = (clean(t.detach(), mask).double() for t, mask in ((x, mask_x), (y, mask_y)))
     both = mask_x[:, :, None] & mask_y[:, None, :]
-    similarity = (1 + torch.bmm(unit(x), unit(y).mT)) / 2
+    similarity = (1 + products(unit(x), unit(y))) / 2
     long = ((n > 1) & (m > 1))[:, None, None]
     u, v = (torch.arange(t.shape[1]).to(x) / (k[:, None] - 1).clamp(min=1) for t, k in ((x, n), (y, m)))
     similarity = similarity * torch.where(long, 1 - kappa * (u[:, :, None] - v[:, None, :]).square(), 1)
@@ -332,8 +332,8 @@ def ground_cost(x: Tensor, y: Tensor, mask_x: Tensor, mask_y: Tensor, cost: str)
     """`(B, N, M)` cost between points, differentiable; for pairs outside it is that of zeros."""
     x, y = clean(x, mask_x), clean(y, mask_y)
     if cost == "cosine":
-        return 1 - torch.bmm(unit(x), unit(y).mT)
-    squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * torch.bmm(x, y.mT)
+        return 1 - products(unit(x), unit(y))
+    squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * products(x, y)
     squares = squares.clamp(min=0)
     if cost == "sqeuclidean":
         return squares

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .states import States, inside, lengths_of, means, paired, unit
+from .states import States, inside, lengths_of, means, paired, products, unit
 
 
 class RetrievalScores(NamedTuple):
@@ -114,7 +114,7 @@ def scores_of(speech: Tensor, text: Tensor, chunk: int) -> tuple[Tensor, ...]:
 def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
     found = [queries.new_empty(0)]
     for first in range(0, len(queries), chunk):
-        similarities = queries[first : first + chunk] @ keys.mT
+        similarities = products(queries[first : first + chunk], keys)
         own = similarities.diagonal(first)[:, None]
         found.append((similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2)
     return torch.cat(found)

@@ -78,6 +78,12 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors * torch.where(positive, torch.where(positive, squares, 1).rsqrt(), 0)
 
 
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_j>, `(..., N, M)`, in the type of the arguments, which autocast would round."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y.mT
+
+
 def means(values: Tensor, mask: Tensor) -> Tensor:
     """Means over the points of every item, `(B, D)`; zero for empty ones."""
     return clean(values, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
