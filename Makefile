@@ -14,13 +14,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo test test-all sanitize lint bench gpu wheel clean
+.PHONY: help demo study test test-all sanitize lint bench gpu wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small aligner on real speech, end with a picture and its errors
 	$(PY) examples/demo.py
+
+study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, half an hour; needs espeak-ng and flite
+	$(PY) -m examples.study
 
 test: $(READY)  ## the tests and doctests of a few minutes
 	$(PY) -m pytest --doctest-modules -m "not slow and not gpu" tests otalign
