@@ -334,7 +334,8 @@ def test_a_missing_barrier_gives_wrong_numbers(tmp_path, what):
     assert "WRONG" in said
 
 
-@pytest.mark.parametrize("what", [pytest.param("no barrier of a warp", marks=pytest.mark.slow), "one inbox"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["no barrier of a warp", "one inbox"])
 def test_a_race_is_reported(tmp_path, what):
     right, said = outcome(program(tmp_path, "2", *THREAD, rows=9, csrc=broken(tmp_path, what)))
     assert not right

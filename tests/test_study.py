@@ -124,16 +124,16 @@ def test_arms_differ_by_the_regulariser_alone(model):
     assert strong["aps_cosine"] != none["aps_cosine"]
 
 
-@pytest.mark.parametrize("arm", [Arm("otreg", 10.0), Arm("aista", 10.0, (0, 1))])
-def test_regularisers_close_the_gap(model, arm):
-    """What the study asks is whether errors fall; that the gap does is what the loss is for."""
+def test_regularisers_close_the_gap(model):
+    """What the study asks is whether errors fall; that the gap does is what the losses are for."""
     data = spelled(world.sentences(16, seed=0))
-    without, pulled = (
-        adapting.train(model, data, {"test": [data]}, a, seed=0, checkpoints=(60,), batch=8) for a in (Arm(), arm)
-    )
-    assert pulled.errors[0]["words_found"] > without.errors[0]["words_found"] + 0.2
-    assert pulled.errors[0]["aps_cosine"] > without.errors[0]["aps_cosine"] + 0.02
-    assert pulled.layers[0]["sequence_cosine"] > without.layers[0]["sequence_cosine"] + 0.1
+    arms = Arm(), Arm("otreg", 10.0), Arm("aista", 10.0, (0, 1))
+    runs = [adapting.train(model, data, {"test": [data]}, arm, seed=0, checkpoints=(60,), batch=8) for arm in arms]
+    none, *pulled = ({**run.errors[0], "embeddings": run.layers[0]["sequence_cosine"]} for run in runs)
+    for scores in pulled:
+        assert scores["words_found"] > none["words_found"] + 0.2
+        assert scores["aps_cosine"] > none["aps_cosine"] + 0.02
+        assert scores["embeddings"] > none["embeddings"] + 0.1
 
 
 def tones(voice: Voice, text: str) -> Tensor:

@@ -297,7 +297,7 @@ def _draw_sets(ax: Axes, errors: Sequence[Row]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("words wrong, difference to training without, points, with 95 % intervals")
     ax.set_title("all test voices, by the layers that are aligned", loc="left", size=10)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=len(TASKS), loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _save(figure: Any, path: Path) -> None:
