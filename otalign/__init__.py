@@ -3,8 +3,9 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from . import layout, plot, speech
+from . import integrations, layout, plot, speech
 from .functional import sinkhorn_loss, solve, solve_cost
+from .integrations import attach
 from .layout import debug
 from .modules import SinkhornLoss
 from .prior import Prior
@@ -19,7 +20,9 @@ __all__ = [
     "OTResult",
     "Prior",
     "SinkhornLoss",
+    "attach",
     "debug",
+    "integrations",
     "layout",
     "plot",
     "sinkhorn_loss",

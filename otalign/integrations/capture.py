@@ -1,0 +1,320 @@
+"""An alignment loss for a speech language model under any trainer, by hooks on the model and nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..functional import ItemLosses, item_losses
+from ..modules import SinkhornLoss
+from ..problem import one_of
+from ..speech import InnerAlignmentLoss, OTRegLoss
+from ..speech.states import weighted_mean
+from .configuration import (
+    IGNORED,
+    Placeholder,
+    audio_token,
+    embedding_scale,
+    expect_unwrapped,
+    first_token,
+    special_tokens,
+)
+from .hooks import Batch, Call, Missing, Site, site_of
+
+ACCUMULATIONS = ("tokens", "mean")
+MISSING = ("warn", "raise", "ignore")
+
+
+def attach(
+    model: nn.Module,
+    loss: nn.Module,
+    weight: float | Callable[[int], float] = 1.0,
+    *,
+    audio_token_id: int | str = "auto",
+    transcript: str | Callable[[Batch], Tensor] = "labels",
+    ignore_token_ids: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
+    speech_mask_fn: Callable[[Batch], Tensor] | None = None,
+    states_from: nn.Module | None = None,
+    accumulate: str = "tokens",
+    on_missing: str = "warn",
+    name: str = "otalign",
+) -> Attachment:
+    """Add a weighted alignment loss to the loss that `model` returns in training.
+
+    Hooks on the model ask for the hidden states that are needed, cut out the speech and the transcript, and add to
+    `outputs.loss`. Nothing is patched, the state dict stays as it is, and nothing happens in `eval()` or `generate()`.
+    Attach to the model itself, before `torch.compile`, DDP or FSDP wrap it.
+
+    Args:
+        model: a speech language model whose forward takes `labels` and returns an output with `loss` and `hidden_states`:
+            the Hugging Face contract, in which frames of audio stand where the placeholder token is.
+        loss: `otalign.speech.OTRegLoss`, `otalign.speech.InnerAlignmentLoss` or `otalign.SinkhornLoss`.
+        weight: of the loss; or a function of the global step, which `OTAlignCallback` or `set_step` tell. (The schedule of
+            OTRegLoss comes on top.)
+        audio_token_id: the placeholder of audio in `input_ids`; `"auto"` = as the model's configuration says.
+        transcript: where the text is. `"labels"`: in the sequence, where labels are not -100 (recognition).
+            `"transcript_ids"`: the batch has `transcript_ids` `(B, M)`, padded with -100 (translation, chat); under Hugging
+            Face's Trainer this takes `remove_unused_columns=False`. Or a function of the batch that returns such ids.
+        ignore_token_ids: tokens of the transcript to leave out, besides the end, begin and padding tokens of the configuration.
+        layers: hidden states to align, 0 being the embeddings; None = those of the loss, or 0. Text of deeper layers comes from
+            a pass of the model over the transcript alone, without gradients.
+        speech_mask_fn: for models without a placeholder: the batch to a `(B, S)` bool mask, True on the speech.
+        states_from: the submodule whose hidden states are meant, if the model itself returns none; None = the model.
+        accumulate: how items are weighed. `"tokens"`: by their number of labels, over `num_items_in_batch` if the trainer gives
+            it, so that accumulation over batches of any size is exact. `"mean"`: alike. Either way sums are over the items
+            of all processes that train together.
+        on_missing: what to do if a batch in training has no labels, loss or transcript: `"warn"` once, `"raise"`, `"ignore"`.
+        name: what the keys of `metrics()` begin with.
+
+    Returns:
+        An `Attachment`, with `metrics()`, `set_step(step)` and `remove()`.
+
+    Raises:
+        ValueError, TypeError: for a wrapped model, an unknown loss, or a model without a span of speech.
+
+    Example:
+        >>> handle = otalign.attach(model, otalign.speech.OTRegLoss(), weight=0.1)  # doctest: +SKIP
+    """
+    one_of("accumulate", accumulate, ACCUMULATIONS)
+    one_of("on_missing", on_missing, MISSING)
+    expect_unwrapped(model)
+    if not isinstance(loss, OTRegLoss | InnerAlignmentLoss | SinkhornLoss):
+        raise TypeError(f"loss: expected OTRegLoss, InnerAlignmentLoss or SinkhornLoss, got {type(loss).__name__}")
+    if isinstance(transcript, str):
+        one_of("transcript", transcript, ("labels", "transcript_ids"))
+    if speech_mask_fn is None and audio_token_id == "auto":
+        audio_token_id = audio_token(model)
+    wanted = list(layers) if layers is not None else list(getattr(loss, "layers", [0]))
+    if not wanted or min(wanted) < 0:
+        raise ValueError(f"layers: expected numbers >= 0, got {wanted}")
+    if isinstance(loss, InnerAlignmentLoss):
+        if wanted != loss.layers:
+            raise ValueError(f"layers: the loss has {loss.layers}, got {wanted}")
+    elif len(wanted) > 1:
+        raise ValueError(f"layers: {type(loss).__name__} takes one; InnerAlignmentLoss takes several, got {wanted}")
+    attachment = Attachment(
+        loss=loss,
+        weight=weight,
+        layers=wanted,
+        name=name,
+        _site=site_of(model),
+        _speech_mask=speech_mask_fn or Placeholder(int(audio_token_id)),
+        _transcript=transcript,
+        _left_out=frozenset(ignore_token_ids) | special_tokens(model),
+        _accumulate=accumulate,
+        _on_missing=on_missing,
+    )
+    attachment._site.add(attachment, states_from)
+    return attachment
+
+
+class Spans(NamedTuple):
+    """Speech and text of a batch, cut out of its sequences and put in front."""
+
+    speech: dict[int, Tensor]  # by layer, (B, S, D)
+    speech_lengths: Tensor  # (B,)
+    text: dict[int, Tensor]  # by layer, (B, T, D)
+    text_lengths: Tensor  # (B,)
+    text_ids: Tensor  # (B, T)
+    label_counts: Tensor  # (B,)
+
+
+@dataclass(eq=False)
+class Attachment:
+    """A loss that is attached to a model: its metrics, its step, and the way to take it off again.
+
+    Attributes:
+        loss: the module that was given.
+        weight: a number, or a function of the step.
+        layers: of the hidden states that are aligned.
+        name: what the keys of `metrics()` begin with.
+        step: the global step; counts calls in training until `set_step` is used.
+    """
+
+    loss: nn.Module
+    weight: float | Callable[[int], float]
+    layers: list[int]
+    name: str
+    _site: Site = field(repr=False)
+    _speech_mask: Callable[[Batch], Tensor] = field(repr=False)
+    _transcript: str | Callable[[Batch], Tensor] = field(repr=False)
+    _left_out: frozenset[int] = field(repr=False)
+    _accumulate: str = field(repr=False)
+    _on_missing: str = field(repr=False)
+    step: int = 0
+    _told: bool = field(default=False, repr=False)  # whether somebody sets the step
+    _warned: bool = field(default=False, repr=False)
+    _sums: Tensor | None = field(default=None, repr=False)  # of items, their loss, error and iterations; items left out
+
+    def set_step(self, step: int) -> None:
+        """Tell the trainer's global step, which schedules follow from then on."""
+        self.step, self._told = step, True
+        if isinstance(self.loss, OTRegLoss):
+            self.loss.count_calls = False
+            self.loss.set_step(step)
+
+    def current_weight(self) -> Tensor:
+        """What the loss is multiplied with at the present step: a scalar tensor."""
+        weight = torch.as_tensor(self.weight(self.step) if callable(self.weight) else self.weight, dtype=torch.float64)
+        return self.loss.current_weight() * weight if isinstance(self.loss, OTRegLoss) else weight
+
+    def metrics(self, *, synchronise: bool = False) -> dict[str, float]:
+        """Means over the items since the last call, nothing if there were none; waits for the device.
+
+        Args:
+            synchronise: whether to sum over all processes, which then all have to call.
+
+        Returns:
+            `<name>/loss` without its weight, `<name>/weight`, `<name>/marginal_error`, `<name>/n_iter`, and
+            `<name>/skipped`, the number of items that had no speech or no text.
+        """
+        sums, self._sums = self._sums, None
+        if synchronise and _processes() > 1:
+            sums = torch.zeros(5, dtype=torch.float64, device=self._site.device) if sums is None else sums
+            dist.all_reduce(sums)
+        if sums is None:
+            return {}
+        items, loss, error, n_iter, skipped = sums.tolist()
+        totals = {"loss": loss, "marginal_error": error, "n_iter": n_iter}
+        values = {key: total / items if items else 0.0 for key, total in totals.items()}
+        values |= {"weight": float(self.current_weight()), "skipped": skipped}
+        return {f"{self.name}/{key}": value for key, value in values.items()}
+
+    def remove(self) -> None:
+        """Take the loss off the model."""
+        self._site.remove(self)
+
+    def added(self, model: nn.Module, call: Call) -> Tensor | None:
+        """What is added to the model's loss for this batch; None if the batch lacks something, of which the user hears."""
+        total = call.batch.get("num_items_in_batch") if self._accumulate == "tokens" else None
+        try:
+            spans = self._spans(model, call)
+        except Missing as what:
+            self.missing(str(what))
+            self._normalizer(torch.zeros(1, device=self._site.device), total)  # the other processes wait for this one
+            return None
+        losses = self._items(spans)
+        filled = (spans.speech_lengths > 0) & (spans.text_lengths > 0)
+        shares = spans.label_counts if self._accumulate == "tokens" else torch.ones_like(spans.label_counts)
+        shares = torch.where(filled, shares, 0).to(losses.loss.dtype)
+        loss = weighted_mean(losses.loss, filled, shares, self._normalizer(shares, total))
+        self._record(losses, filled)
+        weight = self.current_weight().to(loss.device, loss.dtype)
+        if not self._told:
+            self.step += 1
+            if isinstance(self.loss, OTRegLoss) and self.loss.count_calls:
+                self.loss.step += 1
+        return weight * loss
+
+    def missing(self, what: str) -> None:
+        """Say, as the user wished it, that a batch lacks something."""
+        message = f"no alignment loss for this batch, which lacks {what}"
+        if self._on_missing == "raise":
+            raise ValueError(message)
+        if self._on_missing == "warn" and not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def _spans(self, model: nn.Module, call: Call) -> Spans:
+        batch, states = call.batch, call.states
+        if states is None:
+            raise Missing("hidden states: the output has none; states_from= names the submodule that makes them")
+        if (labels := batch.get("labels")) is None:
+            raise Missing("labels (label smoothing and custom losses take them out before the model sees them)")
+        mask, width = self._speech_mask(batch), states[self.layers[0]].shape[1]
+        if mask.shape[1] != width:
+            raise ValueError(
+                f"the model made {width} positions of the batch's {mask.shape[1]}: it expands placeholders by itself. Give it "
+                "batches whose placeholders are expanded, as its processor makes them, or a speech_mask_fn"
+            )
+        positions, n = _front(mask)
+        ids = self._transcript_ids(batch)
+        kept = ids != IGNORED
+        for token in self._left_out:
+            kept = kept & (ids != token)
+        places, m = _front(kept)
+        ids = ids.gather(1, places)
+        if self._transcript == "labels" and self.layers == [0]:
+            text = {0: _at(states[0], places)}
+        else:
+            text = self._text(model, ids, m)
+        speech = {layer: _at(states[layer], positions) for layer in self.layers}
+        return Spans(speech, n, text, m, ids, (labels[:, 1:] != IGNORED).sum(1))
+
+    def _transcript_ids(self, batch: Batch) -> Tensor:
+        if callable(self._transcript):
+            return self._transcript(batch)
+        if batch.get(self._transcript) is None:
+            hint = "" if self._transcript == "labels" else " (Trainer drops it unless remove_unused_columns=False)"
+            raise Missing(self._transcript + hint)
+        return batch[self._transcript]
+
+    def _text(self, model: nn.Module, ids: Tensor, lengths: Tensor) -> dict[int, Tensor]:
+        """States of the transcript alone, behind the token that begins a text if the language model has one."""
+        inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        ids = torch.where(inside, ids, 0)
+        constant = getattr(self.loss, "detach_text", True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            if self.layers == [0]:
+                embed: Any = model.get_input_embeddings
+                return {0: embed()(ids) * embedding_scale(model)}
+            begin = first_token(model)
+            if begin is not None:
+                ids = torch.cat([ids.new_full((len(ids), 1), begin), ids], 1)
+                inside = torch.cat([inside.new_ones(len(inside), 1), inside], 1)
+            with self._site.unobserved():
+                output = model(
+                    input_ids=ids, attention_mask=inside.long(), output_hidden_states=self.layers, use_cache=False
+                )
+        return {layer: output.hidden_states[layer][:, int(begin is not None) :] for layer in self.layers}
+
+    def _items(self, spans: Spans) -> ItemLosses:
+        lengths = spans.speech_lengths, spans.text_lengths
+        if isinstance(self.loss, InnerAlignmentLoss):
+            return self.loss.items(spans.speech, spans.text, *lengths)
+        x, y = spans.speech[self.layers[0]], spans.text[self.layers[0]]
+        if isinstance(self.loss, OTRegLoss):
+            return self.loss.items(x, y, *lengths, spans.text_ids)
+        assert isinstance(self.loss, SinkhornLoss)
+        options = {key: value for key, value in self.loss.options.items() if key != "reduction"}
+        return item_losses(x, y.detach(), *lengths, **options)
+
+    def _normalizer(self, shares: Tensor, total: Tensor | int | None) -> Tensor | int:
+        """What the weighted sum is divided by, so that the mean of the processes' gradients is that of the joined batch."""
+        if total is not None:
+            return total.to(shares.device) if isinstance(total, Tensor) else total
+        joined = shares.sum()
+        if _processes() > 1:
+            dist.all_reduce(joined)
+            joined = joined / _processes()
+        return torch.where(joined > 0, joined, 1)
+
+    @torch.no_grad()
+    def _record(self, losses: ItemLosses, filled: Tensor) -> None:
+        values = (filled, losses.loss, losses.error, losses.n_iter)
+        kept = [torch.where(filled, value.detach().double(), 0).sum() for value in values]
+        sums = torch.stack([*kept, (~filled).sum().double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+
+def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions `(B, S)` of what is marked, in order and before the rest, and how many there are `(B,)`."""
+    order, lengths = (~mask).to(torch.uint8).argsort(dim=1, stable=True), mask.sum(1)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU it would have to be waited for
+        order = order[:, : max(lengths.tolist(), default=0)]
+    return order, lengths
+
+
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[2]))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

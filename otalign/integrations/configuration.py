@@ -1,0 +1,80 @@
+"""What a model's configuration tells: the placeholder of audio, the tokens that begin and end, the scale of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .hooks import Batch, Missing
+
+IGNORED = -100  # the label of what is not to be predicted, in every trainer
+AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "speech_token_id", "speech_token_index")
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """The mask of the speech `(B, S)` where a token stands for it."""
+
+    token: int
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if batch.get("input_ids") is None:
+            raise Missing("input_ids; speech_mask_fn= does without")
+        mask, attention = batch["input_ids"] == self.token, batch.get("attention_mask")
+        return mask & attention.bool() if isinstance(attention, Tensor) and attention.dim() == 2 else mask
+
+
+def expect_unwrapped(model: nn.Module) -> None:
+    """Raise if hooks on `model` would not see what happens in it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: it is compiled, and hooks on it see nothing; attach first, then torch.compile")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(f"model: attach to the model inside {type(model).__name__}, which is its .module")
+
+
+def audio_token(model: nn.Module) -> int:
+    """The id that stands for audio in `input_ids`."""
+    for config in _configurations(model):
+        if getattr(config, "num_codebooks", None) is not None:
+            break  # streams of a codec are summed at each step
+        for name in AUDIO_TOKENS:
+            if isinstance(token := getattr(config, name, None), int):
+                return token
+    raise ValueError(
+        f"model: {type(model).__name__} has no placeholder of audio in its configuration. Give audio_token_id or speech_mask_fn; "
+        "models that add up the streams of a codec (Moshi, CSM) have no span of speech to align"
+    )
+
+
+def first_token(model: nn.Module) -> int | None:
+    """The token that begins every text, if there is one."""
+    tokens = (getattr(config, "bos_token_id", None) for config in _configurations(model))
+    return next((token for token in tokens if isinstance(token, int)), None)
+
+
+def special_tokens(model: nn.Module) -> frozenset[int]:
+    """The tokens that begin, end and pad."""
+    found: set[int] = set()
+    for config in (*_configurations(model), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(config, name, None)
+            found |= {token} if isinstance(token, int) else set(token or ())
+    return frozenset(found)
+
+
+def embedding_scale(model: nn.Module) -> float:
+    """What the language model multiplies its embeddings with, outside of their table (Granite)."""
+    scales = (getattr(config, "embedding_multiplier", None) for config in _configurations(model))
+    return next((scale for scale in scales if scale is not None), 1.0)
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    """The model's configuration and those in it."""
+    config = getattr(model, "config", None)
+    parts = (getattr(config, f"{name}_config", None) for name in ("thinker", "text", "audio", "llm"))
+    yield from (part for part in (config, *parts) if part is not None)

@@ -1,0 +1,489 @@
+"""`otalign.attach` on real speech language models with few random weights, against the same sums written out."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import otalign
+from otalign.speech import InnerAlignmentLoss, OTRegLoss
+
+from .problems import close, identical
+from .speech_models import BOS, CASES, END, PAD, Case, left_padded
+
+NAMES = sorted(CASES)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tol: float = 1e-4) -> None:
+    """Of each parameter, relative to its own size; what is a millionth of the largest is rounding."""
+    assert found.keys() == expected.keys()
+    largest = max(float(g.norm()) for g in expected.values())
+    for key, gradient in found.items():
+        error = float((gradient - expected[key]).norm())
+        assert error <= tol * float(expected[key].norm()) + 1e-6 * largest, key
+
+
+def step(case: Case, **more) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one batch."""
+    case.model.zero_grad()
+    loss = case.model(**case.batch, **more).loss
+    loss.backward()
+    return loss.detach(), gradients(case.model)
+
+
+def transcript(case: Case, row: int) -> Tensor:
+    """Positions of the words that are to be said, without the end."""
+    labels = case.batch["labels"][row]
+    return ((labels != -100) & (labels != END)).nonzero()[:, 0]
+
+
+def spelled_out(case: Case, layers=(0,), reg=0.05) -> list[Tensor]:
+    """The alignment loss of every row, from the model's own hidden states."""
+    ids = case.batch["input_ids"]
+    hidden = case.model(
+        **{k: v for k, v in case.batch.items() if k != "labels"}, output_hidden_states=True
+    ).hidden_states
+    losses = []
+    for row in range(len(ids)):
+        places = transcript(case, row)
+        words = ids[row, places]
+        total = 0
+        for layer in layers:
+            speech = hidden[layer][row][ids[row] == case.audio_token_id]
+            if layers == (0,):
+                first = [words.tolist().index(word) for word in dict.fromkeys(words.tolist())]
+                text = hidden[0][row, places[first]].detach()
+            else:
+                with torch.no_grad():
+                    alone = torch.cat([torch.tensor([BOS]), words])[None]
+                    states = case.model(input_ids=alone, output_hidden_states=True).hidden_states
+                text = states[layer][0, 1:]
+            result = otalign.solve(speech[None], text[None], reg=reg)
+            if layers == (0,):
+                cosine = torch.cosine_similarity(speech[:, None], text[None], dim=2)
+                total = total + (result.plan()[0].detach() * (1 - cosine)).sum()
+            else:
+                total = total + result.value[0] / len(layers)
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layers", [(0,), (0, 2)])
+def test_what_is_added(name, layers):
+    """The loss and every gradient are the model's own plus the weighted mean by label tokens."""
+    case = CASES[name]()
+    own, own_gradients = step(case)
+    case.model.zero_grad()
+    losses = spelled_out(case, layers)
+    tokens = (case.batch["labels"][:, 1:] != -100).sum(1)
+    expected = 0.3 * sum(n * loss for n, loss in zip(tokens, losses, strict=True)) / tokens.sum()
+    expected.backward()
+    added = gradients(case.model)
+
+    criterion = OTRegLoss() if layers == (0,) else InnerAlignmentLoss(layers)
+    handle = otalign.attach(case.model, criterion, weight=0.3)
+    loss, found = step(case)
+    close(loss, own + expected.detach(), 1e-5)
+    same_gradients(found, {key: gradient + added.get(key, 0) for key, gradient in own_gradients.items()})
+    reached = sum(added[key].abs().sum() for key in added if key in adapter_names(case))
+    assert reached > 0
+
+    found = handle.metrics()
+    assert found["otalign/skipped"] == 0
+    assert found["otalign/loss"] == pytest.approx(float(sum(losses).detach() / 2), rel=1e-4)
+    assert found["otalign/weight"] == pytest.approx(0.3)
+    assert 0 < found["otalign/marginal_error"] <= 1e-3
+    assert found["otalign/n_iter"] >= 1
+    assert handle.metrics() == {}
+
+
+def adapter_names(case: Case) -> set[str]:
+    inside = {id(p) for p in case.adapter.parameters()}
+    return {name for name, p in case.model.named_parameters() if id(p) in inside}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_zero_and_removal_leave_the_model_alone(name):
+    case = CASES[name]()
+    keys, hooks = list(case.model.state_dict()), len(case.model._forward_hooks)
+    own, own_gradients = step(case)
+    handle = otalign.attach(case.model, OTRegLoss(), weight=0.0)
+    assert list(case.model.state_dict()) == keys
+    loss, found = step(case)
+    identical(loss, own)
+    for key, gradient in found.items():
+        identical(gradient, own_gradients[key])
+    output = case.model(**case.batch)
+    assert output.get("hidden_states") is None
+    assert len(case.model(**case.batch, output_hidden_states=True).hidden_states) == 4
+
+    handle.remove()
+    handle.remove()
+    assert len(case.model._forward_hooks) == hooks == len(case.model._forward_pre_hooks)
+    again = otalign.attach(case.model, OTRegLoss(), weight=1.0)
+    assert case.model(**case.batch).loss > own
+    again.remove()
+
+
+def test_off_in_evaluation_and_generation():
+    case = CASES["qwen2_audio"]()
+    own = case.model.eval()(**case.batch).loss
+    handle = otalign.attach(case.model, OTRegLoss(), weight=5.0, on_missing="raise")
+    identical(case.model(**case.batch, transcript_ids=torch.ones(2, 3).long()).loss, own)
+    prompt = {k: v for k, v in case.batch.items() if k != "labels"}
+    case.model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    assert handle.metrics() == {}
+    assert handle.step == 0
+
+
+@pytest.mark.parametrize("name", ["audio_flamingo3", "qwen2_5_omni", "voxtral"])
+def test_accumulation_over_rows_is_exact(name):
+    """Rows one by one, with the number of labels in all of them, give the gradients of the batch."""
+    case = CASES[name]()
+    otalign.attach(case.model, OTRegLoss(), weight=2.0)
+    total = int((case.batch["labels"][:, 1:] != -100).sum())
+    _, whole = step(case, num_items_in_batch=torch.tensor(total))
+    case.model.zero_grad()
+    for row in single_rows(case):
+        case.model(**row, num_items_in_batch=torch.tensor(total)).loss.backward()
+    same_gradients(gradients(case.model), whole)
+
+
+def single_rows(case: Case) -> list[dict[str, Tensor]]:
+    rows = []
+    for k in range(2):
+        row = {key: value[k : k + 1] for key, value in case.batch.items()}
+        if len(case.batch["input_features"]) == 3:  # Voxtral's chunks: two of the first row, one of the second
+            row["input_features"] = case.batch["input_features"][:2] if k == 0 else case.batch["input_features"][2:]
+        rows.append(row)
+    return rows
+
+
+def test_a_model_that_ignores_the_number_of_labels_is_named():
+    case = CASES["qwen2_audio"]()
+    otalign.integrations.hooks._told_of_means.clear()
+    otalign.attach(case.model, OTRegLoss())
+    with pytest.warns(UserWarning, match="Qwen2AudioForConditionalGeneration ignores num_items_in_batch"):
+        step(case, num_items_in_batch=torch.tensor(100))
+    other = CASES["voxtral"]()
+    otalign.attach(other.model, OTRegLoss())
+    step(other, num_items_in_batch=torch.tensor(100))  # (a warning would be an error)
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "voxtral", "audio_flamingo3", "qwen2_5_omni"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(name, reentrant):
+    case = CASES[name]()
+    otalign.attach(case.model, InnerAlignmentLoss([0, 2]), weight=1.0)
+    loss, expected = step(case)
+    case.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    again, found = step(case)
+    close(again, loss, 1e-6)
+    same_gradients(found, expected)
+
+
+def test_a_checkpoint_around_the_model_runs_the_hooks_twice():
+    """Then each run adds the loss to its own output, and the gradients are those of one."""
+    case = CASES["qwen2_audio"]()
+    otalign.attach(case.model, OTRegLoss(), weight=1.0)
+    loss, expected = step(case)
+    case.model.zero_grad()
+    anchor = torch.zeros((), requires_grad=True)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda anchor: case.model(**case.batch).loss + 0 * anchor, anchor, use_reentrant=True
+    )
+    again.backward()
+    close(again.detach(), loss, 1e-6)
+    same_gradients(gradients(case.model), expected)
+
+
+def test_under_compile():
+    case = CASES["qwen2_audio"]()
+    otalign.attach(case.model, OTRegLoss(), weight=1.0)
+    loss, expected = step(case)
+    compiled = torch.compile(case.model, backend="aot_eager")
+    case.model.zero_grad()
+    again = compiled(**case.batch).loss
+    again.backward()
+    close(again.detach(), loss, 1e-5)
+    same_gradients(gradients(case.model), expected)
+    with pytest.raises(ValueError, match="attach first, then torch"):
+        otalign.attach(compiled, OTRegLoss())
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech"])
+def test_under_peft(name):
+    import peft
+
+    case = CASES[name]()
+    adapted = peft.get_peft_model(case.model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    own = adapted(**case.batch).loss.detach()
+    expected = otalign.attach(adapted, OTRegLoss(), weight=0.5)
+    loss = adapted(**case.batch).loss
+    assert loss > own
+    expected.remove()
+    inner = otalign.attach(case.model, OTRegLoss(), weight=0.5)
+    close(adapted(**case.batch).loss, loss, 1e-6)
+    inner.remove()
+    close(adapted(**case.batch).loss.detach(), own, 1e-6)
+
+
+def test_under_bfloat16_autocast():
+    case = CASES["voxtral"]()
+    own = case.model(**case.batch).loss
+    otalign.attach(case.model, OTRegLoss(), weight=1.0)
+    exact = case.model(**case.batch).loss - own
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = case.model(**case.batch)
+        plain = case.model.eval()(**case.batch).loss
+    output.loss.backward()
+    close(output.loss - plain, exact, 0.02)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech"])
+def test_left_padding(name):
+    case = CASES[name]()
+    otalign.attach(case.model, OTRegLoss(), weight=1.0)
+    right = case.model(**case.batch).loss
+    close(case.model(**left_padded(case.batch)).loss, right, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech"])
+@pytest.mark.parametrize("layers", [[0], [0, 1]])
+def test_transcripts_that_are_not_in_the_sequence(name, layers):
+    """Given by the batch or by a function, they mean what the labels mean where they say the same."""
+    case = CASES[name]()
+    criterion = (lambda: OTRegLoss(cost="sqeuclidean")) if layers == [0] else lambda: InnerAlignmentLoss(layers)
+    ids = torch.cat([torch.full((2, 2), -100), case.batch["labels"]], 1)
+    handle = otalign.attach(case.model, criterion())
+    expected = case.model(**case.batch).loss
+    handle.remove()
+    handle = otalign.attach(case.model, criterion(), transcript="transcript_ids")
+    close(case.model(**case.batch, transcript_ids=ids).loss, expected, 1e-5)
+    with pytest.warns(UserWarning, match="lacks transcript_ids"):
+        case.model(**case.batch)
+    handle.remove()
+    otalign.attach(case.model, criterion(), transcript=lambda batch: batch["labels"])
+    close(case.model(**case.batch).loss, expected, 1e-5)
+
+
+def test_ignored_tokens():
+    case = CASES["voxtral"]()
+    own = case.model(**case.batch).loss
+    handle = otalign.attach(case.model, OTRegLoss(), ignore_token_ids=[41, 51])
+    some = case.model(**case.batch).loss - own
+    handle.remove()
+    for word in (41, 51):
+        case.batch["transcript_ids"] = case.batch.get("transcript_ids", case.batch["labels"]).masked_fill(
+            case.batch["labels"] == word, -100
+        )
+    otalign.attach(case.model, OTRegLoss(), transcript="transcript_ids")
+    close(case.model(**case.batch).loss - own, some, 1e-4)
+
+
+def test_items_without_speech_or_text_are_skipped():
+    case = CASES["qwen2_audio"]()
+    case.batch["labels"][1, :] = -100
+    handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
+    own = case.model.eval()(**case.batch).loss
+    loss = case.model.train()(**case.batch).loss
+    assert handle.metrics()["otalign/skipped"] == 1
+    case.batch["labels"][:, :] = -100
+    case.batch["labels"][:, -1] = END  # nothing but an end to predict
+    loss, found = step(case)
+    close(loss, case.model.eval()(**case.batch).loss, 1e-6)
+    assert handle.metrics()["otalign/skipped"] == 2
+    assert own.isfinite()
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_two_losses():
+    case = CASES["qwen2_audio"]()
+    own = case.model(**case.batch).loss
+    parts = []
+    for criterion in (OTRegLoss(), InnerAlignmentLoss([1, 2])):
+        handle = otalign.attach(case.model, criterion)
+        parts.append(case.model(**case.batch).loss - own)
+        handle.remove()
+    first = otalign.attach(case.model, OTRegLoss(), name="embeddings")
+    second = otalign.attach(case.model, InnerAlignmentLoss([1, 2]), name="inner")
+    output = case.model(**case.batch)
+    close(output.loss - own, sum(parts), 1e-4)
+    assert output.get("hidden_states") is None
+    assert set(first.metrics()) & set(second.metrics()) == set()
+    first.remove()
+    close(case.model(**case.batch).loss - own, parts[1], 1e-4)
+
+
+def test_schedules():
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, OTRegLoss(weight=2.0, warmup_steps=4), weight=lambda step: 0.5 * (step >= 1))
+    weights = []
+    for _ in range(3):
+        weights.append(float(handle.current_weight()))
+        case.model(**case.batch)
+    assert weights == [0, 0.5, 0.75]
+    handle.set_step(100)
+    case.model(**case.batch)
+    assert float(handle.current_weight()) == 1.0
+    assert handle.step == 100
+
+
+def test_nothing_is_kept_after_the_step():
+    case = CASES["qwen2_audio"]()
+    otalign.attach(case.model, InnerAlignmentLoss([0, 1]))
+    seen = []
+    case.adapter.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    output = case.model(**case.batch)
+    output.loss.backward()
+    del output
+    gc.collect()
+    assert [reference() for reference in seen] == [None]
+    model = weakref.ref(case.model)
+    del case
+    gc.collect()
+    assert model() is None
+
+
+def test_missing_parts():
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, OTRegLoss())
+    without = {k: v for k, v in case.batch.items() if k != "labels"}
+    with pytest.warns(UserWarning, match="lacks a loss"):
+        case.model(**without)
+    case.model(**without)  # said once
+    handle.remove()
+    otalign.attach(case.model, OTRegLoss(), on_missing="raise")
+    with pytest.raises(ValueError, match="lacks a loss"):
+        case.model(**without)
+
+
+def test_bad_arguments():
+    case = CASES["qwen2_audio"]()
+    for options, message in (
+        ({"loss": nn.MSELoss()}, "loss: expected OTRegLoss"),
+        ({"accumulate": "sum"}, "accumulate"),
+        ({"on_missing": "log"}, "on_missing"),
+        ({"transcript": "text"}, "transcript"),
+        ({"layers": [-1]}, "layers"),
+        ({"layers": [0, 1]}, "InnerAlignmentLoss takes several"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            otalign.attach(case.model, **({"loss": OTRegLoss()} | options))
+    with pytest.raises(ValueError, match="attach to the model inside"):
+        otalign.attach(nn.DataParallel(case.model), OTRegLoss())
+    case.batch = {k: v for k, v in case.batch.items() if k in ("input_ids", "attention_mask", "labels")}
+    case.model.config.num_codebooks = 8
+    with pytest.raises(ValueError, match="codec"):
+        otalign.attach(case.model, OTRegLoss())
+    with pytest.raises(ValueError, match="no placeholder of audio"):
+        otalign.attach(nn.Linear(2, 2), OTRegLoss())
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        otalign.attach(case, OTRegLoss())
+
+
+def test_placeholders_that_the_model_expands():
+    """Legacy inputs of Qwen2-Audio: one placeholder for a whole recording."""
+    case = CASES["qwen2_audio"]()
+    case.model.config.ignore_index = -100
+    rows, labels = [], []
+    for ids, own in zip(case.batch["input_ids"], case.batch["labels"], strict=True):
+        kept = (ids != PAD) & ~((ids == case.audio_token_id) & (ids.roll(1) == case.audio_token_id))
+        rows.append(ids[kept])
+        labels.append(own[kept])
+    pad = nn.utils.rnn.pad_sequence
+    batch = case.batch | {
+        "input_ids": pad(rows, batch_first=True, padding_value=PAD),
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad([torch.ones_like(r) for r in rows], batch_first=True),
+    }
+    otalign.attach(case.model, OTRegLoss())
+    with pytest.raises(ValueError, match="expands placeholders by itself"):
+        case.model(**batch)
+
+
+# Models that are not Hugging Face's --------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A language model by embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, inputs_embeds, labels, output_hidden_states=False):
+        hidden = inputs_embeds, self.mix(inputs_embeds).tanh()
+        logits = self.head(hidden[1])
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss, logits=logits, hidden_states=hidden if output_hidden_states else None)
+
+
+class Merged(nn.Module):
+    """Speech in front of the text, as SLAM-LLM and Ultravox merge them; `gives` says what is returned."""
+
+    def __init__(self, gives: str):
+        super().__init__()
+        self.gives, self.project, self.llm = gives, nn.Linear(5, 8), Decoder()
+
+    def forward(self, audio, audio_lengths, tokens, labels):
+        embeds = torch.cat([self.project(audio), self.llm.embed(tokens)], 1)
+        output = self.llm(inputs_embeds=embeds, labels=labels)
+        return {
+            "output": output,
+            "output and accuracy": (output, 0.5),
+            "loss and statistics": (output.loss, {"loss": 1.0}, torch.tensor(2.0)),
+            "dict": {"loss": output.loss, "logits": output.logits},
+        }[self.gives]
+
+
+def loss_of(output) -> Tensor:
+    output = output[0] if isinstance(output, tuple) else output
+    return output if isinstance(output, Tensor) else output["loss"] if isinstance(output, dict) else output.loss
+
+
+@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "dict"])
+def test_models_with_masks_of_their_own(gives):
+    torch.manual_seed(0)
+    model = Merged(gives)
+    audio, audio_lengths = torch.randn(2, 6, 5), torch.tensor([6, 4])
+    tokens = torch.randint(3, 20, (2, 4))
+    labels = torch.cat([torch.full((2, 6), -100), tokens], 1)
+    arguments = audio, audio_lengths, tokens, labels
+
+    def mask(batch):
+        place = torch.arange(batch["labels"].shape[1])
+        return place < batch["audio_lengths"][:, None]
+
+    own = loss_of(model(*arguments))
+    handle = otalign.attach(model, OTRegLoss(), 0.7, speech_mask_fn=mask, states_from=model.llm, accumulate="mean")
+    output = model(*arguments)
+    assert type(output) is type(model.eval()(*arguments))
+    expected = OTRegLoss()(model.project(audio), model.llm.embed(tokens), audio_lengths, torch.tensor([4, 4]), tokens)
+    close(loss_of(output) - own, 0.7 * expected, 1e-5)
+    loss_of(output).backward()
+    assert model.project.weight.grad.abs().max() > 0
+    handle.remove()
+    identical(loss_of(model.train()(*arguments)), own)
+    assert not model.llm._forward_hooks
+
+
+def test_a_model_without_hidden_states_is_told():
+    model = Merged("dict")
+    model.forward = lambda output_hidden_states=None, **batch: Merged.forward(model, **batch)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    otalign.attach(model, OTRegLoss(), speech_mask_fn=lambda batch: mask)
+    batch = {"audio": torch.randn(2, 6, 5), "audio_lengths": None, "tokens": torch.ones(2, 4).long()}
+    with pytest.warns(UserWarning, match="states_from"):
+        model(**batch, labels=torch.ones(2, 10).long())
