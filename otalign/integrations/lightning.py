@@ -7,7 +7,7 @@ from typing import Any
 try:
     import lightning.pytorch as pl
 except ImportError:  # the older package of the same project
-    import pytorch_lightning as pl
+    import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from .capture import Attachment
 
@@ -41,7 +41,7 @@ class OTAlignCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = trainer.log_every_n_steps
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0 and trainer.global_step != self.logged:
             self.logged = trainer.global_step  # batches that are accumulated share a step
             for handle in self.handles:
