@@ -25,6 +25,7 @@ from .configuration import (
     first_token,
     special_tokens,
 )
+from .distributed import joined_mean_normalizer, processes
 from .hooks import Batch, Call, Missing, Site, site_of
 
 ACCUMULATIONS = ("tokens", "mean")
@@ -176,7 +177,7 @@ class Attachment:
             `<name>/skipped`, the number of items that had no speech or no text.
         """
         sums, self._sums = self._sums, None
-        if synchronise and _processes() > 1:
+        if synchronise and processes() > 1:
             sums = torch.zeros(5, dtype=torch.float64, device=self._site.device) if sums is None else sums
             dist.all_reduce(sums)
         if sums is None:
@@ -290,11 +291,7 @@ class Attachment:
         """What the weighted sum is divided by, so that the mean of the processes' gradients is that of the joined batch."""
         if total is not None:
             return total.to(shares.device) if isinstance(total, Tensor) else total
-        joined = shares.sum()
-        if _processes() > 1:
-            dist.all_reduce(joined)
-            joined = joined / _processes()
-        return torch.where(joined > 0, joined, 1)
+        return joined_mean_normalizer(shares)
 
     @torch.no_grad()
     def _record(self, losses: ItemLosses, filled: Tensor) -> None:
@@ -314,7 +311,3 @@ def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[..., None].expand(-1, -1, states.shape[2]))
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
