@@ -292,6 +292,7 @@ def test_under_address_sanitizer(tmp_path):
     assert right, said
 
 
+@pytest.mark.slow
 def test_under_thread_sanitizer(tmp_path):
     right, said = outcome(program(tmp_path, "2", *THREAD, rows=9))
     assert right, said
