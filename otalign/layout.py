@@ -315,6 +315,29 @@ def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[T
     return torch.cat(pieces), torch.tensor(offsets, device=h.device)
 
 
+def to_padded(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed values as a padded batch, for what takes no packed one (`otalign.speech`): the way back from the helpers above.
+
+    Args:
+        values: `(total, D)`.
+        cu_seqlens: `(B + 1,)` offsets, such as those of a jagged nested tensor.
+
+    Returns:
+        `(B, N, D)` with zeros behind the items, N being the longest one's length, and `(B,)` int64 lengths.
+
+    Example:
+        >>> states, attention_mask = torch.ones(2, 4, 3), torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])  # padded on the left
+        >>> padded, lengths = otalign.layout.to_padded(*otalign.layout.from_mask(states, attention_mask))
+        >>> padded.shape, lengths
+        (torch.Size([2, 3, 3]), tensor([3, 1]))
+    """
+    _expect_tensor("values", values)
+    if values.dim() != 2:
+        raise ValueError(f"values: expected shape (total, D), got {tuple(values.shape)}")
+    segments = packed_segments("values", values, cu_seqlens, None)
+    return segments.to_padded(values), segments.lengths
+
+
 def _pack(h: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return h[keep], torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
 

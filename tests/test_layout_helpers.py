@@ -119,3 +119,19 @@ def test_bad_spans():
     for span in ((-1, 2), (3, 2), (0, 5)):
         with pytest.raises(ValueError, match="spans: expected 0 <= start <= end <= 4"):
             layout.from_spans(H, [[span], []])
+
+
+def test_to_padded_undoes_packing():
+    """Any convention, also padding on the left and holes, comes out in front and zero behind; gradients go back."""
+    h = torch.randn(3, 5, 2, requires_grad=True)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    padded, lengths = layout.to_padded(*layout.from_mask(h, mask))
+    assert lengths.tolist() == [3, 0, 5]
+    assert padded[0, :3].equal(h[0, [1, 2, 4]])
+    assert not padded[0, 3:].any() and not padded[1].any()
+    padded.sum().backward()
+    assert h.grad.equal(mask[..., None].expand_as(h).float())
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+    assert layout.to_padded(nested.values(), nested.offsets())[1].tolist() == [2, 3]
+    with pytest.raises(ValueError, match="values: expected shape"):
+        layout.to_padded(h, torch.tensor([0, 3]))
