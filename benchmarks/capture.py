@@ -1,0 +1,109 @@
+"""A training step with a loss attached against the bare step: results/capture.csv, by `python benchmarks/capture.py`.
+
+The model is a Qwen2-Audio of middling size with random weights, trained whole, on rows of 300 placeholders and 60 words.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+import environment
+import otalign
+from otalign.speech import InnerAlignmentLoss, OTRegLoss
+
+B, PLACEHOLDERS, WORDS = 4, 300, 60
+MELS, VOCABULARY, AUDIO = 80, 8000, 7999
+OUT = Path(__file__).resolve().parent / "results" / "capture.csv"
+
+
+def model() -> transformers.Qwen2AudioForConditionalGeneration:
+    torch.manual_seed(0)
+    config = transformers.Qwen2AudioConfig(
+        audio_config={
+            "num_mel_bins": MELS,
+            "max_source_positions": 2 * PLACEHOLDERS,
+            "d_model": 256,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 1024,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        },
+        audio_token_index=AUDIO,
+    )
+    return transformers.Qwen2AudioForConditionalGeneration(config).train()
+
+
+def batch() -> dict[str, Tensor]:
+    words = torch.randint(3, VOCABULARY - 1, (B, WORDS))
+    ids = torch.cat([torch.full((B, PLACEHOLDERS), AUDIO), words], 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.cat([torch.full((B, PLACEHOLDERS), -100), words], 1),
+        "input_features": torch.randn(B, MELS, 4 * PLACEHOLDERS),
+        "feature_attention_mask": torch.ones(B, 4 * PLACEHOLDERS, dtype=torch.int64),
+    }
+
+
+def step(attach: Callable[[torch.nn.Module], object], inputs: dict[str, Tensor]) -> Callable[[], float]:
+    """Forward, backward and update of a model of its own: its seconds."""
+    own = model()
+    attach(own)
+    optimizer = torch.optim.SGD(own.parameters(), 1e-4)
+
+    def run() -> float:
+        began = time.perf_counter()
+        own(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    return run
+
+
+def main(repeats: int = 15) -> None:
+    inputs = batch()
+    contestants = {
+        "bare": lambda m: None,
+        "OTReg": lambda m: otalign.attach(m, OTRegLoss()),
+        "AI-STA, layers 0 and 1": lambda m: otalign.attach(m, InnerAlignmentLoss([0, 1])),
+    }
+    steps = {name: step(attach, inputs) for name, attach in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name in random.sample(
+            list(steps), len(steps)
+        ):  # in turns, so that what else the machine does hits all alike
+            times[name].append(steps[name]())
+    where = environment.describe(threads=torch.get_num_threads(), memory_kept=False)
+    with OUT.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["contestant", "B", "placeholders", "words", "seconds", "ratio_to_bare", "low", "high", *where])
+        for name, seconds in times.items():
+            # Ratios within a round; the first round warms up.
+            ratios = sorted(s / bare for s, bare in zip(seconds[1:], times["bare"][1:], strict=True))
+            fifth = len(ratios) // 5
+            row = [statistics.median(seconds[1:]), statistics.median(ratios), ratios[fifth], ratios[-1 - fifth]]
+            writer.writerow([name, B, PLACEHOLDERS, WORDS, *(f"{value:.4f}" for value in row), *where.values()])
+            print(f"{name:26}{row[0]:8.3f} s  {row[1]:.3f} [{row[2]:.3f}, {row[3]:.3f}] of the bare step")
+
+
+if __name__ == "__main__":
+    main()

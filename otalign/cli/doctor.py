@@ -1,0 +1,153 @@
+"""`python -m otalign doctor`: what is installed, what is missing and why, and whether what is there computes well."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import otalign
+
+from .. import backends
+from .arguments import device_of
+from .errors import first_line
+
+HELP = "what is installed, what is missing and why, and a check of every backend"
+DESCRIPTION = """\
+Prints versions, devices and every backend, with the reason where one is missing. Then each backend that is there solves
+a small problem in float32 and is compared with the reference in float64: exit status 1 if one fails or disagrees."""
+EXAMPLES = """\
+examples:
+  python -m otalign
+  OTALIGN_EXT_DIR=path/to/build python -m otalign doctor   # another build of the extension"""
+
+FORWARD = 2e-5  # of the largest entry, at least 1; float32 against float64
+GRADIENTS = {"cpu": 1e-4, "gpu": 2e-4}  # of the largest entry
+
+
+class Check(NamedTuple):
+    """How far a backend is from the reference, over what is allowed; or why it could not be seen."""
+
+    forward: float  # of values, potentials and plan
+    gradients: float
+    allowed: tuple[float, float]
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        ours = self.forward, self.gradients
+        return self.failure is None and all(e <= most for e, most in zip(ours, self.allowed, strict=True))
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            return f"FAILS: {self.failure}"
+        (forward, gradients), word = self.allowed, "agrees" if self.passed else "DISAGREES"
+        errors = f"{self.forward:.1e} (allowed {forward:g}), of gradients {self.gradients:.1e} (allowed {gradients:g})"
+        return f"{word} with the float64 reference: largest error {errors}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report and the checks; 1 if a backend that should work does not."""
+    for label, text in report():
+        print(f"{label:<18} {text}", flush=True)
+    healthy = True
+    for name, reason in backends.available().items():
+        if reason is None:
+            found = check(name)
+            print(f"{'check ' + name:<18} {found}", flush=True)
+            healthy &= found.passed
+    return 0 if healthy else 1
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """The lines of the report, as pairs of a label and a text."""
+    yield "otalign", f"{otalign.__version__} in {otalign.__path__[0]}"
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, BLAS: {_torch_blas()}"
+    yield "triton", _installed("triton")
+    yield "numpy", _installed("numpy")
+    yield from _extension()
+    yield from _devices()
+    for name, reason in backends.available().items():
+        yield f"backend {name}", "available" if reason is None else f"missing: {reason}"
+
+
+def check(name: str) -> Check:
+    """Solves a small problem on this backend, forward and backward, and compares."""
+    device = device_of(name)
+    allowed = FORWARD, GRADIENTS["cpu" if device.type == "cpu" else "gpu"]
+    try:
+        forward, gradients = _solved(name, torch.float32, device)
+        expected, wanted = _solved("reference", torch.float64, torch.device("cpu"))
+        at_least_one = [max(1.0, float(tensor.abs().max())) for tensor in expected]
+        scales = [float(tensor.abs().max()) for tensor in wanted]
+        return Check(_error(forward, expected, at_least_one), _error(gradients, wanted, scales), allowed)
+    except Exception as error:  # a backend that is broken may raise anything
+        return Check(math.nan, math.nan, allowed, f"{type(error).__name__}: {first_line(error)}")
+
+
+def _solved(backend: str, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Value, potentials and plan of a ragged batch, and the gradients of its points; on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, size, 8, generator=generator) / math.sqrt(8) for size in (9, 6))
+    n, m = torch.tensor([9, 4]), torch.tensor([5, 6])
+    x[1, 4:], y[0, 5:] = math.nan, math.nan  # what lies behind the lengths is never read
+    x, y = (points.to(device, dtype).requires_grad_() for points in (x, y))
+    result = otalign.solve(x, y, n.to(device), m.to(device), reg=0.1, tol=0.0, max_iter=20, backend=backend)
+    gradients = torch.autograd.grad(result.value.sum(), (x, y))
+    forward = [result.value, *result.potentials, result.plan()]
+    return [tensor.detach().cpu() for tensor in forward], [tensor.cpu() for tensor in gradients]
+
+
+def _error(actual: list[Tensor], expected: list[Tensor], scales: list[float]) -> float:
+    """The largest difference over the scale of its tensor; NaN if any is."""
+    errors = [(a - e).abs().max() / s for a, e, s in zip(actual, expected, scales, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _torch_blas() -> str:
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return found[1] if found else "unknown"
+
+
+def _extension() -> Iterator[tuple[str, str]]:
+    reason = backends.available()["cpu"]
+    if reason is not None:
+        yield "extension", f"missing: {reason}"
+        return
+    module = backends.extension()
+    threads = "OpenMP" if module.openmp else "one thread (built without OpenMP)"
+    yield "extension", f"{module.compiler}, SIMD: {module.simd}, {threads}, BLAS: {module.blas()}"
+    if not module.cuda_reason:
+        try:
+            yield "its cuda devices", ", ".join(name for name, *_ in module.cuda_devices()) or "none"
+        except RuntimeError as error:
+            yield "its cuda devices", f"none: {error}"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        reason = "it sees no usable GPU" if torch.version.cuda else "it is built without CUDA"
+        yield "torch's devices", f"cpu; no cuda: {reason}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        yield f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {memory:.0f} GiB"
