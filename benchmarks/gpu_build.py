@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     succeeds("nvidia-smi")
     # Elsewhere than in the checkout, whose otalign is not the one to look at.
-    subprocess.run([sys.executable, "-m", "otalign"], cwd=site, check=False)
+    subprocess.run([sys.executable, "-m", "otalign", "doctor", "--report-only"], cwd=site, check=False)
     reason = "from otalign import backends; r = backends.available()['cpu']; print('extension:', r or 'built'); exit(bool(r))"
     return subprocess.run([sys.executable, "-c", reason], cwd=site, check=False).returncode
 

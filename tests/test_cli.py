@@ -82,6 +82,13 @@ def broken(monkeypatch, make):
     )
 
 
+def test_doctor_can_leave_the_checks_out(capsys):
+    assert main(["doctor", "--report-only"]) == 0
+    said = capsys.readouterr().out
+    assert "backend cpu" in said
+    assert "check" not in said
+
+
 def test_doctor_finds_a_backend_that_disagrees(quick, monkeypatch, capsys):
     broken(monkeypatch, lambda solution: solution._replace(value=solution.value + 1e-3))
     assert main([]) == 1

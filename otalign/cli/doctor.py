@@ -54,13 +54,15 @@ class Check(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    parser.add_argument("--report-only", action="store_true", help="print what is there, and solve nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the report and the checks; 1 if a backend that should work does not."""
     for label, text in report():
         print(f"{label:<18} {text}", flush=True)
+    if getattr(arguments, "report_only", False):  # (without a command there are no options)
+        return 0
     healthy = True
     for name, reason in backends.available().items():
         if reason is None:
