@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -12,7 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import otalign
-from otalign.speech import OTRegLoss
+from otalign.speech import InnerAlignmentLoss, OTRegLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.speech_models import CASES
 
 ROWS, PLACEHOLDER, WORDS = 3, 19, 4
 
@@ -53,6 +58,8 @@ def batch(rank: int, empty: bool) -> dict[str, Tensor]:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, p in model.named_parameters():
+        if p.grad is None:
+            continue
         gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         found[name.removeprefix("module.")] = gradient.clone()
     return found
@@ -93,6 +100,29 @@ def check(start: Model, wrap: str, accumulate: str, empty_rank: int | None) -> N
         assert abs(metrics[key] - value) <= 1e-5 * max(1, abs(value)), (key, metrics, single_metrics)
 
 
+def check_language_model(wrap: str) -> None:
+    """Qwen2-Audio with its pass over the text inside the wrapped forward: both ranks have one batch, and its gradients."""
+    case, other = CASES["qwen2_audio"](), CASES["qwen2_audio"]()
+    criterion = InnerAlignmentLoss([0, 2])
+    otalign.attach(other.model, criterion)
+    other.model(**other.batch).loss.backward()
+    expected = gradients(other.model)
+
+    otalign.attach(case.model, criterion)
+    parallel: nn.Module
+    if wrap == "ddp":
+        parallel = DistributedDataParallel(case.model, find_unused_parameters=True)
+    else:
+        for layer in case.model.model.language_model.layers:
+            fully_shard(layer)
+        parallel = fully_shard(case.model)
+    parallel(**case.batch).loss.backward()
+    found = gradients(parallel)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -102,6 +132,7 @@ def main() -> None:
         for accumulate in ("mean", "tokens"):
             for empty_rank in (None, 0, dist.get_world_size() - 1):
                 check(start, wrap, accumulate, empty_rank)
+        check_language_model(wrap)
     dist.barrier()
     if dist.get_rank() == 0:
         print("all equal")

@@ -142,6 +142,7 @@ def test_off_in_evaluation_and_generation():
     identical(case.model(**case.batch, transcript_ids=torch.ones(2, 3).long()).loss, own)
     prompt = {k: v for k, v in case.batch.items() if k != "labels"}
     case.model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    case.model.train().generate(**prompt, max_new_tokens=2, do_sample=False)
     assert handle.metrics() == {}
     assert handle.step == 0
 

@@ -91,7 +91,8 @@ class Site:
             return None
         batch = _by_name(model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key != "transcript_ids"}
-        self.call = Call(batch, kwargs.get("output_hidden_states")) if model.training else None
+        trains = model.training and batch.get("past_key_values") is None  # generate() may be called in training mode too
+        self.call = Call(batch, kwargs.get("output_hidden_states")) if trains else None
         if self.call is not None and self.source is None:
             kwargs["output_hidden_states"] = self._wanted(self.call.asked)
         return args, kwargs
