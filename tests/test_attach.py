@@ -446,6 +446,8 @@ class Merged(nn.Module):
             "output and accuracy": (output, 0.5),
             "loss and statistics": (output.loss, {"loss": 1.0}, torch.tensor(2.0)),
             "dict": {"loss": output.loss, "logits": output.logits},
+            "loss": output.loss,
+            "logits": output.logits,
         }[self.gives]
 
 
@@ -454,7 +456,7 @@ def loss_of(output) -> Tensor:
     return output if isinstance(output, Tensor) else output["loss"] if isinstance(output, dict) else output.loss
 
 
-@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "dict"])
+@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "dict", "loss"])
 def test_models_with_masks_of_their_own(gives):
     torch.manual_seed(0)
     model = Merged(gives)
@@ -478,6 +480,15 @@ def test_models_with_masks_of_their_own(gives):
     handle.remove()
     identical(loss_of(model.train()(*arguments)), own)
     assert not model.llm._forward_hooks
+
+
+def test_a_model_without_a_loss_is_left_alone():
+    model = Merged("logits")
+    batch = torch.randn(2, 6, 5), None, torch.ones(2, 4).long(), torch.ones(2, 10).long()
+    own = model(*batch)
+    otalign.attach(model, OTRegLoss(), speech_mask_fn=lambda batch: batch["labels"] > 0, states_from=model.llm)
+    with pytest.warns(UserWarning, match="lacks a loss"):
+        identical(model(*batch), own)
 
 
 def test_a_model_without_hidden_states_is_told():

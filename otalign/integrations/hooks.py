@@ -91,7 +91,9 @@ class Site:
             return None
         batch = _by_name(model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key != "transcript_ids"}
-        trains = model.training and batch.get("past_key_values") is None  # generate() may be called in training mode too
+        trains = (
+            model.training and batch.get("past_key_values") is None
+        )  # generate() may be called in training mode too
         self.call = Call(batch, kwargs.get("output_hidden_states")) if trains else None
         if self.call is not None and self.source is None:
             kwargs["output_hidden_states"] = self._wanted(self.call.asked)
@@ -110,15 +112,15 @@ class Site:
         if loss is None:
             for addition in self.additions:
                 addition.missing("a loss: the model returned none, as it does without labels")
+            if call.states is None:
+                return None
         else:
             warn_of_means(model, call.batch, carrier, loss)
             for addition in self.additions:
                 added = addition.added(model, call)
                 loss = loss if added is None else loss + added.to(loss.dtype)
         dropped = {"hidden_states": None} if self.source is None and not call.asked else {}
-        changed = (
-            loss if carrier is not output and isinstance(carrier, Tensor) else _replaced(carrier, loss=loss, **dropped)
-        )
+        changed = loss if isinstance(carrier, Tensor) else _replaced(carrier, loss=loss, **dropped)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def before_source(
