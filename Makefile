@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo study test test-all sanitize lint bench gpu wheel clean
+.PHONY: help demo study test test-all sanitize lint docs bench gpu wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(READY)  ## ruff, mypy and clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+docs: $(READY)  ## the documentation as a site in out/site, links checked
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(READY)  ## the table of times against the alternatives
 	$(PY) benchmarks/run.py

@@ -72,7 +72,7 @@ class OTRegLoss(nn.Module):
     that the cost is a similarity, and that training starts without the regulariser. Everything else is our choice, and
     configurable: the cosine cost, uniform marginals, `reg`, and the two forms of the loss.
 
-    With the plan P, its frame weights a and the cost C, the loss of an item is
+    With the plan P and the cost C, the loss of an item is
 
     .. math:: \langle \mathrm{sg}(P), C \rangle \quad (\text{"cost"}), \qquad
               -\sum_{ij} \mathrm{sg}(P_{ij}) \log \mathrm{softmax}_j(\cos(x_i, y_j) / \tau) \quad (\text{"soft\_target"})
@@ -91,11 +91,11 @@ class OTRegLoss(nn.Module):
         temperature: of the softmax of `"soft_target"`.
         start_step: steps without the loss, as in the paper's first stage of plain fine-tuning.
         warmup_steps: steps over which the weight then rises linearly to `weight`.
+        count_calls: whether each call in training mode is a step; if not, `set_step` tells them.
         detach_text: whether the text embeddings are a constant to the gradient.
         cost, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
 
-    The schedule's step is a buffer, and so part of the state dict: a call in training mode counts one, unless `count_calls` is
-    False; then `set_step(n)` tells it, for example where gradients are accumulated.
+    The schedule's step is a buffer, and so part of the state dict.
 
     Where gradients are accumulated over batches of different sizes, or over processes, means of means are not the mean. In the
     call `sample_weight` gives each item a weight, such as its number of label tokens, and `normalizer` what their weighted

@@ -50,7 +50,10 @@ def siamese_pt(
     CTC's 1.
 
     Args:
-        speech: `(B, N, D)`. text: `(B, M, D)`. Lengths: `(B,)`; None = full.
+        speech: `(B, N, D)`.
+        text: `(B, M, D)`.
+        speech_lengths: `(B,)`; None = full.
+        text_lengths: likewise.
         position_weight: w.
         blur: in the unit of the distance.
         schedule: `"converged"` = the optimum, by the solver with `options` as in `sinkhorn_loss`; `"released"` = the loss
