@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -126,6 +127,12 @@ def test_weight_zero_and_removal_leave_the_model_alone(name):
     output = case.model(**case.batch)
     assert output.get("hidden_states") is None
     assert len(case.model(**case.batch, output_hidden_states=True).hidden_states) == 4
+    assert case.model(**case.batch, output_hidden_states=1).hidden_states[1] is not None
+    as_tuple = case.model(**case.batch, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == len(case.model.eval()(**case.batch, return_dict=False))
+    identical(as_tuple[0], own)
+    case.model.train()
 
     handle.remove()
     handle.remove()
@@ -339,6 +346,17 @@ def test_schedules():
     case.model(**case.batch)
     assert float(handle.current_weight()) == 1.0
     assert handle.step == 100
+
+
+def test_after_an_error_in_the_model_and_in_a_copy():
+    case = CASES["qwen2_audio"]()
+    otalign.attach(case.model, InnerAlignmentLoss([0, 1]))
+    expected = case.model(**case.batch).loss
+    with pytest.raises(Exception):  # noqa: B017 (whatever the model makes of it)
+        case.model(**case.batch | {"attention_mask": torch.ones(1, 1)})
+    identical(case.model(**case.batch).loss, expected)
+    twin = copy.deepcopy(case.model)
+    identical(twin(**case.batch).loss, expected)
 
 
 def test_nothing_is_kept_after_the_step():

@@ -28,6 +28,7 @@ class Call:
 
     batch: Batch
     asked: Any  # the caller's own output_hidden_states
+    as_tuple: bool  # the caller's return_dict=False
     states: Sequence[Tensor] | None = None
 
 
@@ -94,8 +95,13 @@ class Site:
         trains = (
             model.training and batch.get("past_key_values") is None
         )  # generate() may be called in training mode too
-        self.call = Call(batch, kwargs.get("output_hidden_states")) if trains else None
-        if self.call is not None and self.source is None:
+        if not trains:
+            self.call = None
+            return args, kwargs
+        self.call = Call(batch, kwargs.get("output_hidden_states"), kwargs.get("return_dict") is False)
+        if self.call.as_tuple:
+            kwargs["return_dict"] = True
+        if self.source is None:
             kwargs["output_hidden_states"] = self._wanted(self.call.asked)
         return args, kwargs
 
@@ -112,7 +118,7 @@ class Site:
         if loss is None:
             for addition in self.additions:
                 addition.missing("a loss: the model returned none, as it does without labels")
-            if call.states is None:
+            if isinstance(carrier, Tensor):
                 return None
         else:
             warn_of_means(model, call.batch, carrier, loss)
@@ -120,7 +126,9 @@ class Site:
                 added = addition.added(model, call)
                 loss = loss if added is None else loss + added.to(loss.dtype)
         dropped = {"hidden_states": None} if self.source is None and not call.asked else {}
-        changed = loss if isinstance(carrier, Tensor) else _replaced(carrier, loss=loss, **dropped)
+        changed: Any = loss if isinstance(carrier, Tensor) else _replaced(carrier, loss=loss, **dropped)
+        if call.as_tuple and hasattr(changed, "to_tuple"):
+            return changed.to_tuple()
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def before_source(
@@ -138,6 +146,8 @@ class Site:
         """All layers if the caller wants them all, else those that somebody wants."""
         if asked is True:
             return True
+        if isinstance(asked, int) and asked is not False:
+            asked = [asked]
         own = {layer for addition in self.additions for layer in addition.layers}
         return sorted(own | set(asked or ()))
 
