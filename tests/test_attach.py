@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import otalign
@@ -430,6 +431,61 @@ def test_placeholders_that_the_model_expands():
     otalign.attach(case.model, OTRegLoss())
     with pytest.raises(ValueError, match="expands placeholders by itself"):
         case.model(**batch)
+
+
+@pytest.mark.parametrize("layers", [[0], [0, 1]])
+def test_items_that_are_packed_in_a_row(layers):
+    """Told apart by position_ids; at the embeddings they are what they are in rows of their own."""
+    case = CASES["qwen2_audio"]()
+    criterion = OTRegLoss() if layers == [0] else InnerAlignmentLoss(layers)
+    handle = otalign.attach(case.model, criterion)
+    rows = case.batch["attention_mask"].bool()
+    packed = {key: value[rows][None] for key, value in case.batch.items() if value.shape == rows.shape}
+    packed["position_ids"] = (torch.arange(rows.shape[1]).expand_as(rows))[rows][None]
+    packed |= {key: value for key, value in case.batch.items() if key not in packed}
+    losses = []
+    for batch in (case.batch, packed):
+        together = case.model.train()(**batch).loss
+        losses.append(together - case.model.eval()(**batch).loss)
+    found = handle.metrics()
+    assert found["otalign/skipped"] == 0
+    if layers == [0]:
+        close(losses[1], losses[0], 1e-5)
+    assert losses[1] > 0
+    handle.remove()
+    otalign.attach(case.model.train(), criterion, transcript="transcript_ids")
+    with pytest.raises(ValueError, match="packed in a row"):
+        case.model(**packed, transcript_ids=torch.ones(1, 3).long())
+    # Positions that are given without packing change nothing.
+    expected = case.model(**case.batch, transcript_ids=torch.ones(2, 3).long()).loss
+    plain = case.batch | {"position_ids": torch.arange(rows.shape[1]).expand_as(rows)}
+    close(case.model(**plain, transcript_ids=torch.ones(2, 3).long()).loss, expected, 1e-6)
+
+
+def test_audio_that_is_not_attended_to_is_no_speech():
+    """Some collators add fake audio, under a mask of zeros, to rows without any."""
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
+    case.batch["attention_mask"][0, case.batch["input_ids"][0] == case.audio_token_id] = 0
+    case.model(**case.batch)
+    assert handle.metrics()["otalign/skipped"] == 1
+
+
+def test_nan_is_seen_in_the_metrics():
+    """Trainer's log shows a loss of NaN as 0."""
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, OTRegLoss())
+    case.batch["input_features"][0, 0, 0] = torch.nan
+    assert case.model(**case.batch).loss.isnan()
+    assert torch.tensor(handle.metrics()["otalign/loss"]).isnan()
+
+
+@pytest.mark.parametrize("kind", ["CsmConfig", "MoshiConfig", "KyutaiSpeechToTextConfig"])
+def test_codec_models_are_refused(kind):
+    model = nn.Linear(1, 1)
+    model.config = getattr(transformers, kind)()
+    with pytest.raises(ValueError, match="codec"):
+        otalign.attach(model, OTRegLoss())
 
 
 # Models that are not Hugging Face's --------------------------------------------------------------------------------------

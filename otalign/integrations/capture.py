@@ -235,19 +235,24 @@ class Attachment:
                 f"the model made {width} positions of the batch's {mask.shape[1]}: it expands placeholders by itself. Give it "
                 "batches whose placeholders are expanded, as its processor makes them, or a speech_mask_fn"
             )
-        positions, n = _front(mask)
         ids = self._transcript_ids(batch)
+        rows = Rows.of(batch, labels)
+        if rows.segments is not None and self._transcript != "labels":
+            raise ValueError(
+                "position_ids: several items are packed in a row, whose transcripts only labels can tell apart"
+            )
+        positions, n = _front(rows.apart(mask))
         kept = ids != IGNORED
         for token in self._left_out:
             kept = kept & (ids != token)
-        places, m = _front(kept)
-        ids = ids.gather(1, places)
+        places, m = _front(rows.apart(kept))
+        ids = rows.take(ids, places)
         if self._transcript == "labels" and self.layers == [0]:
-            text = {0: _at(states[0], places)}
+            text = {0: rows.take(states[0], places)}
         else:
             text = self._text(model, ids, m)
-        speech = {layer: _at(states[layer], positions) for layer in self.layers}
-        return Spans(speech, n, text, m, ids, (labels[:, 1:] != IGNORED).sum(1))
+        speech = {layer: rows.take(states[layer], positions) for layer in self.layers}
+        return Spans(speech, n, text, m, ids, rows.apart(labels != IGNORED)[:, 1:].sum(1))
 
     def _transcript_ids(self, batch: Batch) -> Tensor:
         if callable(self._transcript):
@@ -309,5 +314,37 @@ def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, lengths
 
 
-def _at(states: Tensor, positions: Tensor) -> Tensor:
-    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[2]))
+class Rows(NamedTuple):
+    """The rows of a batch, which are its items unless several are packed in one."""
+
+    segments: Tensor | None  # (B, S) number of each position's item in its row; None = one item a row
+    most: int = 1  # items in a row
+
+    @classmethod
+    def of(cls, batch: Batch, labels: Tensor) -> Rows:
+        """Read off `position_ids`, which begin at 0 with every item; that is waited for, if they are given."""
+        ids, attention = batch.get("position_ids"), batch.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+            return cls(None)
+        starts = ids == 0
+        if isinstance(attention, Tensor) and attention.shape == ids.shape:
+            starts = starts & attention.bool()
+        segments = (starts.cumsum(1) - 1).clamp(min=0)
+        most = int(segments.max()) + 1 if segments.numel() else 1
+        return cls(segments, most) if most > 1 else cls(None)
+
+    def apart(self, mask: Tensor) -> Tensor:
+        """A mask `(B, S)` as one of items, `(items, S)`."""
+        if self.segments is None:
+            return mask
+        own = self.segments[:, None] == torch.arange(self.most, device=mask.device)[:, None]
+        return (mask[:, None] & own).flatten(0, 1)
+
+    def take(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Of values `(B, S)` or `(B, S, D)` those at the positions `(items, T)`."""
+        if self.segments is not None:
+            row = torch.arange(len(values), device=values.device).repeat_interleave(self.most)
+            return values[row[:, None], positions]
+        if values.dim() == 2:
+            return values.gather(1, positions)
+        return values.gather(1, positions[..., None].expand(-1, -1, values.shape[2]))
