@@ -80,8 +80,9 @@ def attach(
     Raises:
         ValueError, TypeError: for a wrapped model, an unknown loss, or a model without a span of speech.
 
-    Example:
-        >>> handle = otalign.attach(model, otalign.speech.OTRegLoss(), weight=0.1)  # doctest: +SKIP
+    Example::
+
+        handle = otalign.attach(model, otalign.speech.OTRegLoss(), weight=0.1)
     """
     one_of("accumulate", accumulate, ACCUMULATIONS)
     one_of("on_missing", on_missing, MISSING)

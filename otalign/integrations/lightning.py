@@ -21,9 +21,10 @@ class OTAlignCallback(pl.Callback):
     Args:
         handle: of `otalign.attach`; several are given one after the other.
 
-    Example:
-        >>> handle = otalign.attach(module.model, otalign.speech.OTRegLoss(), weight=0.1)  # doctest: +SKIP
-        >>> trainer = lightning.Trainer(callbacks=[OTAlignCallback(handle)])  # doctest: +SKIP
+    Example::
+
+        handle = otalign.attach(module.model, otalign.speech.OTRegLoss(), weight=0.1)
+        trainer = lightning.Trainer(callbacks=[OTAlignCallback(handle)])
     """
 
     def __init__(self, *handles: Attachment) -> None:

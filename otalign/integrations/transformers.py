@@ -20,9 +20,10 @@ class OTAlignCallback(TrainerCallback):
     Args:
         handle: of `otalign.attach`; several are given one after the other.
 
-    Example:
-        >>> handle = otalign.attach(model, otalign.speech.OTRegLoss(), weight=0.1)  # doctest: +SKIP
-        >>> trainer = Trainer(model, ..., callbacks=[OTAlignCallback(handle)])  # doctest: +SKIP
+    Example::
+
+        handle = otalign.attach(model, otalign.speech.OTRegLoss(), weight=0.1)
+        trainer = Trainer(model, ..., callbacks=[OTAlignCallback(handle)])
     """
 
     def __init__(self, *handles: Attachment) -> None:
