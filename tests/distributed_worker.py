@@ -123,6 +123,27 @@ def check_language_model(wrap: str) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def check_a_rank_that_lacks_something() -> None:
+    """A rank without labels, or without transcripts, takes part in what the others wait for."""
+    rank, handles = dist.get_rank(), []
+    case = CASES["qwen2_audio"]()
+    handles.append(otalign.attach(case.model, OTRegLoss(), accumulate="mean", on_missing="ignore"))
+    parallel: nn.Module = DistributedDataParallel(case.model, find_unused_parameters=True)
+    own = {key: value for key, value in case.batch.items() if key != "labels" or rank == 0}
+    output = parallel(**own)
+    (output.loss if rank == 0 else 0 * output.logits.sum()).backward()
+
+    case = CASES["qwen2_audio"]()
+    options = {"transcript": "transcript_ids", "on_missing": "ignore"}
+    handles.append(otalign.attach(case.model, InnerAlignmentLoss([0, 2]), **options))
+    for layer in case.model.model.language_model.layers:
+        fully_shard(layer)
+    more = {"transcript_ids": case.batch["labels"]} if rank == 0 else {}
+    fully_shard(case.model)(**case.batch, **more).loss.backward()
+    for handle in handles:
+        assert bool(handle.metrics()) == (rank == 0)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -133,6 +154,7 @@ def main() -> None:
             for empty_rank in (None, 0, dist.get_world_size() - 1):
                 check(start, wrap, accumulate, empty_rank)
         check_language_model(wrap)
+    check_a_rank_that_lacks_something()
     dist.barrier()
     if dist.get_rank() == 0:
         print("all equal")

@@ -150,7 +150,8 @@ def test_off_in_evaluation_and_generation():
     identical(case.model(**case.batch, transcript_ids=torch.ones(2, 3).long()).loss, own)
     prompt = {k: v for k, v in case.batch.items() if k != "labels"}
     case.model.generate(**prompt, max_new_tokens=2, do_sample=False)
-    case.model.train().generate(**prompt, max_new_tokens=2, do_sample=False)
+    for use_cache in (True, False):
+        case.model.train().generate(**prompt, max_new_tokens=2, do_sample=False, use_cache=use_cache)
     assert handle.metrics() == {}
     assert handle.step == 0
 
@@ -181,6 +182,7 @@ def single_rows(case: Case) -> list[dict[str, Tensor]]:
 def test_a_model_that_ignores_the_number_of_labels_is_named():
     case = CASES["qwen2_audio"]()
     otalign.integrations.hooks._told_of_means.clear()
+    otalign.integrations.hooks._undecided.clear()
     otalign.attach(case.model, OTRegLoss())
     with pytest.warns(UserWarning, match="Qwen2AudioForConditionalGeneration ignores num_items_in_batch"):
         step(case, num_items_in_batch=torch.tensor(100))
@@ -358,6 +360,75 @@ def test_after_an_error_in_the_model_and_in_a_copy():
     identical(case.model(**case.batch).loss, expected)
     twin = copy.deepcopy(case.model)
     identical(twin(**case.batch).loss, expected)
+    more = otalign.attach(twin, OTRegLoss())  # beside the one that came with the copy
+    assert twin(**case.batch).loss > expected
+    assert more.metrics()["otalign/loss"] > 0
+    identical(case.model(**case.batch).loss, expected)
+
+
+def test_a_checkpoint_around_the_model_is_one_step():
+    """The second run has the first one's weight, and does not count."""
+    found = []
+    for around in (False, True):
+        case = CASES["qwen2_audio"]()
+        handle = otalign.attach(case.model, OTRegLoss(weight=100.0, warmup_steps=4))
+        anchor = torch.zeros((), requires_grad=True)
+
+        def forward(anchor, case=case):
+            return case.model(**case.batch).loss + 0 * anchor
+
+        run = torch.utils.checkpoint.checkpoint
+        (run(forward, anchor, use_reentrant=True) if around else forward(anchor)).backward()
+        assert handle.step == 1
+        found.append((gradients(case.model), handle.metrics()))
+    same_gradients(found[1][0], found[0][0])
+    assert found[0][1] == pytest.approx(found[1][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_words_and_no_token_to_begin_with(name):
+    """Released configurations have no bos_token_id; then the pass over the text has nothing at all."""
+    case = CASES[name]()
+    for config in (case.model.config, case.model.config.text_config):
+        config.bos_token_id = None
+    handle = otalign.attach(case.model, InnerAlignmentLoss([0, 2]))
+    case.model(**case.batch).loss.backward()
+    assert handle.metrics()["otalign/skipped"] == 0
+    case.batch["labels"][:] = -100
+    case.batch["labels"][:, -1] = END
+    _, found = step(case)
+    assert handle.metrics()["otalign/skipped"] == 2
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_losses_on_a_wrapper_and_on_what_is_inside():
+    import peft
+
+    case = CASES["qwen2_audio"]()
+    adapted = peft.get_peft_model(case.model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    inner = otalign.attach(case.model, OTRegLoss(), on_missing="raise", name="inner")
+    outer = otalign.attach(adapted, InnerAlignmentLoss([0, 2]), name="outer")
+    adapted(**case.batch).loss.backward()
+    assert inner.metrics()["inner/loss"] > 0
+    assert outer.metrics()["outer/loss"] > 0
+
+
+def test_labels_that_are_not_masked_on_the_speech():
+    case = CASES["voxtral"]()
+    handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
+    case.model(**case.batch)
+    expected = handle.metrics()["otalign/loss"]
+    speech = case.batch["input_ids"] == case.audio_token_id
+    case.batch["labels"] = torch.where(speech, case.batch["input_ids"], case.batch["labels"])
+    case.model(**case.batch)
+    assert handle.metrics()["otalign/loss"] == pytest.approx(expected)
+
+
+def test_hidden_states_that_the_configuration_asks_for():
+    case = CASES["qwen2_audio"]()
+    case.model.config.output_hidden_states = case.model.config.text_config.output_hidden_states = True
+    otalign.attach(case.model, OTRegLoss())
+    assert len(case.model(**case.batch).hidden_states) == 4
 
 
 def test_nothing_is_kept_after_the_step():
@@ -397,11 +468,17 @@ def test_bad_arguments():
         ({"on_missing": "log"}, "on_missing"),
         ({"transcript": "text"}, "transcript"),
         ({"layers": [-1]}, "layers"),
+        ({"audio_token_id": "<|AUDIO|>"}, "audio_token_id"),
         ({"layers": [0, 1]}, "InnerAlignmentLoss takes several"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             otalign.attach(case.model, **({"loss": OTRegLoss()} | options))
-    with pytest.raises(ValueError, match="attach to the model inside"):
+    assert not case.model._forward_hooks  # nothing is left of what failed
+    handle = otalign.attach(case.model, InnerAlignmentLoss([0, 9]))
+    with pytest.raises(ValueError, match="the model has 4 hidden states"):
+        case.model(**case.batch)
+    handle.remove()
+    with pytest.raises(ValueError, match="DataParallel runs copies"):
         otalign.attach(nn.DataParallel(case.model), OTRegLoss())
     case.batch = {k: v for k, v in case.batch.items() if k in ("input_ids", "attention_mask", "labels")}
     case.model.config.num_codebooks = 8

@@ -26,7 +26,7 @@ from .configuration import (
     special_tokens,
 )
 from .distributed import joined_mean_normalizer, processes
-from .hooks import Batch, Call, Missing, Site, site_of
+from .hooks import Batch, Call, Missing, Site, site_of, unobserved
 
 ACCUMULATIONS = ("tokens", "mean")
 MISSING = ("warn", "raise", "ignore")
@@ -101,19 +101,26 @@ def attach(
             raise ValueError(f"layers: the loss has {loss.layers}, got {wanted}")
     elif len(wanted) > 1:
         raise ValueError(f"layers: {type(loss).__name__} takes one; InnerAlignmentLoss takes several, got {wanted}")
+    if speech_mask_fn is None and (isinstance(audio_token_id, bool) or not isinstance(audio_token_id, int)):
+        raise TypeError(f"audio_token_id: expected an integer or 'auto', got {audio_token_id!r}")
+    left_out = frozenset(ignore_token_ids) | special_tokens(model)
+    if isinstance(audio_token_id, int):
+        left_out |= {audio_token_id}
+        speech_mask_fn = speech_mask_fn or Placeholder(audio_token_id)
+    assert speech_mask_fn is not None
     attachment = Attachment(
         loss=loss,
         weight=weight,
         layers=wanted,
         name=name,
         _site=site_of(model),
-        _speech_mask=speech_mask_fn or Placeholder(int(audio_token_id)),
+        _speech_mask=speech_mask_fn,
         _transcript=transcript,
-        _left_out=frozenset(ignore_token_ids) | special_tokens(model),
+        _left_out=left_out,
         _accumulate=accumulate,
         _on_missing=on_missing,
     )
-    attachment._site.add(attachment, states_from)
+    attachment._site.add(attachment, None if states_from is model else states_from)
     return attachment
 
 
@@ -153,12 +160,16 @@ class Attachment:
     step: int = 0
     _told: bool = field(default=False, repr=False)  # whether somebody sets the step
     _warned: bool = field(default=False, repr=False)
+    _counted_calls: bool | None = field(default=None, repr=False)  # what the loss did before somebody set the step
     _sums: Tensor | None = field(default=None, repr=False)  # of items, their loss, error and iterations; items left out
+    _last: tuple[Tensor, Tensor | int] | None = field(default=None, repr=False)  # weight and normaliser of the last run
 
     def set_step(self, step: int) -> None:
         """Tell the trainer's global step, which schedules follow from then on."""
         self.step, self._told = step, True
         if isinstance(self.loss, OTRegLoss):
+            if self._counted_calls is None:
+                self._counted_calls = self.loss.count_calls
             self.loss.count_calls = False
             self.loss.set_step(step)
 
@@ -192,37 +203,46 @@ class Attachment:
     def remove(self) -> None:
         """Take the loss off the model."""
         self._site.remove(self)
+        if isinstance(self.loss, OTRegLoss) and self._counted_calls is not None:
+            self.loss.count_calls = self._counted_calls
 
     def added(self, model: nn.Module, call: Call) -> Tensor | None:
         """What is added to the model's loss for this batch; None if the batch lacks something, of which the user hears."""
-        total = call.batch.get("num_items_in_batch") if self._accumulate == "tokens" else None
         try:
             spans = self._spans(model, call)
         except Missing as what:
-            self.missing(str(what))
-            self._normalizer(torch.zeros(1, device=self._site.device), total)  # the other processes wait for this one
+            self.absent(model, call, str(what))
             return None
         losses = self._items(spans)
         filled = (spans.speech_lengths > 0) & (spans.text_lengths > 0)
         shares = spans.label_counts if self._accumulate == "tokens" else torch.ones_like(spans.label_counts)
         shares = torch.where(filled, shares, 0).to(losses.loss.dtype)
-        loss = weighted_mean(losses.loss, filled, shares, self._normalizer(shares, total))
-        self._record(losses, filled)
-        weight = self.current_weight().to(loss.device, loss.dtype)
-        if not self._told:
-            self.step += 1
-            if isinstance(self.loss, OTRegLoss) and self.loss.count_calls:
-                self.loss.step += 1
-        return weight * loss
+        if self._last is not None and _recomputes():
+            weight, normalizer = self._last
+        else:
+            weight, normalizer = self.current_weight(), self._normalizer(shares, call)
+            self._last = weight, normalizer
+            self._record(losses, filled)
+            if not self._told:
+                self.step += 1
+                if isinstance(self.loss, OTRegLoss) and self.loss.count_calls:
+                    self.loss.step += 1
+        loss = weighted_mean(losses.loss, filled, shares, normalizer)
+        return weight.to(loss.device, loss.dtype) * loss
 
-    def missing(self, what: str) -> None:
-        """Say, as the user wished it, that a batch lacks something."""
+    def absent(self, model: nn.Module, call: Call, what: str) -> None:
+        """Say, as the user wished it, that a batch lacks something; and do what the other processes wait for."""
         message = f"no alignment loss for this batch, which lacks {what}"
         if self._on_missing == "raise":
             raise ValueError(message)
         if self._on_missing == "warn" and not self._warned:
             self._warned = True
             warnings.warn(message, stacklevel=2)
+        if processes() > 1 and not _recomputes():
+            if self.layers != [0]:  # parameters that are sharded are gathered by all at once
+                device = self._site.device
+                self._text(model, torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device))
+            self._normalizer(torch.zeros(1, device=self._site.device), call)
 
     def _spans(self, model: nn.Module, call: Call) -> Spans:
         batch, states = call.batch, call.states
@@ -230,6 +250,8 @@ class Attachment:
             raise Missing("hidden states: the output has none; states_from= names the submodule that makes them")
         if (labels := batch.get("labels")) is None:
             raise Missing("labels (label smoothing and custom losses take them out before the model sees them)")
+        if max(self.layers) >= len(states):
+            raise ValueError(f"layers: the model has {len(states)} hidden states, from 0 on; got {self.layers}")
         mask, width = self._speech_mask(batch), states[self.layers[0]].shape[1]
         if mask.shape[1] != width:
             raise ValueError(
@@ -244,6 +266,8 @@ class Attachment:
             )
         positions, n = _front(rows.apart(mask))
         kept = ids != IGNORED
+        if self._transcript == "labels":
+            kept = kept & ~mask
         for token in self._left_out:
             kept = kept & (ids != token)
         places, m = _front(rows.apart(kept))
@@ -265,22 +289,26 @@ class Attachment:
 
     def _text(self, model: nn.Module, ids: Tensor, lengths: Tensor) -> dict[int, Tensor]:
         """States of the transcript alone, behind the token that begins a text if the language model has one."""
+        width = ids.shape[1]
+        if not width:
+            ids = ids.new_zeros(len(ids), 1)  # models refuse sequences without a position
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         ids = torch.where(inside, ids, 0)
         constant = getattr(self.loss, "detach_text", True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
             if self.layers == [0]:
                 embed: Any = model.get_input_embeddings
-                return {0: embed()(ids) * embedding_scale(model)}
+                return {0: embed()(ids)[:, :width] * embedding_scale(model)}
             begin = first_token(model)
             if begin is not None:
                 ids = torch.cat([ids.new_full((len(ids), 1), begin), ids], 1)
                 inside = torch.cat([inside.new_ones(len(inside), 1), inside], 1)
-            with self._site.unobserved():
+            with unobserved():
                 output = model(
                     input_ids=ids, attention_mask=inside.long(), output_hidden_states=self.layers, use_cache=False
                 )
-        return {layer: output.hidden_states[layer][:, int(begin is not None) :] for layer in self.layers}
+        first = int(begin is not None)
+        return {layer: output.hidden_states[layer][:, first : first + width] for layer in self.layers}
 
     def _items(self, spans: Spans) -> ItemLosses:
         lengths = spans.speech_lengths, spans.text_lengths
@@ -293,10 +321,11 @@ class Attachment:
         options = {key: value for key, value in self.loss.options.items() if key != "reduction"}
         return item_losses(x, y.detach(), *lengths, **options)
 
-    def _normalizer(self, shares: Tensor, total: Tensor | int | None) -> Tensor | int:
+    def _normalizer(self, shares: Tensor, call: Call) -> Tensor | int:
         """What the weighted sum is divided by, so that the mean of the processes' gradients is that of the joined batch."""
+        total = call.batch.get("num_items_in_batch") if self._accumulate == "tokens" else None
         if total is not None:
-            return total.to(shares.device) if isinstance(total, Tensor) else total
+            return total.to(shares.device).clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
         return joined_mean_normalizer(shares)
 
     @torch.no_grad()
@@ -305,6 +334,11 @@ class Attachment:
         kept = [torch.where(filled, value.detach().double(), 0).sum() for value in values]
         sums = torch.stack([*kept, (~filled).sum().double()])
         self._sums = sums if self._sums is None else self._sums + sums
+
+
+def _recomputes() -> bool:
+    """Whether this is a second run of the same step, for a checkpoint around the model: then a backward pass is under way."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _front(mask: Tensor) -> tuple[Tensor, Tensor]:

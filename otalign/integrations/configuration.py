@@ -33,8 +33,10 @@ def expect_unwrapped(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: it is compiled, and hooks on it see nothing; attach first, then torch.compile")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ValueError(f"model: attach to the model inside {type(model).__name__}, which is its .module")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model: attach to the model inside DistributedDataParallel, which is its .module")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("model: DataParallel runs copies of a model that share its hooks; use DistributedDataParallel")
 
 
 def audio_token(model: nn.Module) -> int:

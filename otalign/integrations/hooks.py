@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +37,19 @@ class Addition(Protocol):
 
     def added(self, model: nn.Module, call: Call) -> Tensor | None: ...
 
-    def missing(self, what: str) -> None: ...
+    def absent(self, model: nn.Module, call: Call, what: str) -> None: ...
+
+
+class unobserved:
+    """A context in which models may be called without any site taking notice."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        unobserved.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        unobserved.depth -= 1
 
 
 class Site:
@@ -50,7 +60,6 @@ class Site:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.source: nn.Module | None = None  # the submodule whose states are taken; None = the model
         self.call: Call | None = None
-        self.closed = False
         self.device = torch.device("cpu")
 
     def open(self, model: nn.Module) -> None:
@@ -78,27 +87,23 @@ class Site:
                 handle.remove()
             self.handles, self.source = [], None
 
-    @contextmanager
-    def unobserved(self) -> Iterator[None]:
-        """The model may be called without this site taking notice."""
-        self.closed = True
-        try:
-            yield
-        finally:
-            self.closed = False
-
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self.closed:
+        if unobserved.depth:
             return None
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError("DataParallel runs copies of a model that share its hooks; use DistributedDataParallel")
         batch = _by_name(model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key != "transcript_ids"}
-        trains = (
-            model.training and batch.get("past_key_values") is None
-        )  # generate() may be called in training mode too
+        # generate() may be called in training mode too.
+        generates = batch.get("past_key_values") is not None
+        trains = model.training and not generates and (torch.is_grad_enabled() or batch.get("labels") is not None)
         if not trains:
             self.call = None
             return args, kwargs
-        self.call = Call(batch, kwargs.get("output_hidden_states"), kwargs.get("return_dict") is False)
+        asked = kwargs.get("output_hidden_states")
+        if asked is None:
+            asked = getattr(getattr(model, "config", None), "output_hidden_states", None)
+        self.call = Call(batch, asked, kwargs.get("return_dict") is False)
         if self.call.as_tuple:
             kwargs["return_dict"] = True
         if self.source is None:
@@ -106,7 +111,7 @@ class Site:
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.closed or self.call is None:
+        if unobserved.depth or self.call is None:
             return None
         call, self.call = self.call, None
         self.device = next((value.device for value in call.batch.values() if isinstance(value, Tensor)), self.device)
@@ -117,7 +122,7 @@ class Site:
         loss = carrier if isinstance(carrier, Tensor) and carrier.dim() == 0 else _get(carrier, "loss")
         if loss is None:
             for addition in self.additions:
-                addition.missing("a loss: the model returned none, as it does without labels")
+                addition.absent(model, call, "a loss: the model returned none, as it does without labels")
             if isinstance(carrier, Tensor):
                 return None
         else:
@@ -134,12 +139,12 @@ class Site:
     def before_source(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if self.closed or self.call is None or self.call.states is not None:
+        if unobserved.depth or self.call is None or self.call.states is not None:
             return None
         return args, {**kwargs, "output_hidden_states": self._wanted(kwargs.get("output_hidden_states"))}
 
     def after_source(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.closed and self.call is not None and self.call.states is None:
+        if not unobserved.depth and self.call is not None and self.call.states is None:
             self.call.states = _get(output, "hidden_states")
 
     def _wanted(self, asked: Any) -> Any:
@@ -152,16 +157,13 @@ class Site:
         return sorted(own | set(asked or ()))
 
 
-_sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-
-
 def site_of(model: nn.Module) -> Site:
-    """The model's hooks, put on if they are not there."""
-    site = _sites.get(model)
-    if site is None:
-        site = _sites[model] = Site()
-    if not site.handles:
-        site.open(model)
+    """The model's hooks, which a copy of the model has as well; put on if they are not there."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(site := getattr(hook, "__self__", None), Site):
+            return site
+    site = Site()
+    site.open(model)
     return site
 
 
@@ -187,20 +189,22 @@ def _replaced(output: Any, **values: Any) -> Any:
 
 
 _told_of_means: set[type] = set()
+_undecided: dict[type, int] = {}  # batches in which it could not be told
 
 
 @torch.no_grad()
 def warn_of_means(model: nn.Module, batch: Batch, output: Any, loss: Tensor) -> None:
     """Say once for a class if its own loss ignores `num_items_in_batch`, and so is too large under accumulation."""
     total, labels, logits = batch.get("num_items_in_batch"), batch.get("labels"), _get(output, "logits")
-    if type(model) in _told_of_means or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(model) in _told_of_means or _undecided.get(type(model), 0) >= 4:
         return
     if total is None or labels is None or logits is None or logits.shape[:2] != labels.shape:
         return
     counted = labels[:, 1:] != -100
     here, everywhere = int(counted.sum()), float(total)
     if here == 0 or abs(here - everywhere) < 0.05 * everywhere:
-        return  # the two cannot be told apart
+        _undecided[type(model)] = _undecided.get(type(model), 0) + 1  # looking costs a wait for the device
+        return
     _told_of_means.add(type(model))
     mean = F.cross_entropy(logits[:, :-1][counted].float(), labels[:, 1:][counted])
     if abs(float(loss) - float(mean)) < 0.01 * float(mean):

@@ -109,5 +109,5 @@ def weighted_mean(
     if normalizer is None:
         total = torch.where(filled, weights, 0).sum()
         normalizer = torch.where(total == 0, 1, total)
-    counted = filled & (weights != 0)  # a weight of zero keeps an item out, even one with NaN
+    counted = filled & (weights != 0)  # a weight of zero keeps an item out of the value, even one with NaN
     return torch.where(counted, weights * losses, 0).sum() / normalizer
