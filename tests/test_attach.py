@@ -539,6 +539,21 @@ def test_items_that_are_packed_in_a_row(layers):
     close(case.model(**plain, transcript_ids=torch.ones(2, 3).long()).loss, expected, 1e-6)
 
 
+def test_otreg_on_an_inner_layer(monkeypatch):
+    """The text's ids are as long as its states, also where nothing was cut off before, as on a GPU."""
+    case = CASES["voxtral"]()
+    losses = []
+    for cut in (True, False):
+        if not cut:
+            order = lambda mask: ((~mask).to(torch.uint8).argsort(dim=1, stable=True), mask.sum(1))  # noqa: E731
+            monkeypatch.setattr(otalign.integrations.capture, "_front", order)
+        handle = otalign.attach(case.model, OTRegLoss(), layers=[1])
+        case.model(**case.batch)
+        losses.append(handle.metrics()["otalign/loss"])
+        handle.remove()
+    assert losses[0] == pytest.approx(losses[1])
+
+
 def test_audio_that_is_not_attended_to_is_no_speech():
     """Some collators add fake audio, under a mask of zeros, to rows without any."""
     case = CASES["qwen2_audio"]()

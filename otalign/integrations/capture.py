@@ -240,8 +240,8 @@ class Attachment:
             warnings.warn(message, stacklevel=2)
         if processes() > 1 and not _recomputes():
             if self.layers != [0]:  # parameters that are sharded are gathered by all at once
-                device = self._site.device
-                self._text(model, torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device))
+                nothing = torch.zeros(1, dtype=torch.int64, device=self._site.device)
+                self._text(model, nothing[None], nothing)
             self._normalizer(torch.zeros(1, device=self._site.device), call)
 
     def _spans(self, model: nn.Module, call: Call) -> Spans:
@@ -276,6 +276,7 @@ class Attachment:
             text = {0: rows.take(states[0], places)}
         else:
             text = self._text(model, ids, m)
+            ids = ids[:, : text[self.layers[0]].shape[1]]
         speech = {layer: rows.take(states[layer], positions) for layer in self.layers}
         return Spans(speech, n, text, m, ids, rows.apart(labels != IGNORED)[:, 1:].sum(1))
 
@@ -299,6 +300,11 @@ class Attachment:
             if self.layers == [0]:
                 embed: Any = model.get_input_embeddings
                 return {0: embed()(ids)[:, :width] * embedding_scale(model)}
+            if (
+                not torch.compiler.is_compiling()
+            ):  # worth a wait for the device: the pass is as long as the longest text
+                width = max(lengths.tolist(), default=0)
+                ids, inside = ids[:, : max(width, 1)], inside[:, : max(width, 1)]
             begin = first_token(model)
             if begin is not None:
                 ids = torch.cat([ids.new_full((len(ids), 1), begin), ids], 1)
