@@ -155,7 +155,7 @@ def sign(found: Paired) -> list[str]:
 
 
 def gap(row: Row) -> float:
-    """Word error with speech, over the three tasks; that with text is given apart, and subtracted by nobody if it is 0."""
+    """Word error with speech, mean of the three tasks. With text it is a constant (0 here, see `frozen_table`)."""
     return float(np.mean([row[f"{task}_error"] for task in TASKS]))
 
 
@@ -296,7 +296,7 @@ def _draw_sets(ax: Axes, errors: Sequence[Row]) -> None:
     ax.set_yticks(range(len(names)), names, size=8)
     ax.invert_yaxis()
     ax.set_xlabel("words wrong, difference to training without, points, with 95 % intervals")
-    ax.set_title("all test voices, by the layers that are aligned", loc="left", size=10)
+    ax.set_title("all test voices, by layers aligned", loc="left", size=10)
     ax.legend(frameon=False, fontsize=8, ncols=len(TASKS), loc="lower right", bbox_to_anchor=(1, 1))
 
 

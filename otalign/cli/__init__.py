@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"otalign {otalign.__version__}")
-    top.set_defaults(run=doctor.run, command="doctor")
+    top.set_defaults(run=doctor.run, command="doctor", report_only=False)
     commands = top.add_subparsers(title="commands", metavar="COMMAND")
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]

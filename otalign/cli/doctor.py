@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the report and the checks; 1 if a backend that should work does not."""
     for label, text in report():
         print(f"{label:<18} {text}", flush=True)
-    if getattr(arguments, "report_only", False):  # (without a command there are no options)
+    if arguments.report_only:
         return 0
     healthy = True
     for name, reason in backends.available().items():

@@ -16,17 +16,9 @@ from ..modules import SinkhornLoss
 from ..problem import one_of
 from ..speech import InnerAlignmentLoss, OTRegLoss
 from ..speech.states import weighted_mean
-from .configuration import (
-    IGNORED,
-    Placeholder,
-    audio_token,
-    embedding_scale,
-    expect_unwrapped,
-    first_token,
-    special_tokens,
-)
+from .configuration import Placeholder, audio_token, embedding_scale, expect_unwrapped, first_token, special_tokens
 from .distributed import joined_mean_normalizer, processes
-from .hooks import Batch, Call, Missing, Site, site_of, unobserved
+from .hooks import IGNORED, Batch, Call, Missing, Site, site_of, unobserved
 
 ACCUMULATIONS = ("tokens", "mean")
 MISSING = ("warn", "raise", "ignore")
@@ -93,14 +85,6 @@ def attach(
         one_of("transcript", transcript, ("labels", "transcript_ids"))
     if speech_mask_fn is None and audio_token_id == "auto":
         audio_token_id = audio_token(model)
-    wanted = list(layers) if layers is not None else list(getattr(loss, "layers", [0]))
-    if not wanted or min(wanted) < 0:
-        raise ValueError(f"layers: expected numbers >= 0, got {wanted}")
-    if isinstance(loss, InnerAlignmentLoss):
-        if wanted != loss.layers:
-            raise ValueError(f"layers: the loss has {loss.layers}, got {wanted}")
-    elif len(wanted) > 1:
-        raise ValueError(f"layers: {type(loss).__name__} takes one; InnerAlignmentLoss takes several, got {wanted}")
     if speech_mask_fn is None and (isinstance(audio_token_id, bool) or not isinstance(audio_token_id, int)):
         raise TypeError(f"audio_token_id: expected an integer or 'auto', got {audio_token_id!r}")
     left_out = frozenset(ignore_token_ids) | special_tokens(model)
@@ -111,7 +95,7 @@ def attach(
     attachment = Attachment(
         loss=loss,
         weight=weight,
-        layers=wanted,
+        layers=_layers(loss, layers),
         name=name,
         _site=site_of(model),
         _speech_mask=speech_mask_fn,
@@ -122,6 +106,19 @@ def attach(
     )
     attachment._site.add(attachment, None if states_from is model else states_from)
     return attachment
+
+
+def _layers(loss: nn.Module, layers: Sequence[int] | None) -> list[int]:
+    """Those that are asked for, which the loss has to be able to take."""
+    wanted = list(layers) if layers is not None else list(getattr(loss, "layers", [0]))
+    if not wanted or min(wanted) < 0:
+        raise ValueError(f"layers: expected numbers >= 0, got {wanted}")
+    if isinstance(loss, InnerAlignmentLoss):
+        if wanted != loss.layers:
+            raise ValueError(f"layers: the loss has {loss.layers}, got {wanted}")
+    elif len(wanted) > 1:
+        raise ValueError(f"layers: {type(loss).__name__} takes one; InnerAlignmentLoss takes several, got {wanted}")
+    return wanted
 
 
 class Spans(NamedTuple):
@@ -300,9 +297,8 @@ class Attachment:
             if self.layers == [0]:
                 embed: Any = model.get_input_embeddings
                 return {0: embed()(ids)[:, :width] * embedding_scale(model)}
-            if (
-                not torch.compiler.is_compiling()
-            ):  # worth a wait for the device: the pass is as long as the longest text
+            if not torch.compiler.is_compiling():
+                # A wait for the device, for a pass that is as long as the longest text and not as the whole sequence.
                 width = max(lengths.tolist(), default=0)
                 ids, inside = ids[:, : max(width, 1)], inside[:, : max(width, 1)]
             begin = first_token(model)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .hooks import Batch, Missing
 
-IGNORED = -100  # the label of what is not to be predicted, in every trainer
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "speech_token_id", "speech_token_index")
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IGNORED = -100  # the label of what is not to be predicted, in every trainer
 Batch = Mapping[str, Any]  # what the model's forward is called with
 
 
@@ -200,7 +201,7 @@ def warn_of_means(model: nn.Module, batch: Batch, output: Any, loss: Tensor) -> 
         return
     if total is None or labels is None or logits is None or logits.shape[:2] != labels.shape:
         return
-    counted = labels[:, 1:] != -100
+    counted = labels[:, 1:] != IGNORED
     here, everywhere = int(counted.sum()), float(total)
     if here == 0 or abs(here - everywhere) < 0.05 * everywhere:
         _undecided[type(model)] = _undecided.get(type(model), 0) + 1  # looking costs a wait for the device

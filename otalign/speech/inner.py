@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import ItemLosses, item_losses
 from ..prior import Prior
-from .states import States, by_layer, lengths_of, repeated, stacked, weighted_mean
+from .states import States, by_layer, filled, repeated, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -77,10 +77,12 @@ class InnerAlignmentLoss(nn.Module):
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
         losses = self.items(speech_states, text_states, speech_lengths, text_lengths).loss
-        x, y = (by_layer(name, s)[self.layers[0]] for name, s in (("speech", speech_states), ("text", text_states)))
-        filled = lengths_of("speech_lengths", x, speech_lengths) > 0
-        filled = filled & (lengths_of("text_lengths", y, text_lengths) > 0)
-        return weighted_mean(losses, filled, sample_weight, normalizer)
+        x, y = (
+            by_layer(name, s)[self.layers[0]]
+            for name, s in (("speech_states", speech_states), ("text_states", text_states))
+        )
+        counted = filled(x, y, speech_lengths, text_lengths)
+        return weighted_mean(losses, counted, sample_weight, normalizer)
 
     def items(
         self,

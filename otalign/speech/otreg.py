@@ -13,7 +13,7 @@ from ..functional import ItemLosses, item_losses, solve
 from ..layout import padded_segments
 from ..prior import Prior
 from ..problem import one_of
-from .states import clean, inside, lengths_of, products, unit, weighted_mean
+from .states import clean, filled, inside, lengths_of, products, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
@@ -167,9 +167,8 @@ class OTRegLoss(nn.Module):
         if self.training and self.count_calls:
             self.step += 1
         losses = self.items(speech, text, speech_lengths, text_lengths, text_ids).loss
-        filled = lengths_of("speech_lengths", speech, speech_lengths) > 0
-        filled = filled & (lengths_of("text_lengths", text, text_lengths) > 0)
-        loss = weighted_mean(losses, filled, sample_weight, normalizer)
+        counted = filled(speech, text, speech_lengths, text_lengths)
+        loss = weighted_mean(losses, counted, sample_weight, normalizer)
         return weight.to(loss.device, loss.dtype) * loss
 
     def items(

@@ -89,6 +89,12 @@ def means(values: Tensor, mask: Tensor) -> Tensor:
     return clean(values, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def filled(x: Tensor, y: Tensor, speech_lengths: Tensor | None, text_lengths: Tensor | None) -> Tensor:
+    """True for the items that have both speech and text: `(B,)`."""
+    n, m = lengths_of("speech_lengths", x, speech_lengths), lengths_of("text_lengths", y, text_lengths)
+    return (n > 0) & (m > 0)
+
+
 def weighted_mean(
     losses: Tensor, filled: Tensor, sample_weight: Tensor | None, normalizer: Tensor | float | None
 ) -> Tensor:
