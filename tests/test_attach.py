@@ -406,7 +406,7 @@ def test_losses_on_a_wrapper_and_on_what_is_inside():
     case = CASES["qwen2_audio"]()
     adapted = peft.get_peft_model(case.model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     inner = otalign.attach(case.model, OTRegLoss(), on_missing="raise", name="inner")
-    outer = otalign.attach(adapted, InnerAlignmentLoss([0, 2]), name="outer")
+    outer = otalign.attach(adapted, InnerAlignmentLoss([0, 2], detach_text=False), name="outer")
     adapted(**case.batch).loss.backward()
     assert inner.metrics()["inner/loss"] > 0
     assert outer.metrics()["outer/loss"] > 0
