@@ -118,6 +118,9 @@ def layers(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if other is not None:
         other.set_ylabel(", ".join(right) + " (dashed)")
+        # The right axes came last and would be drawn over the legend.
+        ax.set_zorder(other.get_zorder() + 1)
+        ax.patch.set_visible(False)
     drawn = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
     ax.legend(drawn, [str(line.get_label()) for line in drawn], frameon=False)
     return ax

@@ -446,6 +446,26 @@ def test_nothing_is_kept_after_the_step():
     assert model() is None
 
 
+def test_nothing_is_kept_of_a_forward_that_fails():
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, InnerAlignmentLoss([0, 1]))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = case.model.get_output_embeddings().register_forward_hook(fail)
+    batch = {key: value.clone() for key, value in case.batch.items()}
+    ids = weakref.ref(batch["input_ids"])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        case.model(**batch)
+    del batch
+    gc.collect()
+    assert ids() is None
+    hook.remove()
+    case.model(**case.batch)
+    assert handle.metrics()["otalign/loss"] > 0
+
+
 def test_missing_parts():
     case = CASES["qwen2_audio"]()
     handle = otalign.attach(case.model, OTRegLoss())

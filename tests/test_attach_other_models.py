@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ class Decoder(nn.Module):
         return SimpleNamespace(loss=loss, logits=logits, hidden_states=hidden if output_hidden_states else None)
 
 
+class Returned(NamedTuple):
+    loss: Tensor
+    logits: Any
+
+
 class Merged(nn.Module):
     """Speech in front of the text, as SLAM-LLM and Ultravox merge them; `gives` says what is returned."""
 
@@ -42,6 +48,7 @@ class Merged(nn.Module):
             "output": output,
             "output and accuracy": (output, 0.5),
             "loss and statistics": (output.loss, {"loss": 1.0}, torch.tensor(2.0)),
+            "named tuple": Returned(output.loss, output.logits),
             "dict": {"loss": output.loss, "logits": output.logits},
             "loss": output.loss,
             "logits": output.logits,
@@ -53,7 +60,7 @@ def loss_of(output) -> Tensor:
     return output if isinstance(output, Tensor) else output["loss"] if isinstance(output, dict) else output.loss
 
 
-@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "dict", "loss"])
+@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "named tuple", "dict", "loss"])
 def test_models_with_masks_of_their_own(gives):
     torch.manual_seed(0)
     model = Merged(gives)

@@ -74,6 +74,7 @@ def test_layers():
     left, right = ax.figure.axes
     assert left.get_lines()[0].get_ydata() == pytest.approx(curves["cosine"])
     assert right.get_lines()[0].get_ydata() == pytest.approx(curves["distance"].mean(1))
+    assert left.get_zorder() > right.get_zorder()  # the legend is the left one's
 
 
 def test_potentials_padded_and_packed():

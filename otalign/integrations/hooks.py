@@ -67,6 +67,7 @@ class Site:
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, with_kwargs=True),
+            model.register_forward_hook(self.release, always_call=True),
         ]
 
     def add(self, addition: Addition, source: nn.Module | None) -> None:
@@ -135,7 +136,14 @@ class Site:
         changed: Any = loss if isinstance(carrier, Tensor) else _replaced(carrier, loss=loss, **dropped)
         if call.as_tuple and hasattr(changed, "to_tuple"):
             return changed.to_tuple()
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        if not isinstance(output, tuple):
+            return changed
+        return type(output)._make((changed, *output[1:])) if hasattr(output, "_make") else (changed, *output[1:])
+
+    def release(self, *_: object) -> None:
+        """Keep no batch when the forward has failed."""
+        if not unobserved.depth:
+            self.call = None
 
     def before_source(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
