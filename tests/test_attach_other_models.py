@@ -60,7 +60,9 @@ def loss_of(output) -> Tensor:
     return output if isinstance(output, Tensor) else output["loss"] if isinstance(output, dict) else output.loss
 
 
-@pytest.mark.parametrize("gives", ["output", "output and accuracy", "loss and statistics", "named tuple", "dict", "loss"])
+@pytest.mark.parametrize(
+    "gives", ["output", "output and accuracy", "loss and statistics", "named tuple", "dict", "loss"]
+)
 def test_models_with_masks_of_their_own(gives):
     torch.manual_seed(0)
     model = Merged(gives)

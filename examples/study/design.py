@@ -57,7 +57,7 @@ class Design:
     test_texts: int = 50
 
     checkpoints: tuple[int, ...] = (125, 250, 500)  # steps of an adapter at which it is measured
-    weights: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    weights: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     choosing_seeds: tuple[int, ...] = (100, 101)
     seeds: tuple[int, ...] = tuple(range(8))
     layer_seeds: tuple[int, ...] = tuple(range(6))  # for AI-STA's layers
