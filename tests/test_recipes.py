@@ -42,6 +42,35 @@ def test_siamese_pt_is_geomloss(weight, scaling):
         close(actual, right, 1e-8)
 
 
+def test_siamese_pt_with_the_norms_as_weights():
+    """ZeroSwot's other choice, in both schedules."""
+    b = batch()
+    loss = recipes.siamese_pt(*b, schedule="released", a="norm", b="norm", reduction="none")
+    original = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.05, backend="tensorized")
+    optimum = recipes.siamese_pt(*b, a="norm", b="norm", reduction="none", tol=1e-8)
+    norms = b.x.norm(dim=2), b.y.norm(dim=2)
+    close(recipes.siamese_pt(*b, schedule="released", a=norms[0], b=norms[1], reduction="none"), loss, 1e-12)
+    for k, (x, y) in enumerate(b.items()):
+        weighted = (
+            (t.norm(dim=1) / t.norm(dim=1).sum(), torch.cat([t, positions(len(t))[:, None]], 1)) for t in (x, y)
+        )
+        (a, x), (b_, y) = weighted
+        close(loss[k], original(a, x, b_, y), 1e-9)
+        close(loss[k], optimum[k], 0.2)
+    with pytest.raises(TypeError, match="tol: for schedule='converged' only"):
+        recipes.siamese_pt(*b, schedule="released", tol=1e-8)
+    with pytest.raises(ValueError, match="a: expected shape"):
+        recipes.siamese_pt(*b, schedule="released", a=norms[1])
+
+
+def test_recipes_of_no_points():
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 0, 4)
+    assert recipes.otalign(x, y).shape == (2, 3, 0)
+    close(recipes.mixup(x, y, torch.zeros(2, 3, 0), p=1.0), x, 0)
+    with pytest.raises(ValueError, match="steps: expected at least 1"):
+        recipes.ipot(x, x, steps=0)
+
+
 def test_siamese_pt_converges_to_geomloss():
     """The finer its schedule, the closer is the original to the optimum that the solver finds."""
     b = batch()
@@ -69,6 +98,10 @@ def test_zeroswot_is_a_sum_of_layers():
     expected = sum(0.1285 * recipes.siamese_pt(xs[k], ys[k], n, m, position_weight=10.0) for k in (0, 2))
     close(loss, expected, 1e-10)
     assert torch.autograd.grad(loss, xs, allow_unused=True)[1] is None
+    for reduction in ("sum", "none"):
+        found = recipes.zeroswot(xs, ys, n, m, layers=[0, 2], reduction=reduction)
+        parts = [recipes.siamese_pt(xs[k], ys[k], n, m, position_weight=10.0, reduction=reduction) for k in (0, 2)]
+        close(found, 0.1285 * sum(parts), 1e-10)
     with pytest.raises(ValueError, match="speech_states: expected layers"):
         recipes.zeroswot(xs, ys, n, m, layers=[7])
 
@@ -84,9 +117,10 @@ def test_cmot_is_a_nearest_neighbour(cost, window):
         total, plan = 0.0, torch.zeros_like(found.plan[k])
         for i in range(len(x)):
             near = [j for j in range(len(y)) if window is None or abs(j - i * len(y) / len(x)) <= window]
-            best = min(near, key=lambda j: float(C[i, j])) if near else 0
-            plan[i, best] = a[i]
-            total += float(a[i] * C[i, best]) if near else 0.0
+            if near:  # a frame without a token sends nothing
+                best = min(near, key=lambda j: float(C[i, j]))
+                plan[i, best] = a[i]
+                total += float(a[i] * C[i, best])
         close(found.loss[k], torch.tensor(total, dtype=torch.float64), 1e-6)
         close(found.plan[k], plan, 1e-12)
 

@@ -193,6 +193,24 @@ def test_otreg_bad_arguments():
         OTRegLoss()(speech, text, sample_weight=torch.ones(2))
     with pytest.raises(ValueError, match="text_ids: expected shape"):
         OTRegLoss()(speech, text, text_ids=torch.ones(1, 2).long())
+    with pytest.raises(TypeError, match=r"text_ids: expected a torch.Tensor, got list"):
+        OTRegLoss()(speech, text, text_ids=[[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    "method", [OTRegLoss(), recipes.cmot, intervene], ids=lambda m: getattr(m, "__name__", "otreg")
+)
+def test_errors_name_the_arguments_of_the_call(method):
+    speech, text = torch.randn(2, 4, 3), torch.randn(2, 3, 3)
+    for arguments, message in (
+        ((speech[0], text), r"speech: expected a tensor of shape \(B, N, D\), got \(4, 3\)"),
+        ((speech, text[:, :, :2]), "text: expected 2 items of dimension 3"),
+        ((speech, text[:1]), "text: expected 2 items"),
+        ((speech, text, torch.tensor([5, 1])), "speech_lengths"),
+        ((speech, text, None, torch.tensor([1, 2, 3])), "text_lengths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method(*arguments)
 
 
 @pytest.mark.parametrize("form", ["cost", "soft_target"])
@@ -295,6 +313,35 @@ def test_zero_states_and_no_frames():
     assert alignment_path_score(torch.zeros(1, 0, 4), text).score.isnan().all()
 
 
+def test_sizes_of_states_do_not_matter_to_cosines():
+    """Beyond the range whose squares float32 can hold; and in float16, whose range is small."""
+    xs, ys, n, m = states(1)
+    expected = sequence_similarity(xs, ys, n, m)
+    soft = OTRegLoss(form="soft_target", tol=0)
+    for size in (1e-30, 1e25):
+        small = [xs[0] * size], [ys[0] * size], n, m
+        close(sequence_similarity(*small), expected, 1e-5)
+        close(soft(small[0][0], ys[0], n, m), soft(xs[0], ys[0], n, m), 1e-5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_an_item_that_is_not_finite_is_alone_so(metric):
+    xs, ys, n, m = states(2)
+    expected = alignment_path_score(xs, ys, n, m, metric=metric)
+    for value in (math.nan, math.inf):
+        broken = xs[0].clone()
+        broken[2, 1, 0] = value
+        found = alignment_path_score([broken, xs[1]], ys, n, m, metric=metric)
+        assert found.score[2].isnan() or found.score[2].isinf()
+        mates = [0, 1, 3, 4]
+        for actual, right in ((found.score, expected.score), *zip(found[1:], expected[1:], strict=True)):
+            identical(actual[..., mates, :] if actual.dim() == 3 else actual[..., mates],
+                      right[..., mates, :] if right.dim() == 3 else right[..., mates])  # fmt: skip
+        if math.isnan(value):
+            assert found.monotonicity[0, 2].isnan()
+            assert found.consistency[0, 2].isnan()
+
+
 def test_sequence_similarity():
     xs, ys, n, m = states()
     for metric in ("cosine", "euclidean"):
@@ -308,11 +355,12 @@ def test_sequence_similarity():
                 close(found[layer, item], F.cosine_similarity(p, q, 0) if metric == "cosine" else (p - q).norm(), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_memory_of_a_path(metric):
+def test_memory_of_a_path(metric, dtype):
     """One layer's similarities at a time, and no copy of the states."""
-    B, N, M, D, L = 4, 256, 128, 512, 6
-    xs, ys = ([torch.randn(B, size, D) for _ in range(L)] for size in (N, M))
+    B, N, M, D, L = 16, 300, 100, 1024, 3
+    xs, ys = ([torch.randn(B, size, D, dtype=dtype) for _ in range(L)] for size in (N, M))
     with torch.profiler.profile(profile_memory=True) as profile:
         alignment_path_score(xs, ys, metric=metric)
     peak = held = 0
@@ -338,6 +386,16 @@ def test_projections():
     assert not length_normalize(torch.zeros(5, 7), text).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_projections_of_wide_states(dtype):
+    """Norms whose squares are beyond float16."""
+    speech, text = (4 * torch.randn(5, 4096)).to(dtype), (6 * torch.randn(5, 4096)).to(dtype)
+    for function in (angle_project, length_normalize):
+        found = function(speech, text)
+        assert found.dtype == dtype
+        close(found.double(), function(speech.double(), text.double()), 1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("worst", [1, 3, None])
 @pytest.mark.parametrize("kind", ["angle", "length"])
@@ -354,6 +412,21 @@ def test_interventions(kind, worst, dtype):
                 frame = found.path[0, item, token]
                 expected[frame] = function(xs[0][item, frame], ys[0][item, token])
         close(moved[item], expected, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_interventions_without_frames_and_their_gradient():
+    assert intervene(torch.randn(1, 0, 4), torch.randn(1, 3, 4)).shape == (1, 0, 4)
+    identical(intervene(speech := torch.randn(1, 3, 4), torch.randn(1, 0, 4)), speech)
+    xs, ys, n, m = states(1, dtype=torch.float64)
+    x, y = xs[0].requires_grad_(), ys[0].requires_grad_()
+    moved = intervene(x, y, n, m, worst=None)
+    torch.where(torch.arange(x.shape[1])[:, None] < n[:, None, None], moved, 0).square().sum().backward()
+    path = alignment_path(x, y, n, m).path[0]
+    for item in range(5):
+        on_path = set(path[item].tolist()) - {-1}
+        for frame in range(int(n[item])):  # the norm stays, so that this gradient is what the others have
+            close(x.grad[item, frame], 2 * x.detach()[item, frame], 1e-10, f"{item} {frame} {frame in on_path}")
+    assert y.grad.isfinite().all()
 
 
 def tiny_llama() -> transformers.LlamaForCausalLM:
@@ -467,6 +540,26 @@ def test_retrieval_without_a_difference():
     assert found.recall_at_1.item() == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_retrieval_of_what_is_not_finite(value):
+    """No layer looks good because it is broken."""
+    xs, ys, n, m = states(3, [5] * 8, [3] * 8)
+    xs[1][2, 1, 0] = value
+    found = retrieval_scores(xs, ys, n, m)
+    expected = retrieval_scores([xs[0], xs[2]], [ys[0], ys[2]], n, m)
+    for actual, right in zip(found, expected, strict=True):
+        assert actual[1].isnan()
+        close(actual[[0, 2]], right, 0)
+    assert 1 not in select_layers(found, 2)
+
+
+def test_retrieval_of_nothing():
+    assert [tuple(score.shape) for score in RetrievalCorpus().compute()] == [(0,)] * 4
+    xs, ys, *_ = states(2)
+    nothing = torch.zeros(5, dtype=torch.int64)
+    assert all(score.isnan().all() for score in retrieval_scores(xs, ys, nothing, nothing))
+
+
 def test_select_layers():
     assert select_layers([0.1, 0.9, 0.5], 2) == [1, 2]
     assert select_layers([0.1, 0.9, 0.5], 2, always=(0,)) == [0, 1]
@@ -474,6 +567,10 @@ def test_select_layers():
     xs, ys, n, m = states(4)
     scores = retrieval_scores(xs, ys, n, m)
     assert select_layers(scores, 1) == [int(scores.mrr.argmax())]
+    named = retrieval_scores({9: xs[0], 4: ys[1]}, {9: ys[0], 4: ys[1]}, m, m)
+    assert named.layers == (9, 4)
+    assert select_layers(named, 1) == [4]
+    assert select_layers([math.nan, 0.5, 0.9], 3) == [2, 1, 0]
     with pytest.raises(ValueError, match="always"):
         select_layers([0.1], 1, always=(3,))
     with pytest.raises(ValueError, match="k: expected a number from 1 to 2"):
@@ -500,6 +597,18 @@ def test_inner_alignment_is_a_sum_over_layers(weights):
     assert [g is None for g in actual] == [False, True, False, True]
     for layer in (0, 2):
         close(actual[layer], right[layer], 1e-10)
+    # Layers that were not computed, as transformers gives them; numbers from the end; weights by number.
+    some = [xs[0], None, xs[2], None], [ys[0], None, ys[2], None], n, m
+    identical(InnerAlignmentLoss([2, 0], layer_weights=weights, reg=0.1, tol=0)(*some), loss)
+    identical(InnerAlignmentLoss([-2, -4], layer_weights=weights, reg=0.1, tol=0)(*some), loss)
+    by_number = {0: shares[1], 2: shares[0]}
+    identical(InnerAlignmentLoss([2, 0], layer_weights=by_number, reg=0.1, tol=0)(xs, ys, n, m), loss)
+    with pytest.raises(ValueError, match=r"layer_weights: expected the layers \[2, 0\]"):
+        InnerAlignmentLoss([2, 0], layer_weights={0: 0.5, 1: 0.5})
+    with pytest.raises(ValueError, match="layers: expected a sequence"):
+        InnerAlignmentLoss(0)
+    with pytest.raises(ValueError, match=r"text_states\[2\]: expected 5 items"):
+        criterion(xs, [y[:4] for y in ys])
 
 
 def test_inner_alignment_makes_one_solve(monkeypatch):

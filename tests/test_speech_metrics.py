@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from otalign.speech import RetrievalCorpus, alignment_path_score, retrieval_scores, sequence_similarity
+import otalign
+from otalign.speech import RetrievalCorpus, alignment_path_score, retrieval_scores, select_layers, sequence_similarity
 from otalign.speech.metrics import AlignmentPathMetric, RetrievalMetric
 
 from .problems import close, draw
@@ -55,6 +56,24 @@ def test_over_batches():
     assert metrics[0].compute().score.isnan()
 
 
+def test_one_layer():
+    """Of which torchmetrics makes scalars."""
+    retrieval = RetrievalMetric()
+    xs, ys, n, m = data()
+    retrieval.update(xs[:1], ys[:1], n, m)
+    found = retrieval.compute()
+    close(found.mrr, retrieval_scores(xs[0], ys[0], n, m).mrr[0], 1e-6)
+    assert select_layers(found, 1) == [0]
+    with pytest.raises(ValueError, match=r"expected \(L, D\) \[1, 8\] as before"):
+        retrieval.update(xs, ys, n, m)
+
+
+def test_the_classes_are_where_one_looks():
+    assert otalign.speech.metrics.RetrievalMetric is otalign.speech.RetrievalMetric is RetrievalMetric
+    with pytest.raises(AttributeError, match="no attribute 'RetrievalMetrics'"):
+        otalign.speech.RetrievalMetrics  # noqa: B018
+
+
 def process(rank: int, world: int, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     metrics = AlignmentPathMetric(layers=3), RetrievalMetric(), RetrievalCorpus()
@@ -62,6 +81,11 @@ def process(rank: int, world: int, port: int) -> None:
     mine = [[[0, 1, 2], [3]], [[4], [5, 6, 7, 8, 9, 10, 11]]][rank]
     fill(mine, *metrics)
     check(*metrics)
+    # A process that has had no batch.
+    metrics = AlignmentPathMetric(layers=3), RetrievalMetric(), RetrievalCorpus()
+    fill([[*range(ITEMS)]] if rank == 0 else [], *metrics)
+    check(*metrics)
+    dist.barrier()
     dist.destroy_process_group()
 
 

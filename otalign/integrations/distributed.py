@@ -6,10 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def processes() -> int:
-    """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from ..speech.retrieval import processes
 
 
 @torch.no_grad()

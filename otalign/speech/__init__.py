@@ -1,5 +1,8 @@
 """What papers on spoken language models do with alignment, on top of the solver: losses, scores and interventions."""
 
+import importlib
+from typing import Any
+
 from . import recipes
 from .inner import InnerAlignmentLoss
 from .otreg import OTRegLoss, UniqueTokens, unique_tokens
@@ -34,3 +37,11 @@ __all__ = [
     "sequence_similarity",
     "unique_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`metrics` and its classes, which need torchmetrics."""
+    if name == "metrics" or name in ("AlignmentPathMetric", "RetrievalMetric"):
+        metrics = importlib.import_module(".metrics", __name__)
+        return metrics if name == "metrics" else getattr(metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..functional import ItemLosses, item_losses
 from ..prior import Prior
-from .states import States, by_layer, filled, repeated, stacked, weighted_mean
+from .states import Stack, States, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -21,7 +21,8 @@ class InnerAlignmentLoss(nn.Module):
 
     Args:
         layers: numbers of the layers, as they index the states that the call is given.
-        layer_weights: of each layer in the sum; None = 1 over their number, so that the loss is their mean.
+        layer_weights: of each layer in the sum, in their order or by number; None = 1 over how many they are, so that the
+            loss is their mean.
         detach_text: whether the text's states are a constant to the gradient.
         reg, cost, objective, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
 
@@ -43,7 +44,7 @@ class InnerAlignmentLoss(nn.Module):
         self,
         layers: Sequence[int],
         *,
-        layer_weights: Sequence[float] | None = None,
+        layer_weights: Sequence[float] | Mapping[int, float] | None = None,
         detach_text: bool = True,
         reg: float = 0.05,
         cost: str = "cosine",
@@ -55,12 +56,18 @@ class InnerAlignmentLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if isinstance(layers, int) or not layers:
+            raise ValueError(f"layers: expected a sequence of at least one number, got {layers!r}")
         self.layers, self.detach_text = list(layers), detach_text
-        if not self.layers:
-            raise ValueError("layers: expected at least one")
-        if layer_weights is not None and len(layer_weights) != len(self.layers):
+        if layer_weights is None:
+            layer_weights = [1 / len(self.layers)] * len(self.layers)
+        if isinstance(layer_weights, Mapping):
+            if layer_weights.keys() != set(self.layers):
+                raise ValueError(f"layer_weights: expected the layers {self.layers}, got {list(layer_weights)}")
+            layer_weights = [layer_weights[layer] for layer in self.layers]
+        if len(layer_weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected {len(self.layers)} numbers, got {len(layer_weights)}")
-        self.layer_weights = [1 / len(self.layers)] * len(self.layers) if layer_weights is None else list(layer_weights)
+        self.layer_weights = list(layer_weights)
         self.options: dict[str, Any] = {
             "reg": reg, "cost": cost, "objective": objective, "prior": prior, "unbalanced": unbalanced,
             "max_iter": max_iter, "tol": tol, "backend": backend,
@@ -76,12 +83,9 @@ class InnerAlignmentLoss(nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
-        losses = self.items(speech_states, text_states, speech_lengths, text_lengths).loss
-        x, y = (
-            by_layer(name, s)[self.layers[0]]
-            for name, s in (("speech_states", speech_states), ("text_states", text_states))
-        )
-        counted = filled(x, y, speech_lengths, text_lengths)
+        stack = stacked(speech_states, text_states, speech_lengths, text_lengths, self.layers)
+        losses = self._items(stack).loss
+        counted = ((stack.x_lengths > 0) & (stack.y_lengths > 0))[: len(losses)]
         return weighted_mean(losses, counted, sample_weight, normalizer)
 
     def items(
@@ -92,13 +96,12 @@ class InnerAlignmentLoss(nn.Module):
         text_lengths: Tensor | None = None,
     ) -> ItemLosses:
         """The loss of every item, its mean iterations over the layers, and its largest marginal error: `(B,)`."""
-        x = stacked("speech_states", speech_states, self.layers)
-        y = stacked("text_states", text_states, self.layers)
+        return self._items(stacked(speech_states, text_states, speech_lengths, text_lengths, self.layers))
+
+    def _items(self, stack: Stack) -> ItemLosses:
         if self.detach_text:
-            y = y.detach()
-        count = len(self.layers)
-        n, m = repeated(speech_lengths, count), repeated(text_lengths, count)
-        losses, n_iter, error = (values.view(count, -1) for values in item_losses(x, y, n, m, **self.options))
+            stack = stack._replace(y=stack.y.detach())
+        losses, n_iter, error = (v.view(len(self.layers), -1) for v in item_losses(*stack, **self.options))
         weights = losses.new_tensor(self.layer_weights)
         return ItemLosses((weights[:, None] * losses).sum(0), n_iter.double().mean(0), error.amax(0))
 

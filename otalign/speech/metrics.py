@@ -17,7 +17,10 @@ from .states import States
 
 
 class PathScores(NamedTuple):
-    """Means over the items of a data set that are not empty; NaN if there are none."""
+    """Means over the items of a data set that are not empty; NaN if there are none, or if one is not finite.
+
+    (torchmetrics makes scalars of tensors with one element: the shapes are () for a single layer.)
+    """
 
     score: Tensor  # scalar, the alignment path score
     per_layer: Tensor  # (L,)
@@ -82,6 +85,7 @@ class RetrievalMetric(Metric):
     """Cross-modal retrieval by layer over a data set (see `retrieval_scores`): `compute()` gives `RetrievalScores`.
 
     All items of all processes are compared with each other; kept are their means over time, 2 L D numbers for an item.
+    Layers have the numbers of their order in the states.
 
     Args:
         chunk: how many items are compared with all others at a time.
@@ -93,12 +97,15 @@ class RetrievalMetric(Metric):
     full_state_update = False
     speech: list[Tensor]
     text: list[Tensor]
+    sizes: Tensor
 
     def __init__(self, *, chunk: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chunk = chunk
+        # Flat, as is the nothing of a process without a batch. Not all processes know the numbers of layers and dimensions.
         self.add_state("speech", [], dist_reduce_fx="cat")
         self.add_state("text", [], dist_reduce_fx="cat")
+        self.add_state("sizes", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(
         self,
@@ -109,12 +116,19 @@ class RetrievalMetric(Metric):
     ) -> None:
         """Add a batch; arguments as in `retrieval_scores`. Layers have to have the same D."""
         layers = list(pooled(speech_states, text_states, speech_lengths, text_lengths).values())
-        speech, text = zip(*layers, strict=True)
-        self.speech.append(torch.stack(speech, 1))
-        self.text.append(torch.stack(text, 1))
+        speech, text = (torch.stack(side, 1) for side in zip(*layers, strict=True))  # (items, L, D)
+        sizes = self.sizes.new_tensor(speech.shape[1:])
+        if self.speech and not torch.equal(sizes, self.sizes):
+            raise ValueError(f"speech_states: expected (L, D) {self.sizes.tolist()} as before, got {sizes.tolist()}")
+        self.sizes = sizes
+        self.speech.append(speech.to(self.dtype).flatten())
+        self.text.append(text.to(self.dtype).flatten())
 
     def compute(self) -> RetrievalScores:
-        """The scores of all items so far."""
-        speech, text = (torch.cat(list(kept)) if isinstance(kept, list) else kept for kept in (self.speech, self.text))
-        found = [scores_of(x, y, self.chunk) for x, y in zip(speech.unbind(1), text.unbind(1), strict=True)]
-        return RetrievalScores(*map(torch.stack, zip(*found, strict=True)))
+        """The scores of all items so far; of no layers if nothing came."""
+        layers, dim = self.sizes.tolist()
+        if not layers:
+            return RetrievalScores.of({})
+        flat = (torch.cat(list(kept)) if isinstance(kept, list) else kept for kept in (self.speech, self.text))
+        speech, text = (vectors.view(-1, layers, dim).unbind(1) for vectors in flat)
+        return RetrievalScores.of({n: scores_of(speech[n], text[n], self.chunk) for n in range(layers)})

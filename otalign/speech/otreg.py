@@ -13,7 +13,7 @@ from ..functional import ItemLosses, item_losses, solve
 from ..layout import padded_segments
 from ..prior import Prior
 from ..problem import one_of
-from .states import clean, filled, inside, lengths_of, products, unit, weighted_mean
+from .states import clean, inside, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
@@ -72,7 +72,7 @@ class OTRegLoss(nn.Module):
     that the cost is a similarity, and that training starts without the regulariser. Everything else is our choice, and
     configurable: the cosine cost, uniform marginals, `reg`, and the two forms of the loss.
 
-    With the plan P and the cost C, the loss of an item is
+    With the plan P and the cost C (which contains the prior, if there is one), the loss of an item is
 
     .. math:: \langle \mathrm{sg}(P), C \rangle \quad (\text{"cost"}), \qquad
               -\sum_{ij} \mathrm{sg}(P_{ij}) \log \mathrm{softmax}_j(\cos(x_i, y_j) / \tau) \quad (\text{"soft\_target"})
@@ -166,9 +166,9 @@ class OTRegLoss(nn.Module):
         weight = self.current_weight()
         if self.training and self.count_calls:
             self.step += 1
+        n, m = sides(speech, text, speech_lengths, text_lengths)
         losses = self.items(speech, text, speech_lengths, text_lengths, text_ids).loss
-        counted = filled(speech, text, speech_lengths, text_lengths)
-        loss = weighted_mean(losses, counted, sample_weight, normalizer)
+        loss = weighted_mean(losses, (n > 0) & (m > 0), sample_weight, normalizer)
         return weight.to(loss.device, loss.dtype) * loss
 
     def items(
@@ -180,13 +180,17 @@ class OTRegLoss(nn.Module):
         text_ids: Tensor | None = None,
     ) -> ItemLosses:
         """The loss of every item without the schedule's weight, and the iterations and marginal error behind it: `(B,)`."""
+        n, m = sides(speech, text, speech_lengths, text_lengths)
         if self.detach_text:
             text = text.detach()
         weights = None
         if self.unique and text_ids is not None:
+            if not isinstance(text_ids, Tensor):
+                raise TypeError(f"text_ids: expected a torch.Tensor, got {type(text_ids).__name__}")
             if text_ids.shape != text.shape[:2]:
                 raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
-            index, text_lengths, counts = unique_tokens(text_ids, text_lengths)
+            index, m, counts = unique_tokens(text_ids, m)
+            text_lengths = m
             text = text.gather(1, index[..., None].expand_as(text))
             if self.token_weights == "count":
                 # An empty item has no weight to give, and its points no meaning.
@@ -200,8 +204,7 @@ class OTRegLoss(nn.Module):
         plan = result.plan()
         if self.detach_plan:
             plan = plan.detach()
-        inside_x = inside(speech, lengths_of("speech_lengths", speech, speech_lengths))
-        inside_y = inside(text, lengths_of("text_lengths", text, text_lengths))
+        inside_x, inside_y = inside(speech, n), inside(text, m)
         x, y = (unit(clean(t, mask).to(plan.dtype)) for t, mask in ((speech, inside_x), (text, inside_y)))
         # (Not minus infinity, of which an item without text would have nothing else, and NaN for a gradient.)
         logits = products(x, y).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import one_of
-from .states import States, inside, lengths_of, means, paired, products, unit
+from .states import States, inside, lengths_of, means, paired, products, sides, unit
 
 METRICS = ("cosine", "euclidean")
 INTERVENTIONS = ("angle", "length")
@@ -138,19 +139,23 @@ def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Ten
         path, other = nearest, alike
         items = zip(x, y, path, strict=True)
         similarity = torch.stack([(frames[at].to(best.dtype) - tokens).norm(dim=1) for frames, tokens, at in items])
-    tokens = mask_y.sum(1)
+    similarity, tokens = torch.where(mask_y, similarity, 0), mask_y.sum(1)
     agreement = ((path == other) & mask_y).sum(1) / tokens.clamp(min=1)
+    known = (tokens > 0) & similarity.isfinite().all(1)
     return (
         torch.where(mask_y, path, -1),
-        torch.where(mask_y, similarity, 0),
-        torch.where(tokens > 0, _spearman(path, mask_y), torch.nan),
-        torch.where(tokens > 0, agreement, torch.nan),
+        similarity,
+        torch.where(known, _spearman(path, mask_y), torch.nan),
+        torch.where(known, agreement, torch.nan),
     )
 
 
 def _norms(points: Tensor) -> Tensor:
-    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(points, dim=2, dtype=dtype)
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    if points.dtype == dtype or points.device.type != "cpu" or not len(points):
+        return torch.linalg.vector_norm(points, dim=2, dtype=dtype)
+    # On the CPU what has to be widened is copied first: one item at a time.
+    return torch.stack([torch.linalg.vector_norm(item, dim=1, dtype=dtype) for item in points])
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -194,18 +199,24 @@ def _spearman(path: Tensor, mask: Tensor) -> Tensor:
 def angle_project(speech: Tensor, text: Tensor) -> Tensor:
     """|h^s| h^t / |h^t|: the text's direction with the speech's length, `(..., D)` (arXiv 2510.12116, "angle projection").
 
-    Where the text is zero the speech stays.
+    Where the text is zero the speech stays. Computed in float32 at least; of the type of `speech`.
     """
     direction = unit(text)
-    return torch.where((direction != 0).any(-1, keepdim=True), speech.norm(dim=-1, keepdim=True) * direction, speech)
+    moved = _length(speech) * direction
+    return torch.where((direction != 0).any(-1, keepdim=True), moved.to(speech.dtype), speech)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).norm(dim=-1, keepdim=True)
 
 
 def length_normalize(speech: Tensor, text: Tensor) -> Tensor:
     """|h^t| h^s / |h^s|: the speech's direction with the text's length, `(..., D)` (arXiv 2510.12116, "length normalisation").
 
-    In the paper it helps in one of eight settings; angle projection helps in most. Zero speech stays zero.
+    In the paper it helps in one of eight settings; angle projection helps in most. Zero speech stays zero. Computed in float32
+    at least; of the type of `speech`.
     """
-    return text.norm(dim=-1, keepdim=True) * unit(speech)
+    return (_length(text) * unit(speech)).to(speech.dtype)
 
 
 def intervene(
@@ -233,20 +244,20 @@ def intervene(
     one_of("kind", kind, INTERVENTIONS)
     if worst is not None and worst < 1:
         raise ValueError(f"worst: expected at least 1, or None, got {worst}")
+    sides(speech, text, speech_lengths, text_lengths)
     found = alignment_path(speech, text, speech_lengths, text_lengths)
     path, similarity = found.path[0], found.similarity[0]
     # From the most similar to the least, so that the least is written last.
     order = similarity.masked_fill(path < 0, torch.inf).argsort(dim=1, descending=True, stable=True)
     if worst is not None:
         order = order[:, -worst:] if order.shape[1] > worst else order
-    frames = path.gather(1, order)
-    spare = torch.cat([speech, speech[:, :1]], 1)  # a frame too many, for the padding to be moved to
-    moved, function = spare, angle_project if kind == "angle" else length_normalize
-    wide = torch.promote_types(torch.float32, torch.promote_types(speech.dtype, text.dtype))
-    for place in range(frames.shape[1]):  # tokens one after the other, as two may share a frame
-        frame = torch.where(frames[:, place] < 0, speech.shape[1], frames[:, place])[:, None, None]
-        frame = frame.expand(-1, 1, speech.shape[2])
-        token = order[:, place, None, None].expand(-1, 1, text.shape[2])
-        changed = function(spare.gather(1, frame).to(wide), text.gather(1, token).to(wide))
-        moved = moved.scatter(1, frame, changed.to(moved.dtype))
-    return moved[:, :-1]
+    frames, spare = path.gather(1, order), speech.shape[1]
+    frames = torch.where(frames < 0, spare, frames)  # a frame too many, for what is not to be moved
+    places = torch.arange(frames.shape[1], device=frames.device).expand_as(frames)
+    last = places.new_full((len(speech), spare + 1), -1).scatter_reduce(1, frames, places, "amax")
+    frames = torch.where(places == last.gather(1, frames), frames, spare)[:, :, None].expand(-1, -1, speech.shape[2])
+    padded = F.pad(speech, (0, 0, 0, 1))
+    paired_text = text.gather(1, order[:, :, None].expand(-1, -1, text.shape[2]))
+    paired_text = torch.where(frames < spare, paired_text, 0)
+    function = angle_project if kind == "angle" else length_normalize
+    return padded.scatter(1, frames, function(padded.gather(1, frames), paired_text))[:, :-1]

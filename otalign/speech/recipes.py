@@ -16,7 +16,7 @@ from torch import Tensor
 from ..functional import sinkhorn_loss, solve, solve_cost
 from ..prior import Prior
 from ..problem import REDUCTIONS, one_of
-from .states import States, clean, inside, lengths_of, products, repeated, stacked, unit
+from .states import States, clean, inside, products, sides, stacked, unit
 
 OTALIGN_KINDS = ("balanced", "unbalanced", "partial")
 
@@ -38,6 +38,8 @@ def siamese_pt(
     blur: float = 0.05,
     schedule: str = "converged",
     scaling: float = 0.5,
+    a: Tensor | str | None = None,
+    b: Tensor | str | None = None,
     reduction: str = "mean",
     **options: Any,
 ) -> Tensor:
@@ -56,32 +58,60 @@ def siamese_pt(
         text_lengths: likewise.
         position_weight: w.
         blur: in the unit of the distance.
-        schedule: `"converged"` = the optimum, by the solver with `options` as in `sinkhorn_loss`; `"released"` = the loss
-            as the original has it, a dozen averaged updates at temperatures that fall by `scaling`^2, in plain torch.
+        schedule: `"converged"` = the optimum, by the solver, with the position as a `Prior`; `"released"` = the loss as the
+            original has it, a dozen averaged updates at temperatures that fall by `scaling`^2, in plain torch, with the position
+            as the coordinate that it is there, of which the first temperature depends.
+        scaling: of the distance, from one temperature to the next.
+        a: weights, as in `sinkhorn_loss`: uniform, `"norm"`, or `(B, N)`; constants to the gradient with `"released"`.
+        b: likewise `(B, M)`.
         reduction: as in `sinkhorn_loss`.
+        options: of `sinkhorn_loss`, with `"converged"` only.
+
+    Returns:
+        A scalar; `(B,)` with `reduction="none"`.
     """
     one_of("schedule", schedule, ("converged", "released"))
     one_of("reduction", reduction, REDUCTIONS)
+    n, m = sides(speech, text, speech_lengths, text_lengths)
     if schedule == "converged":
         halves = sinkhorn_loss(
-            speech, text, speech_lengths, text_lengths, cost="sqeuclidean", prior=Prior.quadratic(position_weight**2),
+            speech, text, speech_lengths, text_lengths, a, b, cost="sqeuclidean", prior=Prior.quadratic(position_weight**2),
             reg=2 * blur**2, objective="divergence", reduction=reduction, **{"max_iter": 2000, **options},
         )  # fmt: skip
         return halves / 2
-    n, m = lengths_of("speech_lengths", speech, speech_lengths), lengths_of("text_lengths", text, text_lengths)
-    sides = []
+    if options:
+        raise TypeError(f"{', '.join(options)}: for schedule='converged' only")
+    log_a, log_b = _log_weights("a", a, speech, n), _log_weights("b", b, text, m)
+    placed = []
     for points, lengths in ((speech, n), (text, m)):
         mask = inside(points, lengths)
         points = clean(points, mask)
         places = torch.arange(points.shape[1]).to(points) / (lengths[:, None] - 1).clamp(min=1)
-        sides.append((torch.cat([points, torch.where(mask, position_weight * places, 0)[..., None]], 2), mask))
-    losses = _annealed_divergence(*sides[0], *sides[1], blur, scaling)
+        placed.append((torch.cat([points, torch.where(mask, position_weight * places, 0)[..., None]], 2), mask))
+    losses = _annealed_divergence(*placed[0], *placed[1], log_a, log_b, blur, scaling)
     if reduction == "none":
         return losses
     return losses.sum() / (((n > 0) & (m > 0)).sum().clamp(min=1) if reduction == "mean" else 1)
 
 
-def _annealed_divergence(x: Tensor, mask_x: Tensor, y: Tensor, mask_y: Tensor, blur: float, scaling: float) -> Tensor:
+def _log_weights(name: str, weights: Tensor | str | None, points: Tensor, lengths: Tensor) -> Tensor:
+    """Logarithms of the weights, which sum to one over each item: `(B, N)`, minus infinity on the padding."""
+    mask = inside(points, lengths)
+    values = mask.to(clean(points, mask))
+    if isinstance(weights, str):
+        one_of(name, weights, ("norm",))
+        values = torch.linalg.vector_norm(clean(points.detach(), mask), dim=2)
+    elif weights is not None:
+        if weights.shape != mask.shape:
+            raise ValueError(f"{name}: expected shape {tuple(mask.shape)}, got {tuple(weights.shape)}")
+        values = torch.where(mask, weights.detach(), 0).to(values)
+    total = values.sum(1, keepdim=True)
+    return (values / torch.where(total > 0, total, 1)).log()
+
+
+def _annealed_divergence(
+    x: Tensor, mask_x: Tensor, y: Tensor, mask_y: Tensor, log_a: Tensor, log_b: Tensor, blur: float, scaling: float
+) -> Tensor:
     """GeomLoss's symmetric, annealed iteration for p = 2 (Feydy 2020, section 3.3.3), debiased: `(B,)`."""
     filled = mask_x.any(1) & mask_y.any(1)
     both, mask = torch.cat([x, y], 1).detach(), torch.cat([mask_x, mask_y], 1)[..., None]
@@ -89,9 +119,6 @@ def _annealed_divergence(x: Tensor, mask_x: Tensor, y: Tensor, mask_y: Tensor, b
     diameter = torch.where(filled, extent.norm(dim=1), blur).clamp(min=1e-30)
     # At least two temperatures; each item has as many as it needs, and waits at its last one for the others.
     steps = ((diameter.log() - math.log(blur)) / -math.log(scaling)).ceil().clamp(min=0).long()
-    log_a, log_b = (
-        torch.where(mask, -mask.sum(1, keepdim=True).clamp(min=1).to(x).log(), -torch.inf) for mask in (mask_x, mask_y)
-    )
     # Each potential is differentiated by its own points alone: by both, the optimum's derivative would count twice.
     costs = [
         ground_cost(own, other.detach(), mask_own, mask_other, "sqeuclidean") / 2
@@ -136,17 +163,31 @@ def zeroswot(
     layers: Sequence[int],
     layer_weight: float = 0.1285,
     position_weight: float = 10.0,
+    reduction: str = "mean",
     **options: Any,
 ) -> Tensor:
     """ZeroSwot's loss (Tsiamas et al., "Pushing the limits of zero-shot end-to-end speech translation", ACL Findings 2024).
 
     Siamese-PT's divergence in several layers of the encoders (six, stacked in the batch), each with the weight `layer_weight`,
-    and with positions that weigh ten times as much. States as in `InnerAlignmentLoss`; `options` as in `siamese_pt`.
+    and with positions that weigh ten times as much. Its weights are uniform, or the norms: `a="norm", b="norm"`.
+
+    Args:
+        speech_states: lists or dicts of `(B, N, D)`, as in `InnerAlignmentLoss`.
+        text_states: likewise of `(B, M, D)`.
+        speech_lengths: `(B,)`; None = full.
+        text_lengths: likewise.
+        layers: numbers of the layers.
+        layer_weight: of each layer in the sum.
+        position_weight: as in `siamese_pt`.
+        reduction: over the items of the sum over the layers, as in `sinkhorn_loss`.
+        options: of `siamese_pt`. Weights that are tensors are those of the stacked layers, `(L B, N)`.
     """
-    x, y = stacked("speech_states", speech_states, layers), stacked("text_states", text_states, layers)
-    n, m = repeated(speech_lengths, len(layers)), repeated(text_lengths, len(layers))
-    mean = siamese_pt(x, y, n, m, position_weight=position_weight, **options)
-    return len(layers) * layer_weight * mean
+    one_of("reduction", reduction, REDUCTIONS)
+    stack = stacked(speech_states, text_states, speech_lengths, text_lengths, layers)
+    divergences = siamese_pt(*stack, position_weight=position_weight, reduction="none", **options)
+    losses = layer_weight * divergences.view(len(layers), -1).sum(0)
+    filled = ((stack.x_lengths > 0) & (stack.y_lengths > 0))[: len(losses)]
+    return losses if reduction == "none" else losses.sum() / (filled.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 def cmot(
@@ -155,7 +196,7 @@ def cmot(
     speech_lengths: Tensor | None = None,
     text_lengths: Tensor | None = None,
     *,
-    window: int | None = 10,
+    window: float | None = 10,
     cost: str = "euclidean",
 ) -> Recipe:
     """CMOT's alignment (Zhou et al., "CMOT: cross-modal mixup via optimal transport for speech translation", ACL 2023).
@@ -164,12 +205,18 @@ def cmot(
     detached norm, to the nearest token among those at most `window` from j = i M / N. The loss is the transport cost; the
     plan's argmax is what the paper mixes up with probability 0.2 (`mixup`).
 
+    This is a nearest neighbour, in closed form: no solver takes part, and the window cuts off what a `Prior` would weigh.
+
     Args:
-        window: in tokens; None = all.
+        speech: `(B, N, D)`.
+        text: `(B, M, D)`.
+        speech_lengths: `(B,)`; None = full.
+        text_lengths: likewise.
+        window: in tokens; None = all. (Below 1 some frames have no token, and send nothing.)
         cost: `"euclidean"` or `"cosine"`.
     """
     one_of("cost", cost, ("euclidean", "cosine"))
-    n, m = lengths_of("speech_lengths", speech, speech_lengths), lengths_of("text_lengths", text, text_lengths)
+    n, m = sides(speech, text, speech_lengths, text_lengths)
     mask_x, mask_y = inside(speech, n), inside(text, m)
     C = ground_cost(speech, text, mask_x, mask_y, cost)
     allowed = mask_x[:, :, None] & mask_y[:, None, :]
@@ -184,14 +231,24 @@ def cmot(
     a = norms / torch.where(total > 0, total, 1)
     plan = torch.zeros_like(C)
     if text.shape[1]:
-        plan = plan.scatter(2, nearest, a[:, :, None])
+        plan = plan.scatter(2, nearest, torch.where(allowed.any(2), a, 0)[:, :, None])
     return Recipe((plan * torch.where(allowed, C, 0)).sum((1, 2)), plan)
 
 
 def mixup(
     speech: Tensor, text: Tensor, plan: Tensor, *, p: float = 0.2, generator: torch.Generator | None = None
 ) -> Tensor:
-    """CMOT's mixup: each frame is replaced, with probability `p`, by the token that its plan sends most to: `(B, N, D)`."""
+    """CMOT's mixup: each frame is replaced, with probability `p`, by the token that its plan sends most to: `(B, N, D)`.
+
+    Args:
+        speech: `(B, N, D)`.
+        text: `(B, M, D)`.
+        plan: `(B, N, M)`, such as `cmot`'s; frames that send nothing stay.
+        p: the probability.
+        generator: of the random numbers, on the device of `plan`.
+    """
+    if not text.shape[1]:
+        return speech
     chosen = torch.rand(plan.shape[:2], generator=generator, device=plan.device) < p
     chosen = chosen & (plan.sum(2) > 0)
     partner = text.gather(1, plan.argmax(2)[:, :, None].expand(-1, -1, text.shape[2]))
@@ -212,16 +269,26 @@ def opw(
 ) -> Recipe:
     """The order-preserving Wasserstein distance (Su and Hua, CVPR 2017): <P, D> of the plan with their two temporal terms.
 
-    D is the squared distance, `reg` their lambda2, and 20 iterations their number; `Prior.order_preserving` has the terms.
+    D is the squared distance; `Prior.order_preserving` has the terms.
+
+    Args:
+        x: `(B, N, D)`.
+        y: `(B, M, D)`.
+        x_lengths: `(B,)`; None = full.
+        y_lengths: likewise.
+        lambda1: weight of the inverse difference moment.
+        reg: their lambda2.
+        delta: their sigma, of the Gaussian over the distance from the diagonal.
+        max_iter: 20 is theirs.
+        tol: as in `sinkhorn_loss`; 0 = all iterations, as theirs.
     """
+    n, m = sides(x, y, x_lengths, y_lengths, ("x", "y"))
     result = solve(
         x, y, x_lengths, y_lengths, cost="sqeuclidean", prior=Prior.order_preserving(lambda1, delta), reg=reg,
         max_iter=max_iter, tol=tol,
     )  # fmt: skip
-    mask_x = inside(x, lengths_of("x_lengths", x, x_lengths))
-    mask_y = inside(y, lengths_of("y_lengths", y, y_lengths))
     plan = result.plan()
-    return Recipe((plan * ground_cost(x, y, mask_x, mask_y, "sqeuclidean")).sum((1, 2)), plan)
+    return Recipe((plan * ground_cost(x, y, inside(x, n), inside(y, m), "sqeuclidean")).sum((1, 2)), plan)
 
 
 def ipot(
@@ -241,10 +308,18 @@ def ipot(
     algorithm starts from. The plan is a constant to the gradient, as in the released code: loss <sg(P), C>.
 
     Args:
+        x: `(B, N, D)`.
+        y: `(B, M, D)`.
+        x_lengths: `(B,)`; None = full.
+        y_lengths: likewise.
         beta: the proximal weight; 0.5 in the paper's machine translation, with `steps` 50.
+        steps: proximal ones, 1 at least.
         cost: `"cosine"` as there, `"sqeuclidean"` or `"euclidean"`.
     """
-    n, m = lengths_of("x_lengths", x, x_lengths), lengths_of("y_lengths", y, y_lengths)
+    one_of("cost", cost, ("cosine", "sqeuclidean", "euclidean"))
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    n, m = sides(x, y, x_lengths, y_lengths, ("x", "y"))
     C = ground_cost(x, y, inside(x, n), inside(y, m), cost)
     fixed, log_v = C.detach(), C.new_zeros(len(C), C.shape[2])
     before = log_v
@@ -275,19 +350,31 @@ def otalign(
 
     The cost is 1 minus the similarity (1 + cos) / 2, times 1 - kappa d^2 with d between relative positions, scaled to [0, 1] over
     the item; the alignment is the plan, scaled likewise, above a threshold. Weights are one, or the norm, of each word, not
-    normalised. Computed in float64, as there.
+    normalised. Computed in float64, as there. (The position multiplies the similarity before it is scaled: no `Prior`, which
+    adds to the cost.)
 
     Args:
+        x: `(B, N, D)`.
+        y: `(B, M, D)`.
+        x_lengths: `(B,)`; None = full.
+        y_lengths: likewise.
         kind: `"balanced"` (weights are normalised), `"unbalanced"` with relaxation `tau`, or `"partial"` with the share `tau`
             of the smaller side's mass.
+        kappa: how much words count as less similar the further apart they are in position.
         weights: `"uniform"` or `"norm"`.
+        reg: entropic regularisation, in the unit of the scaled cost.
+        tau: see `kind`.
+        max_iter: iterations at most; 1000 there.
+        tol: as in `sinkhorn_loss`; `"partial"` makes all iterations.
 
     Returns:
         `(B, N, M)` the plan scaled to [0, 1] over each item, 0 on the padding; detached.
     """
     one_of("kind", kind, OTALIGN_KINDS)
     one_of("weights", weights, ("uniform", "norm"))
-    n, m = lengths_of("x_lengths", x, x_lengths), lengths_of("y_lengths", y, y_lengths)
+    n, m = sides(x, y, x_lengths, y_lengths, ("x", "y"))
+    if not x.shape[1] or not y.shape[1]:
+        return x.new_zeros(len(x), x.shape[1], y.shape[1], dtype=torch.float64)
     mask_x, mask_y = inside(x, n), inside(y, m)
     x, y = (clean(t.detach(), mask).double() for t, mask in ((x, mask_x), (y, mask_y)))
     both = mask_x[:, :, None] & mask_y[:, None, :]
@@ -324,8 +411,15 @@ def one_sided(
 ) -> Tensor:
     """Transport that may drop speech frames but no token (arXiv 2509.05609: strict text side, relaxed speech side).
 
-    How strongly, and all other options, are not published in what we could read: `rho` and `options` are ours, as in
-    `sinkhorn_loss`.
+    How strongly, and all other options, are not published in what we could read: `rho` and `options` are ours.
+
+    Args:
+        speech: `(B, N, D)`.
+        text: `(B, M, D)`.
+        speech_lengths: `(B,)`; None = full.
+        text_lengths: likewise.
+        rho: relaxation of the speech's marginal, in the unit of the cost.
+        options: of `sinkhorn_loss`.
     """
     relaxed = (rho, float("inf"))
     return sinkhorn_loss(speech, text, speech_lengths, text_lengths, unbalanced=relaxed, **options)

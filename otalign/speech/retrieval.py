@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,31 @@ from torch import Tensor
 from .states import States, inside, lengths_of, means, paired, products, unit
 
 
-class RetrievalScores(NamedTuple):
-    """Of L layers, means over both directions: speech finds its text, and text its speech. NaN without a pair."""
-
+class _Scores(NamedTuple):
     mrr: Tensor  # (L,) mean reciprocal rank
     recall_at_1: Tensor  # (L,)
     recall_at_5: Tensor  # (L,)
     recall_at_10: Tensor  # (L,)
+
+
+class RetrievalScores(_Scores):
+    """Of L layers, means over both directions: speech finds its text, and text its speech: four tensors `(L,)`.
+
+    NaN for a layer without a pair, or in which an item is not finite.
+
+    Attributes:
+        layers: their numbers, which `select_layers` gives; empty = from 0 on.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, found: Mapping[int, tuple[Tensor, ...]]) -> RetrievalScores:
+        """From the four scores of each layer."""
+        columns = zip(*found.values(), strict=True) if found else [[torch.empty(0)]] * 4
+        scores = cls(*(torch.stack(list(column)).view(len(found)) for column in columns))
+        scores.layers = tuple(found)
+        return scores
 
 
 def retrieval_scores(
@@ -81,14 +100,22 @@ class RetrievalCorpus:
 
     @torch.no_grad()
     def compute(self) -> RetrievalScores:
-        """The scores of all items so far, layers in the order in which they came first."""
-        found = [scores_of(*layer, self.chunk) for layer in self._layers()]
-        return RetrievalScores(*map(torch.stack, zip(*found, strict=True)))
+        """The scores of all items so far, layers in the order in which they came first; of no layers if nothing came."""
+        return RetrievalScores.of({number: scores_of(x, y, self.chunk) for number, x, y in self._layers()})
 
-    def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batches in self.pooled.values():
-            speech, text = (torch.cat(vectors) for vectors in zip(*batches, strict=True))
-            yield _gather(speech) if self.distributed else speech, _gather(text) if self.distributed else text
+    def _layers(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        own = {number: [torch.cat(side) for side in zip(*kept, strict=True)] for number, kept in self.pooled.items()}
+        if not (self.distributed and processes() > 1):
+            for number, (speech, text) in own.items():
+                yield number, speech, text
+            return
+        # A process that has had no batch does not know the layers; it has to take part.
+        kinds = {number: (x.shape[1], x.dtype, x.device.type) for number, (x, _) in own.items()}
+        every: list[Any] = [None] * processes()
+        torch.distributed.all_gather_object(every, kinds)
+        for number, (width, dtype, device) in {n: kind for known in every for n, kind in known.items()}.items():
+            speech, text = own.get(number) or [torch.empty(0, width, dtype=dtype, device=device)] * 2
+            yield number, _gather(speech), _gather(text)
 
 
 @torch.no_grad()
@@ -108,7 +135,8 @@ def pooled(
 def scores_of(speech: Tensor, text: Tensor, chunk: int) -> tuple[Tensor, ...]:
     """Mean reciprocal rank and recalls of one layer, from vectors of length one `(items, D)`."""
     ranks = torch.cat([_ranks(speech, text, chunk), _ranks(text, speech, chunk)])
-    return (1 / ranks).mean(), *((ranks <= k).to(ranks.dtype).mean() for k in (1, 5, 10))
+    known = torch.where(ranks.isnan(), torch.nan, 1)
+    return (1 / ranks).mean(), *((known * (ranks <= k)).mean() for k in (1, 5, 10))
 
 
 def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
@@ -116,20 +144,24 @@ def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
     for first in range(0, len(queries), chunk):
         similarities = products(queries[first : first + chunk], keys)
         own = similarities.diagonal(first)[:, None]
-        found.append((similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2)
+        ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2
+        found.append(torch.where(own[:, 0].isnan(), torch.nan, ranks))
     return torch.cat(found)
+
+
+def processes() -> int:
+    """How many of torch.distributed's there are; 1 without it."""
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if available else 1
 
 
 def _gather(vectors: Tensor) -> Tensor:
     """The vectors of all processes, which may have different numbers of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return vectors
-    world = torch.distributed.get_world_size()
-    counts = [torch.zeros((), dtype=torch.int64, device=vectors.device) for _ in range(world)]
+    counts = [torch.zeros((), dtype=torch.int64, device=vectors.device) for _ in range(processes())]
     torch.distributed.all_gather(counts, torch.tensor(len(vectors), device=vectors.device))
     longest = int(max(counts))
     padded = torch.nn.functional.pad(vectors, (0, 0, 0, longest - len(vectors)))
-    parts = [torch.empty_like(padded) for _ in range(world)]
+    parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
@@ -144,20 +176,28 @@ def select_layers(
 
     Args:
         scores: of every layer: `RetrievalScores`, of which the mean reciprocal rank counts; numbers; or a dict by layer.
-        k: how many in all, those of `always` included. Ties go to the shallower layer.
+        k: how many in all, those of `always` included. Ties go to the shallower layer; NaN comes last.
+        always: numbers of layers.
 
     Example:
         >>> otalign.speech.select_layers([0.2, 0.9, 0.5, 0.7], 3, always=(0,))
         [0, 1, 3]
     """
-    values = scores.mrr if isinstance(scores, RetrievalScores) else scores
+    values, numbers = (scores.mrr, scores.layers) if isinstance(scores, RetrievalScores) else (scores, ())
     if isinstance(values, Tensor):
-        values = values.tolist()
-    named = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
+        values = values.flatten().tolist()
+    named = (
+        dict(values) if isinstance(values, Mapping) else dict(zip(numbers or range(len(values)), values, strict=True))
+    )
     missing = [layer for layer in always if layer not in named]
     if missing:
         raise ValueError(f"always: expected layers among {list(named)}, got {missing}")
     if not len(set(always)) <= k <= len(named):
         raise ValueError(f"k: expected a number from {len(set(always))} to {len(named)}, got {k}")
-    rest = sorted((layer for layer in named if layer not in always), key=lambda layer: (-named[layer], layer))
+
+    def order(layer: int) -> tuple[bool, float, int]:
+        score = float(named[layer])
+        return (True, 0.0, layer) if math.isnan(score) else (False, -score, layer)
+
+    rest = sorted((layer for layer in named if layer not in always), key=order)
     return [*dict.fromkeys(always), *rest][:k]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..layout import padded_segments
 
-States: TypeAlias = Tensor | Sequence[Tensor] | Mapping[int, Tensor]  # one layer; or several, in order or by number
+# One layer; or several, in order (None = left out) or by number.
+States: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[int, Tensor]
 
 
 def by_layer(name: str, states: States) -> dict[int, Tensor]:
     """The layers of an argument by their numbers, each `(B, N, D)`."""
     if isinstance(states, Tensor):
         states = [states]
-    layers = dict(states) if isinstance(states, Mapping) else dict(enumerate(states))
+    numbered = states.items() if isinstance(states, Mapping) else enumerate(states)
+    layers = {number: layer for number, layer in numbered if layer is not None}
     if not layers:
         raise ValueError(f"{name}: expected at least one layer")
     for number, layer in layers.items():
@@ -25,6 +27,8 @@ def by_layer(name: str, states: States) -> dict[int, Tensor]:
             raise TypeError(f"{name}[{number}]: expected a torch.Tensor, got {type(layer).__name__}")
         if layer.dim() != 3:
             raise ValueError(f"{name}[{number}]: expected shape (B, N, D), got {tuple(layer.shape)}")
+        if not layer.is_floating_point():
+            raise TypeError(f"{name}[{number}]: expected floating point, got {layer.dtype}")
     return layers
 
 
@@ -34,25 +38,63 @@ def paired(speech_states: States, text_states: States) -> Iterator[tuple[int, Te
     if speech.keys() != text.keys():
         raise ValueError(f"text_states: expected the layers of speech_states, {list(speech)}, got {list(text)}")
     for number, x in speech.items():
-        y = text[number]
-        if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-            raise ValueError(
-                f"text_states[{number}]: expected {x.shape[0]} items of dimension {x.shape[2]}, got {tuple(y.shape)}"
-            )
-        yield number, x, y
+        expect_pair(f"text_states[{number}]", x, text[number])
+        yield number, x, text[number]
 
 
-def stacked(name: str, states: States, layers: Sequence[int]) -> Tensor:
-    """Some layers as one batch, one behind the other: `(L B, N, D)`."""
-    found = by_layer(name, states)
-    if missing := [layer for layer in layers if layer not in found]:
+def expect_pair(name: str, x: Tensor, y: Tensor) -> None:
+    """Refuse a second side `y` that does not go with the first."""
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        raise ValueError(f"{name}: expected {x.shape[0]} items of dimension {x.shape[2]}, got {tuple(y.shape)}")
+
+
+def sides(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    names: tuple[str, str] = ("speech", "text"),
+) -> tuple[Tensor, Tensor]:
+    """Validated lengths of two sides that go together, `(B, N, D)` and `(B, M, D)`, as the caller calls them."""
+    for name, points in zip(names, (x, y), strict=True):
+        if not isinstance(points, Tensor) or points.dim() != 3:
+            shape = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
+            raise ValueError(f"{name}: expected a tensor of shape (B, N, D), got {shape}")
+    expect_pair(names[1], x, y)
+    return lengths_of(f"{names[0]}_lengths", x, x_lengths), lengths_of(f"{names[1]}_lengths", y, y_lengths)
+
+
+class Stack(NamedTuple):
+    """Layers of both sides as one batch, one behind the other."""
+
+    x: Tensor  # (L B, N, D)
+    y: Tensor  # (L B, M, D)
+    x_lengths: Tensor  # (L B,)
+    y_lengths: Tensor  # (L B,)
+
+
+def stacked(
+    speech_states: States,
+    text_states: States,
+    speech_lengths: Tensor | None,
+    text_lengths: Tensor | None,
+    layers: Sequence[int],
+) -> Stack:
+    """The layers that are asked for; numbers below zero count from the end of a list."""
+    speech, text = chosen("speech_states", speech_states, layers), chosen("text_states", text_states, layers)
+    for number, x, y in zip(layers, speech, text, strict=True):
+        expect_pair(f"text_states[{number}]", x, y)
+    n, m = sides(speech[0], text[0], speech_lengths, text_lengths)
+    return Stack(torch.cat(speech), torch.cat(text), n.repeat(len(layers)), m.repeat(len(layers)))
+
+
+def chosen(name: str, states: States, layers: Sequence[int]) -> list[Tensor]:
+    """Some layers `(B, N, D)`, in the order that is asked for."""
+    found, count = by_layer(name, states), 0 if isinstance(states, Mapping | Tensor) else len(states)
+    numbers = [layer if layer >= 0 else layer + count for layer in layers]
+    if missing := [layer for layer, number in zip(layers, numbers, strict=True) if number not in found]:
         raise ValueError(f"{name}: expected layers {list(layers)}, got {list(found)}, without {missing}")
-    return torch.cat([found[layer] for layer in layers])
-
-
-def repeated(lengths: Tensor | None, count: int) -> Tensor | None:
-    """The lengths that belong to so many stacked layers."""
-    return None if lengths is None else lengths.repeat(count)
+    return [found[number] for number in numbers]
 
 
 def lengths_of(name: str, values: Tensor, lengths: Tensor | None) -> Tensor:
@@ -72,10 +114,13 @@ def clean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors over their norms; zero, with gradient zero, for those of length zero."""
-    squares = vectors.square().sum(-1, keepdim=True)
-    positive = squares > 0
-    return vectors * torch.where(positive, torch.where(positive, squares, 1).rsqrt(), 0)
+    """Vectors over their norms; zero, with gradient zero, for those of length zero. In float32 at least."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    # To a size whose square is in range: the direction does not depend on it, and so neither does its gradient.
+    size = vectors.detach().abs().sum(-1, keepdim=True)
+    zero = size == 0
+    scaled = vectors / torch.where(zero, 1, size)
+    return scaled * torch.where(zero, 0, torch.where(zero, 1, scaled.square().sum(-1, keepdim=True)).rsqrt())
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
@@ -87,12 +132,6 @@ def products(x: Tensor, y: Tensor) -> Tensor:
 def means(values: Tensor, mask: Tensor) -> Tensor:
     """Means over the points of every item, `(B, D)`; zero for empty ones."""
     return clean(values, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def filled(x: Tensor, y: Tensor, speech_lengths: Tensor | None, text_lengths: Tensor | None) -> Tensor:
-    """True for the items that have both speech and text: `(B,)`."""
-    n, m = lengths_of("speech_lengths", x, speech_lengths), lengths_of("text_lengths", y, text_lengths)
-    return (n > 0) & (m > 0)
 
 
 def weighted_mean(
