@@ -22,7 +22,7 @@ help:  ## print this list
 demo: $(READY)  ## train a small aligner on real speech, end with a picture and its errors
 	$(PY) examples/demo.py
 
-study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, half an hour; needs espeak-ng and flite
+study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, the better part of an hour; needs espeak-ng and flite
 	$(PY) -m examples.study
 
 test: $(READY)  ## the tests and doctests of a few minutes

@@ -44,7 +44,7 @@ class Docstrings(griffe.Extension):
 
 def rendered(docstring: str) -> str:
     """A docstring as Markdown: formulas as HTML, other `<` as they are meant, and sections as griffe knows them."""
-    text = re.sub(r"^Example:$", "Examples:", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    text = re.sub(r"^Example::?$", "Examples:", inspect.cleandoc(docstring), flags=re.MULTILINE)
     text = re.sub(r"^( +)(\w+(?:, \w+)+): ([a-z].*)$", _one_by_one, text, flags=re.MULTILINE)
     text = "\n\n".join(map(_escaped, text.split("\n\n")))
     block = re.compile(r"^( *)\.\. math::([^\n]*(?:\n\1 +\S[^\n]*)*)", re.MULTILINE)

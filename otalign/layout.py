@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -234,12 +235,12 @@ def _expect_integers(name: str, lengths: Tensor, shape: tuple[int, ...] | None) 
 # Helpers for callers: whatever marks the points, as packed values and offsets -----------------------------------------
 
 
-def from_mask(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def from_mask(h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pack the rows where `mask` is True.
 
     Args:
         h: `(B, N, D)`.
-        mask: `(B, N)`, boolean or integer; True (non-zero) keeps. The rows kept need not be adjacent.
+        mask: `(B, N)`, boolean or integer; True (non-zero) keeps. The rows kept need not be adjacent. None = all.
 
     Returns:
         `(total, D)` values and `(B + 1,)` int64 offsets, as `cu_seqlens_x` takes them.
@@ -252,15 +253,15 @@ def from_mask(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         >>> values.shape, cu_seqlens
         (torch.Size([3, 4]), tensor([0, 2, 3]))
     """
-    return _pack(h, _expect_mask("mask", h, mask))
+    return _pack(h, _expect_mask("mask", h, mask) if mask is not None else _all(h))
 
 
-def from_padding_mask(h: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+def from_padding_mask(h: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pack the rows where `padding_mask` `(B, N)` is False (fairseq's and torch's `key_padding_mask` convention).
 
-    As `from_mask`, with the opposite polarity.
+    As `from_mask`, with the opposite polarity; None = no padding.
     """
-    return _pack(h, ~_expect_mask("padding_mask", h, padding_mask))
+    return _pack(h, ~_expect_mask("padding_mask", h, padding_mask) if padding_mask is not None else _all(h))
 
 
 def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +282,9 @@ def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"rel: expected shape ({h.shape[0]},), got {tuple(rel.shape)}")
     if not bool(((rel >= 0) & (rel <= 1)).all()):
         raise ValueError(f"rel: expected shares in [0, 1], got {rel.tolist()}")
-    return _pack(h, _length_mask((rel.double() * h.shape[1]).round().long(), h))
+    # In float32 where that is what they are, as SpeechBrain does it: halves may go the other way in float64.
+    rel = rel.to(torch.promote_types(rel.dtype, torch.float32))
+    return _pack(h, _length_mask((rel * h.shape[1]).round().long(), h))
 
 
 def from_time_major(h: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,7 +310,10 @@ def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[T
         raise ValueError(f"spans: expected one list for each of {h.shape[0]} rows, got {len(spans)}")
     pieces, offsets = [h[:0].reshape(0, h.shape[-1])], [0]
     for row, pairs in zip(h, spans, strict=True):
-        for start, end in pairs:
+        for pair in pairs:
+            if not isinstance(pair, Sequence | Tensor) or len(pair) != 2 or not all(map(_is_integer, pair)):
+                raise TypeError(f"spans: expected (start, end) pairs of integers for each row, got {pair!r}")
+            start, end = map(int, pair)
             if not 0 <= start <= end <= h.shape[1]:
                 raise ValueError(f"spans: expected 0 <= start <= end <= {h.shape[1]}, got ({start}, {end})")
             pieces.append(row[start:end])
@@ -350,6 +356,19 @@ def _expect_batch(h: Tensor) -> None:
     _expect_tensor("h", h)
     if h.dim() != 3:
         raise ValueError(f"h: expected 3 dimensions, got shape {tuple(h.shape)}")
+
+
+def _is_integer(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def _all(h: Tensor) -> Tensor:
+    _expect_batch(h)
+    return h.new_ones(h.shape[:2], dtype=torch.bool)
 
 
 def _expect_mask(name: str, h: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import otalign
+from otalign.integrations.transformers import OTAlignCallback
 from otalign.speech import InnerAlignmentLoss, OTRegLoss
 
 from .problems import close, identical
@@ -181,10 +182,14 @@ def single_rows(case: Case) -> list[dict[str, Tensor]]:
 def test_a_model_that_ignores_the_number_of_labels_is_named():
     case = CASES["qwen2_audio"]()
     otalign.integrations.hooks._told_of_means.clear()
-    otalign.integrations.hooks._undecided.clear()
+    otalign.integrations.hooks._looked.clear()
     otalign.attach(case.model, OTRegLoss())
+    own = int((case.batch["labels"][:, 1:] != -100).sum())
+    for _ in range(5):
+        step(case, num_items_in_batch=torch.tensor(own))  # in which it cannot be told
     with pytest.warns(UserWarning, match="Qwen2AudioForConditionalGeneration ignores num_items_in_batch"):
-        step(case, num_items_in_batch=torch.tensor(100))
+        for _ in range(3):  # it is not looked at in each
+            step(case, num_items_in_batch=torch.tensor(100))
     other = CASES["voxtral"]()
     otalign.attach(other.model, OTRegLoss())
     step(other, num_items_in_batch=torch.tensor(100))  # (a warning would be an error)
@@ -229,6 +234,32 @@ def test_under_compile():
     same_gradients(gradients(case.model), expected)
     with pytest.raises(ValueError, match="attach first, then torch"):
         otalign.attach(compiled, OTRegLoss())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_under_prefix_tuning(first):
+    """Which gives the model a cache in training."""
+    import peft
+
+    case = CASES["voxtral"]()
+    options = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=2,
+        num_layers=3,
+        token_dim=32,
+        num_attention_heads=2,
+    )
+    if first:
+        handle = otalign.attach(case.model, OTRegLoss())
+        adapted = peft.get_peft_model(case.model, options).train()
+    else:
+        adapted = peft.get_peft_model(case.model, options).train()
+        handle = otalign.attach(adapted, OTRegLoss())
+    with_loss = adapted(**case.batch).loss
+    found = handle.metrics()
+    handle.remove()
+    close(with_loss - adapted(**case.batch).loss, torch.tensor(found["otalign/loss"]), 0.1)
+    assert found["otalign/loss"] > 0.1
 
 
 @pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech"])
@@ -470,13 +501,81 @@ def test_missing_parts():
     case = CASES["qwen2_audio"]()
     handle = otalign.attach(case.model, OTRegLoss())
     without = {k: v for k, v in case.batch.items() if k != "labels"}
-    with pytest.warns(UserWarning, match="lacks a loss"):
+    with pytest.warns(UserWarning, match=r"lacks labels \(label smoothing"):
         case.model(**without)
     case.model(**without)  # said once
     handle.remove()
     otalign.attach(case.model, OTRegLoss(), on_missing="raise")
-    with pytest.raises(ValueError, match="lacks a loss"):
+    with pytest.raises(ValueError, match="lacks labels"):
         case.model(**without)
+
+
+def test_a_placeholder_that_is_nowhere():
+    case = CASES["qwen2_audio"]()
+    handle = otalign.attach(case.model, OTRegLoss(), audio_token_id=98)
+    identical(case.model(**case.batch).loss, case.model(**case.batch).loss)
+    with pytest.warns(UserWarning, match="no item had both speech and text"):
+        assert handle.metrics()["otalign/skipped"] == 4
+    case.model(**case.batch)
+    assert handle.metrics()["otalign/skipped"] == 2  # said once
+
+
+def test_weight_in_the_metrics_is_that_of_the_step():
+    case = CASES["qwen2_audio"]()
+    own, _ = step(case)
+    handle = otalign.attach(case.model, OTRegLoss(warmup_steps=4), weight=lambda step: step + 1.0, accumulate="mean")
+    for weight in (0.25, 1.0, 2.25):
+        loss, _ = step(case)
+        found = handle.metrics()
+        assert found["otalign/weight"] == pytest.approx(weight)
+        assert float(loss - own) == pytest.approx(weight * found["otalign/loss"], rel=1e-4)
+
+
+class Overridden(OTRegLoss):
+    def forward(self, *arguments, **options):
+        return 2 * super().forward(*arguments, **options)
+
+
+def test_what_functions_of_the_batch_may_give():
+    case = CASES["qwen2_audio"]()
+    ids = case.batch["input_ids"]
+    for options, message in (
+        (
+            {"speech_mask_fn": lambda batch: (ids == 99).float()},
+            r"speech_mask_fn: expected a bool mask .* got torch.float32",
+        ),
+        ({"speech_mask_fn": lambda batch: None}, "speech_mask_fn: .* got NoneType"),
+        ({"speech_mask_fn": lambda batch: ids[:1] == 99}, "speech_mask_fn"),
+        (
+            {"transcript": lambda batch: torch.rand(2, 3)},
+            r"transcript: expected integer ids \(2, M\), got torch.float32",
+        ),
+        ({"transcript": lambda batch: ids[:1]}, r"transcript: expected integer ids \(2, M\)"),
+    ):
+        handle = otalign.attach(case.model, OTRegLoss(), **options)
+        with pytest.raises(TypeError, match=message):
+            case.model(**case.batch)
+        handle.remove()
+    expected = step(case)[0]
+    handle = otalign.attach(case.model, OTRegLoss())
+    bool_mask = step(case)[0]
+    handle.remove()
+    otalign.attach(case.model, OTRegLoss(), speech_mask_fn=lambda batch: (ids == 99).long())
+    identical(step(case)[0], bool_mask)
+    assert bool_mask > expected
+
+
+def test_one_module_is_attached_once():
+    case = CASES["qwen2_audio"]()
+    loss = OTRegLoss()
+    first = otalign.attach(case.model, loss)
+    with pytest.raises(ValueError, match="loss: this module is attached"):
+        otalign.attach(case.model, loss, layers=[1])
+    second = otalign.attach(case.model, OTRegLoss())
+    with pytest.raises(ValueError, match="handles: expected different names"):
+        OTAlignCallback(first, second)
+    second.remove()
+    OTAlignCallback(first, otalign.attach(case.model, OTRegLoss(), name="second"))
 
 
 def test_bad_arguments():
@@ -489,6 +588,17 @@ def test_bad_arguments():
         ({"layers": [-1]}, "layers"),
         ({"audio_token_id": "<|AUDIO|>"}, "audio_token_id"),
         ({"layers": [0, 1]}, "InnerAlignmentLoss takes several"),
+        ({"layers": 0}, "layers: expected a sequence"),
+        ({"ignore_token_ids": 5}, "ignore_token_ids: expected a sequence"),
+        ({"weight": "0.1"}, "weight: expected a number"),
+        ({"weight": None}, "weight: expected a number"),
+        ({"weight": torch.tensor([0.1, 0.2])}, "weight: expected a number"),
+        ({"weight": float("nan")}, "weight: expected a finite number >= 0"),
+        ({"weight": -1}, "weight: expected a finite number >= 0"),
+        ({"transcript": None}, "transcript"),
+        ({"states_from": "model"}, "states_from: expected a torch.nn.Module, got str"),
+        ({"loss": otalign.SinkhornLoss(reduction="sum")}, "expected reduction='mean', got 'sum'"),
+        ({"loss": Overridden()}, "Overridden.forward"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             otalign.attach(case.model, **({"loss": OTRegLoss()} | options))

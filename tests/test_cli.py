@@ -193,7 +193,20 @@ def test_align_tells_of_what_did_not_converge(folder, capsys):
     out, err = capsys.readouterr()
     assert "converged       no\n" in out
     assert err.startswith("warning: not converged: marginal error 0.")
-    assert "after 2 iterations, above 0.001; raise --max-iter or --reg" in err
+    assert err.endswith("after 2 iterations, above 0.001; raise --max-iter or --reg\n")
+    main(["align", "speech.npy", "text.npy", "--prior", "band:0.1"])
+    assert "widen the band, or relax one side" in capsys.readouterr().err
+
+
+def test_ends_of_names_in_capitals(one_hot):
+    for name in ("plan.PNG", "all.NPZ", "all.JSON", "all.CSV"):
+        assert main(["align", "speech.npy", "text.npy", "--plot" if "PNG" in name else "--out", name]) == 0
+    assert np.load("all.NPZ")["plan"].shape == (6, 3)
+    assert json.loads(Path("all.JSON").read_text())["converged"]
+    assert Path("all.CSV").read_text().startswith("token,")
+    assert Path("plan.PNG").read_bytes()[1:4] == b"PNG"
+    Path("speech.npy").rename("speech.NPY")
+    assert main(["align", "speech.NPY", "text.npy"]) == 0
 
 
 def test_tokens_without_mass():
@@ -257,7 +270,7 @@ def test_align_in_a_process_of_its_own_draws_a_picture(one_hot):
         ("damaged.npz text.npy", "damaged.npz: cannot be read as .npz: "),
         ("damaged.pt text.npy", "damaged.pt: cannot be read as .pt: "),
         ("code.pt text.npy", "code.pt: cannot be read as .pt: "),
-        ("objects.npy text.npy", "objects.npy: cannot be read as .npy: Object arrays cannot be loaded"),
+        ("objects.npy text.npy", "objects.npy: cannot be read as .npy: damaged, or more than plain arrays"),
         ("words.npy text.npy", "words.npy: expected numbers in a dense array, got an array of <U1"),
         ("complex.pt text.npy", "complex.pt: expected floats or integers, got torch.complex64"),
         ("sparse.pt text.npy", "sparse.pt: expected numbers in a dense array, got an array of torch.float32"),

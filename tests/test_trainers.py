@@ -18,6 +18,7 @@ from otalign.speech import InnerAlignmentLoss, OTRegLoss
 
 from .problems import close, identical
 from .speech_models import CASES, Case
+from .test_attach import single_rows
 
 STEPS = 6
 
@@ -238,3 +239,29 @@ def test_a_plain_loop():
         optimizer.step()
         losses.append(handle.metrics()["otalign/loss"])
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["voxtral", "audio_flamingo3"])
+def test_accelerate_accumulates_exactly(name):
+    """Batches of unlike size in a step, as docs/trainers.md has them, change the weights as one batch does."""
+    import accelerate
+
+    case, whole = CASES[name](), CASES[name]()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    otalign.attach(case.model, OTRegLoss(), weight=2.0)
+    model, optimizer = accelerator.prepare(case.model, torch.optim.SGD(case.model.parameters(), 1.0))
+    group = single_rows(case)
+    tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in group)
+    for batch in group:
+        with accelerator.accumulate(model):
+            loss = model(**batch, num_items_in_batch=tokens).loss
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    otalign.attach(whole.model, OTRegLoss(), weight=2.0)
+    optimizer = torch.optim.SGD(whole.model.parameters(), 1.0)
+    whole.model(**whole.batch).loss.backward()
+    optimizer.step()
+    for (key, found), expected in zip(case.model.named_parameters(), whole.model.parameters(), strict=True):
+        close(found, expected, 1e-4, key)

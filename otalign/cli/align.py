@@ -76,9 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     facts["backend"] = backends.resolve(arguments.backend, result.value.device)
     print(show(rows), "", show_summary(facts), sep="\n")
     if not facts["converged"]:
+        banded = arguments.prior is not None and arguments.prior.kind == "band"
+        band = ", widen the band, or relax one side (--unbalanced inf,1)" if banded else ""
         print(
             f"warning: not converged: marginal error {facts['marginal_error']:.2g} after {facts['iterations']} iterations, "
-            f"above {arguments.tol:g}; raise --max-iter or --reg",
+            f"above {arguments.tol:g}; raise --max-iter or --reg{band}",
             file=sys.stderr,
         )
     if arguments.plot is not None:
@@ -185,9 +187,10 @@ def show_summary(facts: dict[str, Any]) -> str:
 
 def save(path: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], plan: Tensor) -> None:
     """Everything as .json, the table as .csv, or everything with the plan as .npz."""
-    if path.endswith(".json"):
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
         Path(path).write_text(to_json({**facts, "tokens": rows}) + "\n", encoding="utf-8")
-    elif path.endswith(".csv"):
+    elif suffix == ".csv":
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -197,7 +200,8 @@ def save(path: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], plan:
 
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         scalars = {name: np.array(value) for name, value in facts.items()}
-        np.savez(path, plan=plan.numpy(), **columns, **scalars)  # type: ignore[arg-type]
+        with open(path, "wb") as archive:  # (a name that does not end in .npz would be given another end)
+            np.savez(archive, plan=plan.numpy(), **columns, **scalars)  # type: ignore[arg-type]
 
 
 def _printable(label: str) -> str:

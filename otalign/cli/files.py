@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, as_input_error
+from .errors import InputError, as_input_error, first_line
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 
@@ -20,13 +20,19 @@ def read(path: str) -> dict[str, Tensor]:
 
     Nothing in the file is executed: no pickled objects, `torch.load` with `weights_only=True`.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file {', '.join(SUFFIXES)}")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
-    with as_input_error(Exception, about=f"{path}: cannot be read as {suffix}"):  # damage has many names
+    try:
         held = _numpy(path) if suffix in (".npy", ".npz") else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: {first_line(error)}") from error
+    except Exception as error:  # damage has many names, and advice to read it without care
+        raise InputError(
+            f"{path}: cannot be read as {suffix}: damaged, or more than plain arrays ({type(error).__name__})"
+        ) from error
     if not isinstance(held, (dict, list, tuple)):
         held = {"": held}
     if not held:
@@ -150,7 +156,7 @@ def expect_writable(path: str | None, suffixes: tuple[str, ...] = ()) -> None:
     """Raises, before the work is done, where its result could not be saved."""
     if path is None:
         return
-    if suffixes and Path(path).suffix not in suffixes:
+    if suffixes and Path(path).suffix.lower() not in suffixes:
         raise InputError(f"{path}: expected a name that ends in one of {', '.join(suffixes)}")
     if not Path(path).parent.is_dir():
         raise InputError(f"{path}: the folder {Path(path).parent} does not exist")

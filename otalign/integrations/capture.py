@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from ..speech.retrieval import processes
 from ..speech.states import weighted_mean
 from .configuration import Placeholder, audio_token, embedding_scale, expect_unwrapped, first_token, special_tokens
 from .distributed import joined_mean_normalizer
-from .hooks import IGNORED, Batch, Call, Missing, Site, site_of, unobserved
+from .hooks import IGNORED, WITHOUT_LABELS, Batch, Call, Missing, Site, site_of, unobserved
 
 ACCUMULATIONS = ("tokens", "mean")
 MISSING = ("warn", "raise", "ignore")
@@ -49,7 +51,8 @@ def attach(
     Args:
         model: a speech language model whose forward takes `labels` and returns an output with `loss` and `hidden_states`:
             the Hugging Face contract, in which frames of audio stand where the placeholder token is.
-        loss: `otalign.speech.OTRegLoss`, `otalign.speech.InnerAlignmentLoss` or `otalign.SinkhornLoss`.
+        loss: `otalign.speech.OTRegLoss`, `otalign.speech.InnerAlignmentLoss` or `otalign.SinkhornLoss`, of which the text is a
+            constant to the gradient; the others have `detach_text`.
         weight: of the loss; or a function of the global step, which `OTAlignCallback` or `set_step` tell. (The schedule of
             OTRegLoss comes on top.)
         audio_token_id: the placeholder of audio in `input_ids`; `"auto"` = as the model's configuration says.
@@ -58,7 +61,7 @@ def attach(
             Face's Trainer this takes `remove_unused_columns=False`. Or a function of the batch that returns such ids.
         ignore_token_ids: tokens of the transcript to leave out, besides the end, begin and padding tokens of the configuration.
         layers: hidden states to align, 0 being the embeddings; None = those of the loss, or 0. Text of deeper layers comes from
-            a pass of the model over the transcript alone, without gradients.
+            a pass of the model over the transcript alone; without gradients, unless the loss has `detach_text=False`.
         speech_mask_fn: for models without a placeholder: the batch to a `(B, S)` bool mask, True on the speech.
         states_from: the submodule whose hidden states are meant, if the model itself returns none; None = the model.
         accumulate: how items are weighed. `"tokens"`: by their number of labels, over `num_items_in_batch` if the trainer gives
@@ -80,10 +83,15 @@ def attach(
     one_of("accumulate", accumulate, ACCUMULATIONS)
     one_of("on_missing", on_missing, MISSING)
     expect_unwrapped(model)
-    if not isinstance(loss, OTRegLoss | InnerAlignmentLoss | SinkhornLoss):
-        raise TypeError(f"loss: expected OTRegLoss, InnerAlignmentLoss or SinkhornLoss, got {type(loss).__name__}")
-    if isinstance(transcript, str):
+    _expect_loss(loss)
+    _expect_weight(weight)
+    if not callable(transcript):
         one_of("transcript", transcript, ("labels", "transcript_ids"))
+    for argument, given in (("layers", layers), ("ignore_token_ids", ignore_token_ids)):
+        if given is not None and not isinstance(given, Iterable):
+            raise TypeError(f"{argument}: expected a sequence of integers, got {given!r}")
+    if states_from is not None and not isinstance(states_from, nn.Module):
+        raise TypeError(f"states_from: expected a torch.nn.Module, got {type(states_from).__name__}")
     if speech_mask_fn is None and audio_token_id == "auto":
         audio_token_id = audio_token(model)
     if speech_mask_fn is None and (isinstance(audio_token_id, bool) or not isinstance(audio_token_id, int)):
@@ -107,6 +115,29 @@ def attach(
     )
     attachment._site.add(attachment, None if states_from is model else states_from)
     return attachment
+
+
+def _expect_loss(loss: nn.Module) -> None:
+    kinds = OTRegLoss, InnerAlignmentLoss, SinkhornLoss
+    if not isinstance(loss, kinds):
+        raise TypeError(f"loss: expected OTRegLoss, InnerAlignmentLoss or SinkhornLoss, got {type(loss).__name__}")
+    if type(loss).forward not in [kind.forward for kind in kinds]:
+        raise TypeError(
+            f"loss: attach takes the losses of single items, and not what {type(loss).__name__}.forward makes"
+        )
+    if isinstance(loss, SinkhornLoss) and loss.options["reduction"] != "mean":
+        raise ValueError(
+            f"loss: attach weighs the items itself; expected reduction='mean', got {loss.options['reduction']!r}"
+        )
+
+
+def _expect_weight(weight: Any) -> None:
+    if callable(weight) or (isinstance(weight, Tensor) and weight.dim() == 0):
+        return
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+        raise TypeError(f"weight: expected a number or a function of the step, got {weight!r}")
+    if not (float(weight) >= 0 and math.isfinite(weight)):
+        raise ValueError(f"weight: expected a finite number >= 0, got {weight}")
 
 
 def _layers(loss: nn.Module, layers: Sequence[int] | None) -> list[int]:
@@ -158,6 +189,7 @@ class Attachment:
     step: int = 0
     _told: bool = field(default=False, repr=False)  # whether somebody sets the step
     _warned: bool = field(default=False, repr=False)
+    _told_of_none: bool = field(default=False, repr=False)
     _counted_calls: bool | None = field(default=None, repr=False)  # what the loss did before somebody set the step
     _sums: Tensor | None = field(default=None, repr=False)  # of items, their loss, error and iterations; items left out
     _last: tuple[Tensor, Tensor | int] | None = field(default=None, repr=False)  # weight and normaliser of the last run
@@ -184,7 +216,7 @@ class Attachment:
 
         Returns:
             `<name>/loss` without its weight, `<name>/weight`, `<name>/marginal_error`, `<name>/n_iter`, and
-            `<name>/skipped`, the number of items that had no speech or no text.
+            `<name>/skipped`, the number of items that had no speech or no text. The weight is that of the last step.
         """
         sums, self._sums = self._sums, None
         if synchronise and processes() > 1:
@@ -195,7 +227,13 @@ class Attachment:
         items, loss, error, n_iter, skipped = sums.tolist()
         totals = {"loss": loss, "marginal_error": error, "n_iter": n_iter}
         values = {key: total / items if items else 0.0 for key, total in totals.items()}
-        values |= {"weight": float(self.current_weight()), "skipped": skipped}
+        weight = self.current_weight() if self._last is None else self._last[0]
+        values |= {"weight": float(weight), "skipped": skipped}
+        if not items and not self._told_of_none and self._on_missing != "ignore":
+            self._told_of_none = True
+            warnings.warn(
+                "no item had both speech and text: is that the placeholder of audio, or the mask?", stacklevel=2
+            )
         return {f"{self.name}/{key}": value for key, value in values.items()}
 
     def remove(self) -> None:
@@ -247,16 +285,24 @@ class Attachment:
         if states is None:
             raise Missing("hidden states: the output has none; states_from= names the submodule that makes them")
         if (labels := batch.get("labels")) is None:
-            raise Missing("labels (label smoothing and custom losses take them out before the model sees them)")
+            raise Missing(WITHOUT_LABELS)
         if max(self.layers) >= len(states):
             raise ValueError(f"layers: the model has {len(states)} hidden states, from 0 on; got {self.layers}")
-        mask, width = self._speech_mask(batch), states[self.layers[0]].shape[1]
+        mask, (items, width) = self._speech_mask(batch), states[self.layers[0]].shape[:2]
+        if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.shape[:1] != (items,) or mask.dim() != 2:
+            kind = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"speech_mask_fn: expected a bool mask {(items, width)}, True on the speech, got {kind}")
         if mask.shape[1] != width:
             raise ValueError(
-                f"the model made {width} positions of the batch's {mask.shape[1]}: it expands placeholders by itself. Give it "
-                "batches whose placeholders are expanded, as its processor makes them, or a speech_mask_fn"
+                f"the model made {width} positions of the batch's {mask.shape[1]}: it expands placeholders by itself, "
+                "or a prompt that is learned comes first, which attach does not know. Give it batches whose placeholders are "
+                "expanded, as its processor makes them"
             )
+        mask = mask.bool()
         ids = self._transcript_ids(batch)
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2 or len(ids) != items:
+            kind = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"transcript: expected integer ids ({items}, M), got {kind}")
         rows = Rows.of(batch, labels)
         if rows.segments is not None and self._transcript != "labels":
             raise ValueError(
@@ -337,6 +383,15 @@ class Attachment:
         kept = [torch.where(filled, value.detach().double(), 0).sum() for value in values]
         sums = torch.stack([*kept, (~filled).sum().double()])
         self._sums = sums if self._sums is None else self._sums + sums
+
+
+def expect_names(handles: Sequence[Attachment]) -> None:
+    """Refuse handles whose metrics could not be told apart, or none."""
+    if not handles:
+        raise ValueError("handles: expected at least one, as otalign.attach returns it")
+    names = [handle.name for handle in handles]
+    if len(set(names)) < len(names):
+        raise ValueError(f"handles: expected different names, which attach(name=) gives, got {names}")
 
 
 def _recomputes() -> bool:

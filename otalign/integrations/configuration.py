@@ -23,7 +23,9 @@ class Placeholder:
         if batch.get("input_ids") is None:
             raise Missing("input_ids; speech_mask_fn= does without")
         mask, attention = batch["input_ids"] == self.token, batch.get("attention_mask")
-        return mask & attention.bool() if isinstance(attention, Tensor) and attention.dim() == 2 else mask
+        if not isinstance(attention, Tensor) or attention.dim() != 2:
+            return mask
+        return mask & attention[:, -mask.shape[1] :].bool()  # that of a cache comes before
 
 
 def expect_unwrapped(model: nn.Module) -> None:

@@ -24,9 +24,9 @@ def joined_mean_normalizer(weights: Tensor) -> Tensor:
         A scalar; 1 if there is nothing to divide.
 
     Example:
-        >>> lengths = torch.tensor([3, 0, 5])
-        >>> losses = otalign.SinkhornLoss(reduction="none")(torch.randn(3, 5, 4), torch.randn(3, 2, 4), lengths)
-        >>> loss = losses.sum() / otalign.integrations.joined_mean_normalizer(lengths > 0)
+        >>> n, m = torch.tensor([3, 0, 5]), torch.tensor([2, 1, 0])
+        >>> losses = otalign.SinkhornLoss(reduction="none")(torch.randn(3, 5, 4), torch.randn(3, 2, 4), n, m)
+        >>> loss = losses.sum() / otalign.integrations.joined_mean_normalizer((n > 0) & (m > 0))
     """
     total = weights.sum(dtype=None if weights.is_floating_point() else torch.float32)
     if processes() > 1:

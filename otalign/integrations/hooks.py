@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # the label of what is not to be predicted, in every trainer
+WITHOUT_LABELS = "labels (label smoothing and custom losses take them out before the model sees them)"
 Batch = Mapping[str, Any]  # what the model's forward is called with
 
 
@@ -34,6 +35,7 @@ class Call:
 class Addition(Protocol):
     """What a site wants to know of an attached loss."""
 
+    loss: nn.Module
     layers: list[int]
 
     def added(self, model: nn.Module, call: Call) -> Tensor | None: ...
@@ -71,6 +73,8 @@ class Site:
         ]
 
     def add(self, addition: Addition, source: nn.Module | None) -> None:
+        if any(other.loss is addition.loss for other in self.additions):
+            raise ValueError("loss: this module is attached to the model already, and would count each step twice")
         if self.additions and source is not self.source:
             raise ValueError("states_from: a loss that is attached to this model takes its states from elsewhere")
         if source is not None and not self.additions:
@@ -96,8 +100,8 @@ class Site:
             raise RuntimeError("DataParallel runs copies of a model that share its hooks; use DistributedDataParallel")
         batch = _by_name(model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key != "transcript_ids"}
-        # generate() may be called in training mode too.
-        generates = batch.get("past_key_values") is not None
+        # generate() may be called in training mode too. (With labels a cache is what prefix tuning puts before the batch.)
+        generates = batch.get("past_key_values") is not None and batch.get("labels") is None
         trains = model.training and not generates and (torch.is_grad_enabled() or batch.get("labels") is not None)
         if not trains:
             self.call = None
@@ -123,8 +127,9 @@ class Site:
             call.states = _get(carrier, "hidden_states")
         loss = carrier if isinstance(carrier, Tensor) and carrier.dim() == 0 else _get(carrier, "loss")
         if loss is None:
+            lacks = "a loss: the model returned none" if call.batch.get("labels") is not None else WITHOUT_LABELS
             for addition in self.additions:
-                addition.absent(model, call, "a loss: the model returned none, as it does without labels")
+                addition.absent(model, call, lacks)
             if isinstance(carrier, Tensor):
                 return None
         else:
@@ -198,21 +203,23 @@ def _replaced(output: Any, **values: Any) -> Any:
 
 
 _told_of_means: set[type] = set()
-_undecided: dict[type, int] = {}  # batches in which it could not be told
+_looked: dict[type, int] = {}  # calls in which it could have been told
 
 
 @torch.no_grad()
 def warn_of_means(model: nn.Module, batch: Batch, output: Any, loss: Tensor) -> None:
     """Say once for a class if its own loss ignores `num_items_in_batch`, and so is too large under accumulation."""
     total, labels, logits = batch.get("num_items_in_batch"), batch.get("labels"), _get(output, "logits")
-    if torch.compiler.is_compiling() or type(model) in _told_of_means or _undecided.get(type(model), 0) >= 4:
+    if torch.compiler.is_compiling() or type(model) in _told_of_means:
         return
     if total is None or labels is None or logits is None or logits.shape[:2] != labels.shape:
+        return
+    _looked[type(model)] = count = _looked.get(type(model), 0) + 1
+    if count & (count - 1):  # looking costs a wait for the device: at calls 1, 2, 4, 8, ...
         return
     counted = labels[:, 1:] != IGNORED
     here, everywhere = int(counted.sum()), float(total)
     if here == 0 or abs(here - everywhere) < 0.05 * everywhere:
-        _undecided[type(model)] = _undecided.get(type(model), 0) + 1  # looking costs a wait for the device
         return
     _told_of_means.add(type(model))
     mean = F.cross_entropy(logits[:, :-1][counted].float(), labels[:, 1:][counted])

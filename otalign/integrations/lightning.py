@@ -9,7 +9,7 @@ try:
 except ImportError:  # the older package of the same project
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from .capture import Attachment
+from .capture import Attachment, expect_names
 
 
 class OTAlignCallback(pl.Callback):
@@ -19,7 +19,7 @@ class OTAlignCallback(pl.Callback):
     Logs get `otalign/loss` and the others of `Attachment.metrics`, whenever Lightning logs.
 
     Args:
-        handle: of `otalign.attach`; several are given one after the other.
+        handle: of `otalign.attach`; several, with different names, are given one after the other.
 
     Example::
 
@@ -28,8 +28,7 @@ class OTAlignCallback(pl.Callback):
     """
 
     def __init__(self, *handles: Attachment) -> None:
-        if not handles:
-            raise ValueError("handles: expected at least one, as otalign.attach returns it")
+        expect_names(handles)
         self.handles = handles
         self.logged = 0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .capture import Attachment
+from .capture import Attachment, expect_names
 
 
 class OTAlignCallback(TrainerCallback):
@@ -18,7 +18,7 @@ class OTAlignCallback(TrainerCallback):
     that is given to it; `report_first` puts this one before them.
 
     Args:
-        handle: of `otalign.attach`; several are given one after the other.
+        handle: of `otalign.attach`; several, with different names, are given one after the other.
 
     Example::
 
@@ -27,8 +27,7 @@ class OTAlignCallback(TrainerCallback):
     """
 
     def __init__(self, *handles: Attachment) -> None:
-        if not handles:
-            raise ValueError("handles: expected at least one, as otalign.attach returns it")
+        expect_names(handles)
         self.handles = handles
 
     def report_first(self, trainer: Any) -> None:
