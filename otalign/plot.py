@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .problem import one_of
 from .result import OTResult
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def plan(
     ax = _axes(ax)
     relative = matrix / matrix.amax(0).clamp(min=torch.finfo(matrix.dtype).tiny)
     image = _image(ax, relative, seconds_per_frame, **{"cmap": "magma", "vmin": 0, "vmax": 1, **options})
-    ax.figure.colorbar(image, ax=ax, label="plan, relative to the token's strongest frame")
+    ax.figure.colorbar(image, ax=ax, label="plan, relative to each token")
     _label(ax, matrix.shape, tokens, seconds_per_frame)
     return ax
 
@@ -55,28 +56,43 @@ def path(
     similarity: Tensor,
     path: Tensor,
     *,
+    metric: str = "cosine",
     tokens: Sequence[str] | None = None,
     seconds_per_frame: float | None = None,
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes:
-    """An alignment path over the similarities that it follows.
+    """An alignment path over the similarities that it follows: bright is near.
 
     Args:
-        similarity: `(N, M)` of one item and layer, such as `otalign.plot.cosines(speech, text)`.
+        similarity: `(N, M)` of one item and layer, such as `otalign.plot.cosines(speech, text)`; for `"euclidean"` distances,
+            such as `torch.cdist(speech, text)`.
         path: `(M,)` the frame of each token, as `alignment_path` gives it; -1 is left out.
+        metric: `"cosine"` or `"euclidean"`: what `similarity` holds.
         tokens, seconds_per_frame, options: as in `plan`.
     """
+    one_of("metric", metric, ("cosine", "euclidean"))
     matrix, frames = _matrix("similarity", similarity), path.detach().cpu()
     ax = _axes(ax)
-    image = _image(ax, matrix, seconds_per_frame, **{"cmap": "viridis", **options})
-    ax.figure.colorbar(image, ax=ax, label="similarity")
+    far = metric == "euclidean"
+    image = _image(ax, matrix, seconds_per_frame, low=far, **{"cmap": "viridis_r" if far else "viridis", **options})
+    ax.figure.colorbar(image, ax=ax, label="distance" if far else "similarity")
     shown = frames >= 0
     at = (frames[shown].double() + 0.5) * (seconds_per_frame or 1)
-    many = len(frames) > MARKERS
+    few = len(frames) <= MARKERS
     ax.plot(
-        at, torch.arange(len(frames))[shown], color="white", marker=None if many else "o", linewidth=1, markersize=4
+        at,
+        torch.arange(len(frames))[shown],
+        color="white",
+        marker="o",
+        markersize=4 if few else 2.5,
+        markeredgecolor="black",
+        markeredgewidth=0.5,
+        linestyle="-" if few else "",  # each token's frame is its own
+        linewidth=1,
+        label="nearest frame",
     )
+    ax.legend(loc="upper left", fontsize=8, framealpha=0.8, facecolor="0.7")
     _label(ax, matrix.shape, tokens, seconds_per_frame)
     return ax
 
@@ -90,7 +106,7 @@ def layers(
     curves: Mapping[str, Tensor | Sequence[float]],
     *,
     numbers: Sequence[int] | None = None,
-    right: Sequence[str] = (),
+    right: str | Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
     """Quantities by layer, one line each: cosine, distance, alignment path score, retrieval.
@@ -100,8 +116,12 @@ def layers(
         numbers: of the layers; None = from 0 on.
         right: labels that are measured on an axis of their own, at the right, such as distances.
     """
+    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
+    right = [right] if isinstance(right, str) else list(right)
+    if unknown := [label for label in right if label not in curves]:
+        raise ValueError(f"right: expected labels among {list(curves)}, got {unknown}")
     ax = _axes(ax)
     other = ax.twinx() if right else None
     for index, (label, values) in enumerate(curves.items()):
@@ -121,8 +141,10 @@ def layers(
         # The right axes came last and would be drawn over the legend.
         ax.set_zorder(other.get_zorder() + 1)
         ax.patch.set_visible(False)
-    drawn = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
-    ax.legend(drawn, [str(line.get_label()) for line in drawn], frameon=False)
+    drawn: list[Any] = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
+    if any(axes.collections for axes in (ax, other) if axes is not None):
+        drawn.append(Patch(color="0.85", label="10 % to 90 % of items"))
+    ax.legend(handles=drawn, framealpha=0.8, edgecolor="none")
     return ax
 
 
@@ -151,7 +173,7 @@ def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Ax
         )
     ax.set_xlabel("relative position")
     ax.set_ylabel("potential, in the unit of the cost")
-    ax.legend(frameon=False)
+    ax.legend(framealpha=0.8, edgecolor="none")
     return ax
 
 
@@ -170,16 +192,17 @@ def _matrix(name: str, matrix: Tensor) -> Tensor:
     return matrix.detach().cpu().float()
 
 
-def _image(ax: Any, matrix: Tensor, seconds_per_frame: float | None, **options: Any) -> Any:
+def _image(ax: Any, matrix: Tensor, seconds_per_frame: float | None, *, low: bool = False, **options: Any) -> Any:
     """`(N, M)` with frames to the right and tokens upwards.
 
-    What is finer than the axes' pixels is pooled by its largest entry, so that a narrow ridge stays visible.
+    What is finer than the axes' pixels is pooled by its largest entry, or smallest if `low`, so that a narrow ridge stays visible.
     """
     n, m = matrix.shape
     width, height = (max(int(0.75 * pixels), 16) for pixels in ax.get_window_extent().size)  # labels take their part
     size = min(n, width), min(m, height)
     if size != (n, m):
-        matrix = F.adaptive_max_pool2d(matrix[None], size)[0]
+        sign = -1 if low else 1
+        matrix = sign * F.adaptive_max_pool2d(sign * matrix[None], size)[0]
     extent = (0, n * (seconds_per_frame or 1), -0.5, m - 0.5)
     options = {"origin": "lower", "aspect": "auto", "interpolation": "nearest", "extent": extent, **options}
     return ax.imshow(matrix.T.numpy(), **options)
@@ -193,4 +216,4 @@ def _label(ax: Any, shape: tuple[int, ...], tokens: Sequence[str] | None, second
     if len(tokens) != shape[1]:
         raise ValueError(f"tokens: expected {shape[1]} labels, got {len(tokens)}")
     every = -(-len(tokens) // LABELS)
-    ax.set_yticks(range(0, len(tokens), every), list(tokens)[::every], fontsize=8)
+    ax.set_yticks(range(0, len(tokens), every), list(tokens)[::every], fontsize=8, parse_math=False)

@@ -66,14 +66,38 @@ def test_path_leaves_out_the_padding():
     assert len(ax.get_lines()[0].get_xdata()) == 2
 
 
+def test_distances_keep_their_valley():
+    """Of 3000 frames the nearest is what is seen."""
+    distances = torch.rand(3000, 10) + 1
+    distances[1234, 4] = 0
+    ax = plot.path(distances, distances.argmin(0), metric="euclidean")
+    (image,) = ax.get_images()
+    assert image.get_array().min() == 0
+    assert ax.figure.axes[1].get_ylabel() == "distance"
+    with pytest.raises(ValueError, match="metric"):
+        plot.path(distances, distances.argmin(0), metric="dot")
+
+
+def test_tokens_are_no_formulas():
+    drawn(plot.plan(torch.rand(5, 3), tokens=["$$", "$_$", "$x_2$"]))
+
+
 def test_layers():
     curves = {"cosine": torch.rand(6), "distance": torch.rand(6, 9), "MRR": [0.1] * 6}
     ax = plot.layers(curves, right=["distance"], numbers=[0, 2, 4, 6, 8, 10])
     drawn(ax)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cosine", "MRR", "distance"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "cosine",
+        "MRR",
+        "distance",
+        "10 % to 90 % of items",
+    ]
     left, right = ax.figure.axes
     assert left.get_lines()[0].get_ydata() == pytest.approx(curves["cosine"])
     assert right.get_lines()[0].get_ydata() == pytest.approx(curves["distance"].mean(1))
+    assert plot.layers({"distance": [1.0, 2.0]}, right="distance").figure.axes[1].get_ylabel() == "distance (dashed)"
+    with pytest.raises(ValueError, match=r"right: expected labels among \['APS'\], got \['typo'\]"):
+        plot.layers({"APS": [0.1]}, right=["typo"])
     assert left.get_zorder() > right.get_zorder()  # the legend is the left one's
 
 
