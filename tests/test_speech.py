@@ -282,6 +282,18 @@ def test_path_score_is_a_plain_loop(metric, dtype):
     close(found.score, found.per_layer.mean(0), 1e-6)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_path_of_a_whole_batch_at_once(metric):
+    """As on a GPU, and where torch.compile traces it; on a CPU items are taken one by one."""
+    torch.compiler.reset()
+    xs, ys, n, m = states(2, dtype=torch.float64)
+    compiled = torch.compile(alignment_path_score, backend="eager", fullgraph=True)
+    for actual, right in zip(
+        compiled(xs, ys, n, m, metric=metric), alignment_path_score(xs, ys, n, m, metric=metric), strict=True
+    ):
+        close(actual.double(), right.double(), 1e-12)
+
+
 def test_path_by_hand():
     speech = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]])
     text = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])

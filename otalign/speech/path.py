@@ -124,8 +124,8 @@ def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Ten
     if x.shape[1] == 0:  # nothing to be near to: one frame that no item has
         x = x.new_zeros(x.shape[0], 1, x.shape[2])
     mask_x, mask_y = inside(x, n), inside(y, m) & (n > 0)[:, None]
-    norms_x, norms_y = (torch.where(mask, _norms(t), 0) for t, mask in ((x, mask_x), (y, mask_y)))
-    matrix, outside = _similarities(x, y), ~mask_x[:, :, None]
+    matrix, norms_x, norms_y = _products_and_norms(x, y, n, m)
+    norms_x, norms_y, outside = torch.where(mask_x, norms_x, 0), torch.where(mask_y, norms_y, 0), ~mask_x[:, :, None]
     # What lies behind the lengths is in rows and columns of its own. There is one matrix: each path is made of it in place.
     cosines = matrix.mul_(_inverse(norms_x)[:, :, None]).masked_fill_(outside, -torch.inf)
     best, alike = cosines.max(1)
@@ -150,29 +150,28 @@ def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Ten
     )
 
 
-def _norms(points: Tensor) -> Tensor:
-    dtype = torch.promote_types(points.dtype, torch.float32)
-    if points.dtype == dtype or points.device.type != "cpu" or not len(points):
-        return torch.linalg.vector_norm(points, dim=2, dtype=dtype)
-    # On the CPU what has to be widened is copied first: one item at a time.
-    return torch.stack([torch.linalg.vector_norm(item, dim=1, dtype=dtype) for item in points])
-
-
 def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1), 0)
 
 
-def _similarities(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_j> of every item, (B, N, M), summed in float32 at least, without a copy of the batch in it."""
-    if x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64):
-        return products(x, y)
-    if x.dtype == y.dtype and x.device.type == "cuda":
-        return torch.bmm(x, y.mT, out_dtype=torch.float32)
+def _products_and_norms(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """<x_i, y_j> `(B, N, M)`, |x_i| and |y_j|, in float32 at least; anything behind the lengths."""
     dtype = torch.promote_types(torch.float32, torch.promote_types(x.dtype, y.dtype))
-    matrix = x.new_empty(x.shape[0], x.shape[1], y.shape[1], dtype=dtype)
-    for frames, tokens, out in zip(x, y, matrix, strict=True):
-        torch.mm(frames.to(dtype), tokens.to(dtype).mT, out=out)
-    return matrix
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Item by item: the padding costs nothing, an item stays in the cache, and one at a time is widened.
+        matrix = x.new_empty(len(x), x.shape[1], y.shape[1], dtype=dtype)
+        norms_x, norms_y = (t.new_zeros(t.shape[:2], dtype=dtype) for t in (x, y))
+        for b, (count_x, count_y) in enumerate(zip(n.tolist(), m.tolist(), strict=True)):
+            frames, tokens = x[b, :count_x].to(dtype), y[b, :count_y].to(dtype)
+            torch.mm(frames, tokens.mT, out=matrix[b, :count_x, :count_y])
+            torch.linalg.vector_norm(frames, dim=1, out=norms_x[b, :count_x])
+            torch.linalg.vector_norm(tokens, dim=1, out=norms_y[b, :count_y])
+            del frames, tokens  # before the next are made
+        return matrix, norms_x, norms_y
+    norms_x, norms_y = (torch.linalg.vector_norm(t, dim=2, dtype=dtype) for t in (x, y))
+    if x.dtype == y.dtype and x.dtype.itemsize == 2 and x.device.type == "cuda":
+        return torch.bmm(x, y.mT, out_dtype=torch.float32), norms_x, norms_y
+    return products(x.to(dtype), y.to(dtype)), norms_x, norms_y
 
 
 def _spearman(path: Tensor, mask: Tensor) -> Tensor:
