@@ -123,7 +123,7 @@ def layers(
     if unknown := [label for label in right if label not in curves]:
         raise ValueError(f"right: expected labels among {list(curves)}, got {unknown}")
     ax = _axes(ax)
-    other = ax.twinx() if right else None
+    other, shaded = ax.twinx() if right else None, False
     for index, (label, values) in enumerate(curves.items()):
         values = torch.as_tensor(values).detach().cpu().double()
         x = list(range(len(values))) if numbers is None else list(numbers)
@@ -132,7 +132,7 @@ def layers(
         if values.dim() == 2:
             low, high = values.nanquantile(torch.tensor([0.1, 0.9], dtype=values.dtype), dim=1)
             on.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            values = values.nanmean(1)
+            values, shaded = values.nanmean(1), True
         on.plot(x, values, label=label, marker="o" if len(x) <= MARKERS else None, markersize=3, **style)
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -142,7 +142,7 @@ def layers(
         ax.set_zorder(other.get_zorder() + 1)
         ax.patch.set_visible(False)
     drawn: list[Any] = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
-    if any(axes.collections for axes in (ax, other) if axes is not None):
+    if shaded:
         drawn.append(Patch(color="0.85", label="10 % to 90 % of items"))
     ax.legend(handles=drawn, framealpha=0.8, edgecolor="none")
     return ax

@@ -38,12 +38,12 @@ class Prior:
 
     @staticmethod
     def quadratic(weight: float) -> Prior:
-        """``weight * d ** 2``, in the unit of the cost."""
+        """`weight * d ** 2`, in the unit of the cost."""
         return Prior("quadratic", (_finite("weight", weight),))
 
     @staticmethod
     def absolute(weight: float) -> Prior:
-        """``weight * d``, in the unit of the cost."""
+        """`weight * d`, in the unit of the cost."""
         return Prior("absolute", (_finite("weight", weight),))
 
     @staticmethod
@@ -53,7 +53,7 @@ class Prior:
         .. math:: B_{ij} = -\frac{\lambda_1}{e^2 + 1} - \mathrm{reg} \log p_{ij}, \qquad
                   p_{ij} = \frac{1}{\delta\sqrt{2\pi}} \exp\Big(-\frac{e^2}{2\delta^2 (n^{-2} + m^{-2})}\Big)
 
-        with the paper's own positions, :math:`e = (i + 1) / n - (j + 1) / m`. The solver's ``reg`` is the paper's
+        with the paper's own positions, :math:`e = (i + 1) / n - (j + 1) / m`. The solver's `reg` is the paper's
         :math:`\lambda_2`: the plan is theirs, and the value counts both terms.
 
         Args:
@@ -64,12 +64,12 @@ class Prior:
 
     @staticmethod
     def band(width: float) -> Prior:
-        """Zero within ``width`` tokens (points of ``y``) of the diagonal, infinite outside.
+        """Zero within `width` tokens (points of `y`) of the diagonal, infinite outside.
 
-        Where the band would leave a row or a column empty (more tokens than ``x`` has points, or ``width`` under
-        one half), it is as wide as is needed to leave none so: at least ``max(1, (m - 1) / (n - 1)) / 2``. That is not
-        yet enough for strict marginals: to carry uniform ones on both sides a band takes about ``max(1, m / n)``, and
-        in a narrower one ``converged`` stays False.
+        Where the band would leave a row or a column empty (more tokens than `x` has points, or `width` under
+        one half), it is as wide as is needed to leave none so: at least `max(1, (m - 1) / (n - 1)) / 2`. That is not
+        yet enough for strict marginals: to carry uniform ones on both sides a band takes about `max(1, m / n)`, and
+        in a narrower one `converged` stays False.
         """
         return Prior("band", (_finite("width", width),))
 
@@ -82,7 +82,7 @@ class Prior:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The term itself for lengths ``n`` and ``m``: ``(n, m)``. ``reg`` matters to ``order_preserving`` only."""
+        """The term itself for lengths `n` and `m`: `(n, m)`. `reg` matters to `order_preserving` only."""
         if n == 0 or m == 0:
             return torch.zeros(n, m, dtype=dtype, device=device)
         i = torch.arange(n, dtype=torch.float64, device=device)[:, None]
@@ -105,6 +105,6 @@ class Prior:
 
 
 def band_width(width: float, n: int, m: int) -> float:
-    """The half-width in tokens that ``Prior.band`` really has for these lengths."""
+    """The half-width in tokens that `Prior.band` really has for these lengths."""
     spacing = (m - 1) / (n - 1) if n > 1 else math.inf
     return max(width, 0.5, 0.5 * spacing) + 1e-9 * max(m, 1)  # a half-way point is inside, whatever the rounding
