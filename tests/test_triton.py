@@ -279,11 +279,12 @@ def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program may have
 
 
-def test_kernel_matrix_stays_in_registers(tmp_path):
+@pytest.mark.parametrize("arch", ["90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100"))])
+def test_kernel_matrix_stays_in_registers(tmp_path, arch):
     """Every variant that keeps the kernel matrix in registers, on every NVIDIA generation since Ampere: no spills."""
-    rows = reports(tmp_path / "a.csv", "--arch", "80", "90", "100", "--only", "sinkhorn.*GROUPS=[1-9]")
-    assert {row["arch"] for row in rows} == {"80", "90", "100"}
-    assert len(rows) >= 40
+    rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", "sinkhorn.*GROUPS=[1-9]")
+    assert {row["arch"] for row in rows} == {arch}
+    assert len(rows) >= 12
     for row in rows:
         assert int(row["spills"]) == 0, row
         assert int(row["registers"]) <= 255, row
