@@ -311,9 +311,10 @@ def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[T
     pieces, offsets = [h[:0].reshape(0, h.shape[-1])], [0]
     for row, pairs in zip(h, spans, strict=True):
         for pair in pairs:
-            if not isinstance(pair, Sequence | Tensor) or len(pair) != 2 or not all(map(_is_integer, pair)):
-                raise TypeError(f"spans: expected (start, end) pairs of integers for each row, got {pair!r}")
-            start, end = map(int, pair)
+            try:
+                start, end = map(operator.index, pair)
+            except (TypeError, ValueError):
+                raise TypeError(f"spans: expected (start, end) pairs of integers for each row, got {pair!r}") from None
             if not 0 <= start <= end <= h.shape[1]:
                 raise ValueError(f"spans: expected 0 <= start <= end <= {h.shape[1]}, got ({start}, {end})")
             pieces.append(row[start:end])
@@ -356,14 +357,6 @@ def _expect_batch(h: Tensor) -> None:
     _expect_tensor("h", h)
     if h.dim() != 3:
         raise ValueError(f"h: expected 3 dimensions, got shape {tuple(h.shape)}")
-
-
-def _is_integer(value: object) -> bool:
-    try:
-        operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
 
 
 def _all(h: Tensor) -> Tensor:

@@ -172,8 +172,8 @@ def _problem(
         C=C,
         x_segments=x_segments,
         y_segments=y_segments,
-        a=_weights("a", a, x, x_segments, dtype, device),
-        b=_weights("b", b, y, y_segments, dtype, device),
+        a=normalized_weights("a", a, x, x_segments, dtype, device),
+        b=normalized_weights("b", b, y, y_segments, dtype, device),
         init=_init(init, x_segments, y_segments, dtype, device),
         reg=_reg(reg, x_segments.items, device),
         cost=cost,
@@ -226,7 +226,7 @@ def _rho(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def _weights(
+def normalized_weights(
     name: str,
     weights: Tensor | str | None,
     values: Tensor | None,

@@ -41,7 +41,7 @@ class Item(NamedTuple):
 def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """Ground cost between `x` (n, D) and `y` (m, D): (n, m)."""
     if cost == "cosine":
-        return 1 - _normalize(x) @ _normalize(y).T
+        return 1 - normalize(x) @ normalize(y).T
     if cost == "dot":
         return -x @ y.T
     rows = max(1, _PAIRS_AT_A_TIME // max(y.numel(), 1))
@@ -52,7 +52,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return torch.where(apart, squares, 1).sqrt() * apart  # 0 with gradient 0 where points coincide
 
 
-def _normalize(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """`x` (n, D) over its norms; all-zero rows stay zero and have zero gradient. Immune to overflow of the squares."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)

@@ -86,7 +86,7 @@ def check(start: Model, wrap: str, accumulate: str, empty_rank: int | None) -> N
     joined = copy.deepcopy(start)
     single = attached(joined, accumulate)
     together = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
-    with mock.patch.object(otalign.integrations.distributed, "processes", lambda: 1):
+    with mock.patch.object(otalign.distributed, "processes", lambda: 1):
         both = joined(**together)["loss"]
     own = joined.eval()(**together)["loss"]
     # The ranks' own losses are parts of a sum, of which DDP gives the mean.

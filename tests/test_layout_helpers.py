@@ -113,6 +113,12 @@ def test_bad_time_major_lengths():
         layout.from_time_major(H.transpose(0, 1), torch.tensor([0.5, 1.0]))
 
 
+@pytest.mark.parametrize("pairs", [(0, 3), [(0.0, 3.0)], [(0, 1, 2)], [None]], ids=str)
+def test_spans_that_are_no_pairs(pairs):
+    with pytest.raises(TypeError, match=r"spans: expected \(start, end\) pairs of integers"):
+        layout.from_spans(H, [pairs, []])
+
+
 def test_bad_spans():
     with pytest.raises(ValueError, match="spans: expected one list for each of 2 rows, got 1"):
         layout.from_spans(H, [[(0, 2)]])

@@ -433,11 +433,8 @@ def test_interventions_without_frames_and_their_gradient():
     x, y = xs[0].requires_grad_(), ys[0].requires_grad_()
     moved = intervene(x, y, n, m, worst=None)
     torch.where(torch.arange(x.shape[1])[:, None] < n[:, None, None], moved, 0).square().sum().backward()
-    path = alignment_path(x, y, n, m).path[0]
-    for item in range(5):
-        on_path = set(path[item].tolist()) - {-1}
-        for frame in range(int(n[item])):  # the norm stays, so that this gradient is what the others have
-            close(x.grad[item, frame], 2 * x.detach()[item, frame], 1e-10, f"{item} {frame} {frame in on_path}")
+    for item, frames in enumerate(n.tolist()):  # all norms stay, so that the moved have the gradient of the others
+        close(x.grad[item, :frames], 2 * x.detach()[item, :frames], 1e-10)
     assert y.grad.isfinite().all()
 
 

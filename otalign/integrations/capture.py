@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed import joined_mean_normalizer, processes
 from ..functional import ItemLosses, item_losses
 from ..modules import SinkhornLoss
 from ..problem import one_of
 from ..speech import InnerAlignmentLoss, OTRegLoss
-from ..speech.retrieval import processes
 from ..speech.states import weighted_mean
 from .configuration import Placeholder, audio_token, embedding_scale, expect_unwrapped, first_token, special_tokens
-from .distributed import joined_mean_normalizer
 from .hooks import IGNORED, WITHOUT_LABELS, Batch, Call, Missing, Site, site_of, unobserved
 
 ACCUMULATIONS = ("tokens", "mean")

@@ -85,8 +85,7 @@ class InnerAlignmentLoss(nn.Module):
     ) -> Tensor:
         stack = stacked(speech_states, text_states, speech_lengths, text_lengths, self.layers)
         losses = self._items(stack).loss
-        counted = ((stack.x_lengths > 0) & (stack.y_lengths > 0))[: len(losses)]
-        return weighted_mean(losses, counted, sample_weight, normalizer)
+        return weighted_mean(losses, stack.filled[: len(losses)], sample_weight, normalizer)
 
     def items(
         self,

@@ -163,11 +163,11 @@ class OTRegLoss(nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
+        n, m = sides(speech, text, speech_lengths, text_lengths)
         weight = self.current_weight()
         if self.training and self.count_calls:
             self.step += 1
-        n, m = sides(speech, text, speech_lengths, text_lengths)
-        losses = self.items(speech, text, speech_lengths, text_lengths, text_ids).loss
+        losses = self.items(speech, text, n, m, text_ids).loss
         loss = weighted_mean(losses, (n > 0) & (m > 0), sample_weight, normalizer)
         return weight.to(loss.device, loss.dtype) * loss
 
@@ -190,7 +190,6 @@ class OTRegLoss(nn.Module):
             if text_ids.shape != text.shape[:2]:
                 raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
             index, m, counts = unique_tokens(text_ids, m)
-            text_lengths = m
             text = text.gather(1, index[..., None].expand_as(text))
             if self.token_weights == "count":
                 # An empty item has no weight to give, and its points no meaning.
@@ -199,8 +198,8 @@ class OTRegLoss(nn.Module):
             raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            return item_losses(speech, text, speech_lengths, text_lengths, weights, objective=objective, **self.options)
-        result = solve(speech, text, speech_lengths, text_lengths, None, weights, **self.options)
+            return item_losses(speech, text, n, m, weights, objective=objective, **self.options)
+        result = solve(speech, text, n, m, None, weights, **self.options)
         plan = result.plan()
         if self.detach_plan:
             plan = plan.detach()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import one_of
-from .states import States, inside, lengths_of, means, paired, products, sides, unit
+from .states import States, inside, lengths_of, means, paired, products, sides, unit, wide
 
 METRICS = ("cosine", "euclidean")
 INTERVENTIONS = ("angle", "length")
@@ -156,7 +156,7 @@ def _inverse(norms: Tensor) -> Tensor:
 
 def _products_and_norms(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """<x_i, y_j> `(B, N, M)`, |x_i| and |y_j|, in float32 at least; anything behind the lengths."""
-    dtype = torch.promote_types(torch.float32, torch.promote_types(x.dtype, y.dtype))
+    dtype = wide(x, y)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # Item by item: the padding costs nothing, an item stays in the cache, and one at a time is widened.
         matrix = x.new_empty(len(x), x.shape[1], y.shape[1], dtype=dtype)
@@ -206,7 +206,7 @@ def angle_project(speech: Tensor, text: Tensor) -> Tensor:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).norm(dim=-1, keepdim=True)
+    return vectors.to(wide(vectors)).norm(dim=-1, keepdim=True)
 
 
 def length_normalize(speech: Tensor, text: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def intervene(
     one_of("kind", kind, INTERVENTIONS)
     if worst is not None and worst < 1:
         raise ValueError(f"worst: expected at least 1, or None, got {worst}")
-    sides(speech, text, speech_lengths, text_lengths)
+    sides(speech, text, speech_lengths, text_lengths)  # errors by the names of these arguments
     found = alignment_path(speech, text, speech_lengths, text_lengths)
     path, similarity = found.path[0], found.similarity[0]
     # From the most similar to the least, so that the least is written last.
@@ -252,6 +252,7 @@ def intervene(
         order = order[:, -worst:] if order.shape[1] > worst else order
     frames, spare = path.gather(1, order), speech.shape[1]
     frames = torch.where(frames < 0, spare, frames)  # a frame too many, for what is not to be moved
+    # Of the tokens that share a frame the last one moves it; the others move the spare frame.
     places = torch.arange(frames.shape[1], device=frames.device).expand_as(frames)
     last = places.new_full((len(speech), spare + 1), -1).scatter_reduce(1, frames, places, "amax")
     frames = torch.where(places == last.gather(1, frames), frames, spare)[:, :, None].expand(-1, -1, speech.shape[2])

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..functional import sinkhorn_loss, solve, solve_cost
+from ..layout import padded_segments
 from ..prior import Prior
-from ..problem import REDUCTIONS, one_of
-from .states import States, clean, inside, products, sides, stacked, unit
+from ..problem import REDUCTIONS, normalized_weights, one_of
+from .states import States, clean, inside, products, sides, stacked, unit, weighted_mean, wide
 
 OTALIGN_KINDS = ("balanced", "unbalanced", "partial")
 
@@ -89,24 +90,24 @@ def siamese_pt(
         places = torch.arange(points.shape[1]).to(points) / (lengths[:, None] - 1).clamp(min=1)
         placed.append((torch.cat([points, torch.where(mask, position_weight * places, 0)[..., None]], 2), mask))
     losses = _annealed_divergence(*placed[0], *placed[1], log_a, log_b, blur, scaling)
-    if reduction == "none":
-        return losses
-    return losses.sum() / (((n > 0) & (m > 0)).sum().clamp(min=1) if reduction == "mean" else 1)
+    return _reduced(losses, (n > 0) & (m > 0), reduction)
 
 
 def _log_weights(name: str, weights: Tensor | str | None, points: Tensor, lengths: Tensor) -> Tensor:
-    """Logarithms of the weights, which sum to one over each item: `(B, N)`, minus infinity on the padding."""
+    """Logarithms of the weights as the solver takes them: `(B, N)`, minus infinity on the padding."""
     mask = inside(points, lengths)
-    values = mask.to(clean(points, mask))
-    if isinstance(weights, str):
-        one_of(name, weights, ("norm",))
-        values = torch.linalg.vector_norm(clean(points.detach(), mask), dim=2)
-    elif weights is not None:
-        if weights.shape != mask.shape:
-            raise ValueError(f"{name}: expected shape {tuple(mask.shape)}, got {tuple(weights.shape)}")
-        values = torch.where(mask, weights.detach(), 0).to(values)
-    total = values.sum(1, keepdim=True)
-    return (values / torch.where(total > 0, total, 1)).log()
+    segments = padded_segments(name, points, points.shape[1], lengths)
+    given = normalized_weights(name, weights, points, segments, wide(points), points.device)
+    if given is None:
+        given = mask.to(wide(points)) / lengths[:, None].clamp(min=1)
+    return given.detach().log()
+
+
+def _reduced(losses: Tensor, filled: Tensor, reduction: str) -> Tensor:
+    """Of `(B,)` losses, those that are not `filled` being 0."""
+    if reduction == "mean":
+        return weighted_mean(losses, filled, None, None)
+    return losses if reduction == "none" else losses.sum()
 
 
 def _annealed_divergence(
@@ -186,8 +187,7 @@ def zeroswot(
     stack = stacked(speech_states, text_states, speech_lengths, text_lengths, layers)
     divergences = siamese_pt(*stack, position_weight=position_weight, reduction="none", **options)
     losses = layer_weight * divergences.view(len(layers), -1).sum(0)
-    filled = ((stack.x_lengths > 0) & (stack.y_lengths > 0))[: len(losses)]
-    return losses if reduction == "none" else losses.sum() / (filled.sum().clamp(min=1) if reduction == "mean" else 1)
+    return _reduced(losses, stack.filled[: len(losses)], reduction)
 
 
 def cmot(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import gathered, processes
 from .states import States, inside, lengths_of, means, paired, products, unit
 
 
@@ -115,7 +116,7 @@ class RetrievalCorpus:
         torch.distributed.all_gather_object(every, kinds)
         for number, (width, dtype, device) in {n: kind for known in every for n, kind in known.items()}.items():
             speech, text = own.get(number) or [torch.empty(0, width, dtype=dtype, device=device)] * 2
-            yield number, _gather(speech), _gather(text)
+            yield number, gathered(speech), gathered(text)
 
 
 @torch.no_grad()
@@ -147,23 +148,6 @@ def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
         ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2
         found.append(torch.where(own[:, 0].isnan(), torch.nan, ranks))
     return torch.cat(found)
-
-
-def processes() -> int:
-    """How many of torch.distributed's there are; 1 without it."""
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if available else 1
-
-
-def _gather(vectors: Tensor) -> Tensor:
-    """The vectors of all processes, which may have different numbers of them."""
-    counts = [torch.zeros((), dtype=torch.int64, device=vectors.device) for _ in range(processes())]
-    torch.distributed.all_gather(counts, torch.tensor(len(vectors), device=vectors.device))
-    longest = int(max(counts))
-    padded = torch.nn.functional.pad(vectors, (0, 0, 0, longest - len(vectors)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def select_layers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import padded_segments
+from ..reference import normalize
 
 # One layer; or several, in order (None = left out) or by number.
 States: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[int, Tensor]
@@ -72,6 +74,11 @@ class Stack(NamedTuple):
     x_lengths: Tensor  # (L B,)
     y_lengths: Tensor  # (L B,)
 
+    @property
+    def filled(self) -> Tensor:
+        """True for the items that have both speech and text: `(L B,)`."""
+        return (self.x_lengths > 0) & (self.y_lengths > 0)
+
 
 def stacked(
     speech_states: States,
@@ -107,20 +114,19 @@ def inside(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(values.shape[1], device=values.device) < lengths[:, None]
 
 
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in: float32 at least."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
 def clean(values: Tensor, mask: Tensor) -> Tensor:
     """As float32 at least, and zero where nothing may be read."""
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return torch.where(mask[..., None], values, 0).to(dtype)
+    return torch.where(mask[..., None], values, 0).to(wide(values))
 
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors over their norms; zero, with gradient zero, for those of length zero. In float32 at least."""
-    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    # To a size whose square is in range: the direction does not depend on it, and so neither does its gradient.
-    size = vectors.detach().abs().sum(-1, keepdim=True)
-    zero = size == 0
-    scaled = vectors / torch.where(zero, 1, size)
-    return scaled * torch.where(zero, 0, torch.where(zero, 1, scaled.square().sum(-1, keepdim=True)).rsqrt())
+    return normalize(vectors.to(wide(vectors)))
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:

@@ -1,12 +1,27 @@
-"""What makes a mean over processes the mean over the joined batch."""
+"""What is joined over the processes of torch.distributed: vectors, and means."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..speech.retrieval import processes
+
+def processes() -> int:
+    """How many there are; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(vectors: Tensor) -> Tensor:
+    """The vectors of all processes, which may have different numbers of them."""
+    counts = [torch.zeros((), dtype=torch.int64, device=vectors.device) for _ in range(processes())]
+    dist.all_gather(counts, torch.tensor(len(vectors), device=vectors.device))
+    longest = int(max(counts))
+    padded = F.pad(vectors, (0, 0, 0, longest - len(vectors)))
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 @torch.no_grad()
