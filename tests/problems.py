@@ -127,3 +127,10 @@ def close(actual: Tensor, expected: Tensor, tol: float, message: str = "") -> No
 def identical(actual: Tensor, expected: Tensor) -> None:
     """Assert equality to the last bit, NaN equal to NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def states(layers: int = 3, x_lengths=(9, 1, 6, 0, 4), y_lengths=(4, 3, 6, 2, 1), D: int = 8, dtype=torch.float32):
+    """Speech and text of some layers, poisoned behind their lengths."""
+    batches = [draw(x_lengths, y_lengths, D=D, dtype=torch.float64, seed=seed) for seed in range(layers)]
+    lengths = batches[0].x_lengths, batches[0].y_lengths
+    return [b.x.to(dtype) for b in batches], [b.y.to(dtype) for b in batches], *lengths

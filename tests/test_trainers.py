@@ -16,9 +16,9 @@ from otalign.integrations.lightning import OTAlignCallback as LightningCallback
 from otalign.integrations.transformers import OTAlignCallback
 from otalign.speech import InnerAlignmentLoss, OTRegLoss
 
+from .attached import single_rows
 from .problems import close, identical
 from .speech_models import CASES, Case
-from .test_attach import single_rows
 
 STEPS = 6
 
