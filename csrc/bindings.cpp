@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("rho_y", &Problem::rho_y)
       .def_readwrite("max_iter", &Problem::max_iter)
       .def_readwrite("tol", &Problem::tol)
+      .def_readwrite("symmetric", &Problem::symmetric)
       .def_readwrite("capacity", &Problem::capacity)
       .def_readwrite("threads", &Problem::threads)
       .def_readwrite("reg_of_all", &Problem::reg_of_all)

@@ -37,6 +37,7 @@ class Problem:
     max_iter: int
     tol: float
     dtype: torch.dtype  # what is computed in: float64 for float64 input, else float32
+    symmetric: bool = False  # both sides are the same points with the same weights: f = g
 
     @property
     def items(self) -> int:

@@ -66,7 +66,7 @@ def test_a_bad_item_in_a_result(backend, bad, rho):
     identical(result.barycentric_y()[others], clean.barycentric_y()[others])
 
 
-@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("bad", [math.nan, -INF])
 def test_a_bad_given_cost(backend, bad):
     C = torch.rand(3, 5, 4, dtype=torch.float64)
     spoilt = C.clone()

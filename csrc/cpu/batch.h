@@ -208,6 +208,7 @@ class Batch {
     it.rho_y = p.rho_y;
     it.max_iter = p.max_iter;
     it.tol = p.tol;
+    it.symmetric = p.symmetric;
     it.f = at<T>(p.x.potential, x);
     it.g = at<T>(p.y.potential, y);
     it.mass_x = at<T>(p.x.mass, x);
