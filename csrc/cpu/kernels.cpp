@@ -133,7 +133,8 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
   const int64_t m = it.m;
   const T* scale_y = it.scale_y;
   const PriorRow<T> prior(it);
-  typename Simd<T>::V zeros{};  // NaN where anything is not finite, but for an infinite given cost, which forbids a pair
+  typename Simd<T>::V
+      zeros{};  // NaN where anything is not finite, but for an infinite given cost, which forbids a pair
   const typename Simd<T>::V infinity = Simd<T>::splat(T(HUGE_VAL));
   for (int64_t i = begin; i < end; ++i) {
     T* row = it.K + i * m;

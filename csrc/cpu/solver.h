@@ -60,10 +60,10 @@ static OTALIGN_INLINE typename Simd<T>::V grown(typename Simd<T>::V k, typename 
   return S::select(held, product, entry<T>(exponent<T>(k) + shift));
 }
 
-// K_ij = exp(phi_i + gamma_j - C_ij / reg) sqrt(a_i b_j), so that points of very small weight keep K in the range of floats:
-// an entry that matters to its row or column lies within 44 nats (in float) of one. Points that carry no mass, since
-// their weight is zero or since nothing with mass reaches them, stand in K with a factor of one for their weight, and have
-// no part in the iterations: their sums count as one, and their potentials are made in the end.
+// K_ij = exp(phi_i + gamma_j - C_ij / reg) sqrt(a_i b_j), so that points of very small weight keep K in the range of
+// floats: an entry that matters to its row or column lies within 44 nats (in float) of one. Points that carry no mass,
+// since their weight is zero or since nothing with mass reaches them, stand in K with a factor of one for their weight,
+// and have no part in the iterations: their sums count as one, and their potentials are made in the end.
 template <class T>
 class Solver {
   using S = Simd<T>;
@@ -124,8 +124,8 @@ class Solver {
     return valid;
   }
 
-  // What iterations start from: K at the potentials gamma of `init` and, for rows, those that make the largest entry one
-  // (or at zero, if symmetric), and which points carry mass.
+  // What iterations start from: K at the potentials gamma of `init` and, for rows, those that make the largest entry
+  // one (or at zero, if symmetric), and which points carry mass.
   bool begin() {
     for (int64_t j = 0; j < m; ++j) {
       gamma[j] = it.init ? it.init[j] / it.reg : 0.0;
@@ -432,7 +432,8 @@ class Solver {
     V factor, shift;  // exp(shift), where floats hold it
   };
 
-  // A row of K after its exponents have grown by growth(j); tells in `huge` if an entry that counts is now beyond floats.
+  // A row of K after its exponents have grown by growth(j); tells in `huge` if an entry that counts is now beyond
+  // floats.
   template <class F>
   void grow_row(int64_t i, F growth) {
     T* row = K + i * stride;
@@ -540,10 +541,9 @@ class Solver {
       S::store(column_log + j, S::load(column_log + j) + scaled, count);
     });
     for (int64_t j = 0; j < m; ++j)
-      column_log[j] =
-          top[j] > T(-HUGE_VAL)
-              ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - half_log_b[j])
-              : T(-HUGE_VAL);
+      column_log[j] = top[j] > T(-HUGE_VAL)
+                          ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - half_log_b[j])
+                          : T(-HUGE_VAL);
   }
 
   // gamma after an update by column_log; by how much it has grown into `top`, exp of that into column_log.
@@ -580,7 +580,9 @@ class Solver {
       gamma[j] = it.reg * (gamma[j] + std::log(static_cast<double>(v[j])));
       if (balanced) shift += b[j] * gamma[j];
     }
-    const auto gauge = [&](T weight, T mass) { return weight == 0 && mass == 0 ? 0.0 : shift; };  // not of the unreached
+    const auto gauge = [&](T weight, T mass) {
+      return weight == 0 && mass == 0 ? 0.0 : shift;
+    };  // not of the unreached
     for (int64_t i = 0; i < n; ++i) {
       const double f = it.reg * (phi[i] + std::log(static_cast<double>(u[i]))) + gauge(a[i], it.mass_x[i]);
       value += weighted_dual_term(it.a ? it.a[i] : T(1) / n, f, it.rho_x);
@@ -686,7 +688,7 @@ class Solver {
   double *half_log_a, *half_log_b;
   double* next_log;  // log u_next after exact_rows
   double keep_x, keep_y;
-  double missing = 0;       // weights of points that have to carry mass and cannot
+  double missing = 0;  // weights of points that have to carry mass and cannot
   bool feasible = true;
   bool massless_y = false;  // some point of y carries no mass
   bool far = false;         // K holds entries as exponents
