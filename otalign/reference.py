@@ -92,13 +92,12 @@ def symmetric_sinkhorn(
     """
     f = torch.zeros_like(a)
     f_next = update(C, a, f, reg, rho)
-    n_iter, error = 0, math.nan
-    for n_iter in range(1, max_iter + 1):
+    n_iter, error = 0, math.inf
+    while n_iter < max_iter and not ((tol > 0 and error <= tol) or math.isnan(error)):
         f = (f + f_next) / 2
         f_next = update(C, a, f, reg, rho)
         error = residual(a, f, f_next, reg)
-        if (tol > 0 and error <= tol) or math.isnan(error):
-            break
+        n_iter += 1
     return torch.where(a > 0, f, f_next), n_iter, error
 
 
@@ -120,7 +119,7 @@ def residual(a: Tensor, f: Tensor, f_next: Tensor, reg: float) -> float:
 
 def reached(C: Tensor, across: Tensor) -> Tensor:
     """Which points (n,) have a finite cost to a point across that has weight."""
-    return ((C != math.inf) & (across > 0)).any(1)
+    return (~C.isposinf() & (across > 0)).any(1)
 
 
 def log_sum(exponents: Tensor) -> Tensor:
