@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .convergence import warn_unconverged
 from .prior import Prior
-from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, from_cost, from_points, one_of
+from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, one_of
 from .result import OTResult
 
 
@@ -29,7 +30,7 @@ def sinkhorn_loss(
     cost: str = "cosine",
     prior: Prior | None = None,
     reg: float | Tensor = 0.05,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     objective: str = "value",
@@ -87,9 +88,7 @@ def sinkhorn_loss(
         >>> speech.grad.shape
         torch.Size([4, 75, 256])
     """
-    one_of("objective", objective, OBJECTIVES)
-    one_of("reduction", reduction, REDUCTIONS)
-    problem = from_points(
+    loss, _, _ = solved_loss(
         x,
         y,
         x_lengths,
@@ -106,9 +105,22 @@ def sinkhorn_loss(
         unbalanced=unbalanced,
         max_iter=max_iter,
         tol=tol,
+        objective=objective,
+        reduction=reduction,
+        backend=backend,
     )
-    losses, _ = _objective(problem, objective, backend)
-    return _reduce(problem, losses, reduction)
+    return loss
+
+
+def solved_loss(
+    *points: Any, objective: str, reduction: str, backend: str, **options: Any
+) -> tuple[Tensor, Problem, Solution]:
+    """`sinkhorn_loss`, and what it has solved; arguments are those of `from_points`."""
+    one_of("objective", objective, OBJECTIVES)
+    one_of("reduction", reduction, REDUCTIONS)
+    problem = from_points(*points, **options)
+    losses, solution = _objective(problem, objective, backend)
+    return _reduce(problem, losses, reduction), problem, solution
 
 
 def solve(
@@ -126,7 +138,7 @@ def solve(
     cost: str = "cosine",
     prior: Prior | None = None,
     reg: float | Tensor = 0.05,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     init: tuple[Tensor, Tensor] | None = None,
@@ -173,7 +185,7 @@ def solve_cost(
     *,
     reg: float | Tensor,
     prior: Prior | None = None,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     init: tuple[Tensor, Tensor] | None = None,
@@ -250,7 +262,13 @@ def _result(problem: Problem, backend: str) -> OTResult:
 
 def _solve(problem: Problem, backend: str) -> Solution:
     name = backends.resolve(backend, problem.device)
-    return backends.launcher(name)(problem)
+    if name != "cpu" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"backend: torch.func transforms 'cpu' alone, got {name!r}; loss.backward() and torch.autograd.grad take any"
+        )
+    solution = backends.launcher(name)(problem)
+    warn_unconverged(solution.error, problem.tol, problem.max_iter)
+    return solution
 
 
 def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, Solution]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -47,7 +48,12 @@ def test_points(error, words, arguments):
 @pytest.mark.parametrize(
     "error, words, arguments",
     [
-        rejected(TypeError, "x_lengths", "Tensor", "list", x_lengths=[5, 3]),
+        rejected(TypeError, "x_lengths", "Tensor", "str", x_lengths="53"),
+        rejected(ValueError, "x_lengths", "int32", "from_relative_lengths", x_lengths=[1.0, 0.6]),
+        rejected(TypeError, "x_lengths", "integers", "bool", x_lengths=[True, False]),
+        rejected(TypeError, "x_lengths", "integers", "<U1", x_lengths=["5", "3"]),
+        rejected(ValueError, "x_lengths", "(2,)", "(3,)", x_lengths=(5, 3, 1)),
+        rejected(ValueError, "x_lengths", "[0, 5]", "6", x_lengths=numpy.array([6, 3])),
         rejected(ValueError, "x_lengths", "(2,)", "(3,)", x_lengths=torch.tensor([5, 3, 1])),
         rejected(ValueError, "x_lengths", "(2,)", "(2, 1)", x_lengths=LENGTHS[:, None]),
         rejected(ValueError, "x_lengths", "[0, 5]", "6", x_lengths=torch.tensor([6, 3])),
@@ -71,7 +77,7 @@ def test_lengths(error, words, arguments):
         rejected(ValueError, "cu_seqlens_x", "(B + 1,)", "(1, 3)", cu_seqlens_x=torch.tensor([[0, 3, 6]])),
         rejected(ValueError, "cu_seqlens_x", "(B + 1,)", "(0,)", cu_seqlens_x=torch.tensor([], dtype=torch.int64)),
         rejected(ValueError, "cu_seqlens_x", "int32", "torch.float32", cu_seqlens_x=torch.tensor([0.0, 3.0, 6.0])),
-        rejected(TypeError, "cu_seqlens_x", "Tensor", "list", cu_seqlens_x=[0, 3, 6]),
+        rejected(ValueError, "cu_seqlens_x", "at most 6", "[0, 3, 7]", cu_seqlens_x=[0, 3, 7]),
         rejected(ValueError, "x_lengths", "not both", x_lengths=LENGTHS),
         rejected(ValueError, "packed", "(total, D)", "(2, 3, 3)", x=PACKED.view(2, 3, 3)),
         rejected(ValueError, "y:", "2 items", "got 3", y=torch.randn(3, 4, 3)),
