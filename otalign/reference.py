@@ -184,7 +184,7 @@ def solve_item(
     """Solve one item: `C` (n, m) with any prior added, `a` (n,), `b` (m,) summing to one, `g` (m,) to start from."""
     n, m = C.shape
     if n == 0 or m == 0:
-        zero = C.sum() + a.sum() + b.sum()  # attached to the graph
+        zero = C.sum() + a[:0].sum() + b[:0].sum()  # attached to the graph
         return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
     with torch.no_grad():
         f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
