@@ -42,7 +42,7 @@ def test_packed_sums_neither_overflow_nor_vanish(backend):
 def test_float64_weights_keep_their_range():
     """Below float32's smallest number beside above its largest one, in float32 problems."""
     for scale in (1e-200, 1e200, 1e308):
-        identical(losses(WEIGHTS / 1.2 * scale), losses((WEIGHTS / 1.2 * scale / scale)))
+        identical(losses(WEIGHTS / 1.2 * scale), losses(WEIGHTS / 1.2 * scale / scale))
 
 
 @pytest.mark.parametrize("scale", [1e38, 1e-30])
