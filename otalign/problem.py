@@ -25,6 +25,7 @@ LARGEST_START = {
     torch.float64: 1e13,
 }  # |g| / reg of `init`, beyond which exponents have no digits left
 
+Rho: TypeAlias = Any  # a number for all items, inf = strict; or a tuple with one for each
 Unbalanced: TypeAlias = "float | Tensor | tuple[float | Tensor | None, float | Tensor | None] | None"
 
 
@@ -43,7 +44,7 @@ class Problem:
     reg: float | Tensor  # for all items, or (B,) float64 with the values
     cost: str
     prior: Prior | None
-    rho: tuple[float, float]
+    rho: tuple[Rho, Rho]  # of a backend's problem, two numbers
     max_iter: int
     tol: float
     dtype: torch.dtype  # what is computed in: float64 for float64 input, else float32
@@ -191,7 +192,7 @@ def _problem(
         reg=reg,
         cost=cost,
         prior=prior,
-        rho=_rho(unbalanced),
+        rho=_rho(unbalanced, x_segments.items),
         max_iter=max_iter,
         tol=tol,
         dtype=dtype,
@@ -235,10 +236,12 @@ def _kept_reg(reg: float | Tensor) -> float | Tensor:
 
 def _kept_unbalanced(unbalanced: Unbalanced) -> Unbalanced:
     """In the form in which it was given, of Python's numbers."""
-    rho = _rho(unbalanced)
+    rho = _rho(unbalanced, None)
     if unbalanced is None:
         return None
-    return rho if isinstance(unbalanced, (tuple, list)) else rho[0]
+    pair = unbalanced if isinstance(unbalanced, (tuple, list)) else (unbalanced, unbalanced)
+    kept = [given if isinstance(given, Tensor) else one for given, one in zip(pair, rho, strict=True)]
+    return (kept[0], kept[1]) if isinstance(unbalanced, (tuple, list)) else kept[0]
 
 
 def _expect_prior(prior: object) -> None:
@@ -303,23 +306,36 @@ def _reg(reg: float | Tensor, items: int, dtype: torch.dtype, device: torch.devi
     )
 
 
-def _rho(unbalanced: Unbalanced) -> tuple[float, float]:
+def _rho(unbalanced: Unbalanced, items: int | None) -> tuple[Rho, Rho]:
+    """The relaxation of each side; `items` None = of any number."""
     if isinstance(unbalanced, (tuple, list)):
         if len(unbalanced) != 2:
             raise ValueError(f"unbalanced: expected None, a number or (rho_x, rho_y), got {len(unbalanced)} numbers")
-        return _one_rho(unbalanced[0]), _one_rho(unbalanced[1])
-    both = _one_rho(unbalanced)
+        return _rho_of_side(unbalanced[0], items), _rho_of_side(unbalanced[1], items)
+    both = _rho_of_side(unbalanced, items)
     return both, both
 
 
-def _one_rho(rho: float | Tensor | None) -> float:
+def _rho_of_side(rho: float | Tensor | None, items: int | None) -> Rho:
     if rho is None:
         return math.inf
-    if isinstance(rho, Tensor) and rho.dim() > 0:
-        raise ValueError(
-            f"unbalanced: expected a number for all items, got a tensor of shape {tuple(rho.shape)}; solve items of "
-            "equal rho together, or with solve_cost divide each item's C and reg by its rho and take unbalanced=1"
-        )
+    if isinstance(rho, Tensor):
+        expect_dense("unbalanced", rho)
+        if torch.compiler.is_compiling() or mapped(rho):
+            raise ValueError("unbalanced: expected numbers; torch.compile and torch.vmap cannot look into a tensor")
+        if rho.dim() > 1 or (rho.dim() == 1 and items not in (None, rho.shape[0])):
+            raise ValueError(f"unbalanced: expected a number or shape ({items},), got {tuple(rho.shape)}")
+        if rho.dim() == 1:
+            if rho.dtype == torch.bool or rho.is_complex():
+                raise TypeError(f"unbalanced: expected a float tensor, got {rho.dtype}")
+            each = tuple(map(_one_rho, rho.detach().tolist()))
+            if len(set(each)) > 1:
+                return each
+            return each[0] if each else math.inf
+    return _one_rho(rho)
+
+
+def _one_rho(rho: float | Tensor) -> float:
     rho = number("unbalanced", rho)
     if not rho > 0:
         raise ValueError(f"unbalanced: expected numbers > 0 (None or inf = strict), got {rho}")

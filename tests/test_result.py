@@ -173,3 +173,74 @@ def test_a_given_costs_result_is_saved(backend):
     close(saved_and_loaded(result).plan(), result.plan(), 1e-6)
     with pytest.raises(RuntimeError, match="need the points"):
         saved_and_loaded(result).barycentric_x()
+
+
+# A relaxation for each item -------------------------------------------------------------------------------------------
+
+RHO = torch.tensor([0.2, 1.5, float("inf"), 0.2])
+OWN = {"both": RHO, "x": (RHO, None), "y": (None, RHO), "each": (RHO, RHO.flip(0)), "one": (0.7, RHO)}
+
+
+def alone(unbalanced, item):
+    pick = [u if u is None or isinstance(u, float) else float(u[item]) for u in unbalanced]
+    return (pick[0], pick[1])
+
+
+@pytest.mark.parametrize("unbalanced", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("objective", ["value", "transport", "plan_cost", "divergence"])
+def test_loss_with_a_relaxation_for_each_item(backend, unbalanced, objective):
+    """Loss and gradients are those of the items one by one."""
+    options = {
+        "objective": objective,
+        "reduction": "none",
+        "backend": backend,
+        "reg": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+    }
+    x, a = leaf(BATCH.x), leaf(A)
+    found = otalign.sinkhorn_loss(x, *ARGUMENTS[1:], a, unbalanced=unbalanced, **options)
+    found.sum().backward()
+    pair = unbalanced if isinstance(unbalanced, tuple) else (unbalanced, unbalanced)
+    for item in range(4):
+        own_x, own_a, one = leaf(BATCH.x[item : item + 1]), leaf(A[item : item + 1]), slice(item, item + 1)
+        rest = BATCH.y[one], BATCH.x_lengths[one], BATCH.y_lengths[one]
+        expected = otalign.sinkhorn_loss(
+            own_x, *rest, own_a, unbalanced=alone(pair, item), **options | {"reg": options["reg"][one]}
+        )
+        expected.sum().backward()
+        close(found[one], expected, 1e-6)
+        close(x.grad[one], own_x.grad, 1e-6)
+        if objective != "plan_cost":
+            close(a.grad[one], own_a.grad, 1e-6)
+
+
+def test_result_with_a_relaxation_for_each_item(backend):
+    padded = otalign.solve(*ARGUMENTS, unbalanced=(None, RHO), backend=backend)
+    packed = saved_and_loaded(otalign.solve(**BATCH.packed(), unbalanced=(None, RHO), backend=backend))
+    for item in range(4):
+        one = slice(item, item + 1)
+        arguments = (t[one] for t in ARGUMENTS)
+        expected = otalign.solve(*arguments, unbalanced=(None, float(RHO[item])), backend=backend)
+        close(padded.plan()[one], expected.plan(), 1e-6)
+        close(padded.potentials[1][one], expected.potentials[1], 1e-6)
+        identical(padded.n_iter[one], expected.n_iter)
+    close(packed.barycentric_x(), pack(padded.barycentric_x(), BATCH.x_lengths), 1e-5)
+    close(packed.potentials[0], pack(padded.potentials[0], BATCH.x_lengths), 1e-5)
+    identical(packed.assign_y(), pack(padded.assign_y(), BATCH.y_lengths))
+    again = otalign.solve(*ARGUMENTS, unbalanced=(None, RHO), init=padded.potentials, backend=backend)
+    assert bool((again.n_iter <= 2).all())
+    cost = otalign.solve_cost(
+        1 - BATCH.x.nan_to_num() @ BATCH.y.nan_to_num().mT, reg=0.1, unbalanced=RHO, backend=backend
+    )
+    assert cost.plan().shape == (4, 9, 8)
+
+
+def test_a_relaxation_for_each_of_no_items(backend):
+    assert otalign.sinkhorn_loss(BATCH.x[:0], BATCH.y[:0], unbalanced=RHO[:0], backend=backend) == 0
+
+
+def test_a_relaxation_for_each_item_of_a_module():
+    criterion = otalign.SinkhornLoss(unbalanced=(None, RHO))
+    identical(criterion(*ARGUMENTS), otalign.sinkhorn_loss(*ARGUMENTS, unbalanced=(None, RHO)))
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="unbalanced: expected numbers"):
+        compiled(*ARGUMENTS)
