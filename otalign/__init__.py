@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
 from . import integrations, layout, plot, speech
+from .convergence import Convergence, ConvergenceWarning
 from .functional import sinkhorn_loss, solve, solve_cost
 from .integrations import attach
 from .layout import debug
@@ -17,6 +18,8 @@ except _NotFound:  # run from a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Convergence",
+    "ConvergenceWarning",
     "OTResult",
     "Prior",
     "SinkhornLoss",

@@ -14,12 +14,12 @@ from types import ModuleType
 
 import torch
 
-from .problem import Problem, Solution, one_of
+from .problem import BACKENDS, Problem, Solution, one_of
 
 TRITON = (3, 6)  # the first version that compiles the kernels
 CUDA = (8, 0)  # the compute capability that the kernels need
 CUDA_DEVICES = "cuda"  # the type of their tensors
-NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+NAMES = BACKENDS
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -30,6 +30,8 @@ def resolve(backend: str, device: torch.device) -> str:
     """
     one_of("backend", backend, NAMES)
     if backend == "auto":
+        if device.type == "meta":
+            raise ValueError("x: expected numbers, got a tensor on the meta device, which has none")
         best = "cpu" if device.type == "cpu" else "triton"
         return best if reason_missing(best) is None else "reference"
     reason = reason_missing(backend)
@@ -41,6 +43,8 @@ def resolve(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: 'cuda' takes tensors on a GPU, got {device}")
     if backend == "triton" and device.type == "cpu" and not _interpreting():
         raise ValueError("backend: 'triton' takes tensors on a GPU, or any with TRITON_INTERPRET=1; got cpu")
+    if device.type == "meta":
+        raise ValueError(f"backend: {backend!r} takes tensors with numbers, got some on the meta device")
     return backend
 
 

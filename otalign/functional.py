@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .convergence import warn_unconverged
+from .groups import has_groups, solve_groups
 from .prior import Prior
-from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, from_cost, from_points, one_of
+from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, one_of
 from .result import OTResult
 
 
@@ -29,7 +31,7 @@ def sinkhorn_loss(
     cost: str = "cosine",
     prior: Prior | None = None,
     reg: float | Tensor = 0.05,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     objective: str = "value",
@@ -50,12 +52,12 @@ def sinkhorn_loss(
         x: `(B, N, D)` padded; `(total_x, D)` packed, with `cu_seqlens_x`; or a jagged nested tensor. float16, bfloat16,
             float32 or float64; computed in float32, or float64 if either side is.
         y: `(B, M, D)`, `(total_y, D)` or nested, of the same `D` and device. The layouts of `x` and `y` may differ.
-        x_lengths: `(B,)` int32 or int64 in `[0, N]`; None = full. What lies behind is never read.
+        x_lengths: `(B,)` int32 or int64 in `[0, N]`, or a list of integers; None = full. What lies behind is never read.
         y_lengths: likewise for `y`.
-        a: weights of the points of `x`, `(B, N)` or `(total_x,)`, non-negative, normalised here over every item;
-            None = uniform; `"norm"` = norms of the embeddings, detached.
+        a: weights of the points of `x`, `(B, N)` or `(total_x,)`, non-negative, normalised here over every item; of padded
+            items also `(1, N)` or `(N,)` for all; None = uniform; `"norm"` = norms of the embeddings, detached.
         b: likewise for `y`.
-        cu_seqlens_x: `(B + 1,)` int32 or int64 offsets of packed items, rising from 0 to at most `total_x`.
+        cu_seqlens_x: `(B + 1,)` int32 or int64 offsets of packed items, or a list, rising from 0 to at most `total_x`.
         cu_seqlens_y: likewise for `y`.
         max_seqlen_x: longest item in packed `x`; optional, spares a device synchronisation (and, under
             `torch.compile`, memory).
@@ -63,7 +65,9 @@ def sinkhorn_loss(
         cost: `"cosine"` = 1 - cos, `"sqeuclidean"` = \|x - y\|^2, `"euclidean"`, or `"dot"` = -<x, y>.
         prior: a temporal term `B` added to the cost, see `Prior`.
         reg: strength of the entropic regularisation, in the unit of the cost; a number or `(B,)`. Not differentiated.
-        unbalanced: None (both marginals strict), `rho`, or `(rho_x, rho_y)`, each may be `inf` (strict).
+        unbalanced: None (both marginals strict), `rho`, or `(rho_x, rho_y)`, each may be None or `inf` (strict). A tensor
+            `(B,)` in place of a number relaxes each item by its own: Python looks at it (and waits for a GPU), and there is
+            a solve for every different one.
         max_iter: most iterations of an item; one is a row and a column update.
         tol: L1 marginal error at which an item stops by itself; 0 = make all `max_iter`.
         objective: `"value"` = the regularised optimum, gradient `P`; `"plan_cost"` = <stop_gradient(P), C + B>;
@@ -76,6 +80,11 @@ def sinkhorn_loss(
         A scalar, or `(B,)`, in float32 (float64 for float64 input), with gradients for `x`, `y`, `a` and `b`.
         Empty items count 0. An item with NaN or Inf among its points is NaN and leaves the others alone.
 
+    Warns:
+        ConvergenceWarning: once for each line that calls, where an item reaches `max_iter` with an error above `tol`. Not
+            under `torch.compile`, and of tensors on a GPU within `otalign.debug()` only: there `SinkhornLoss.last` and the
+            result's `converged` tell.
+
     Raises:
         ValueError, TypeError: for bad input, naming the argument, what was expected and what came.
         RuntimeError: for a backend that is not there, with the reason.
@@ -87,9 +96,7 @@ def sinkhorn_loss(
         >>> speech.grad.shape
         torch.Size([4, 75, 256])
     """
-    one_of("objective", objective, OBJECTIVES)
-    one_of("reduction", reduction, REDUCTIONS)
-    problem = from_points(
+    loss, _, _ = solved_loss(
         x,
         y,
         x_lengths,
@@ -106,9 +113,22 @@ def sinkhorn_loss(
         unbalanced=unbalanced,
         max_iter=max_iter,
         tol=tol,
+        objective=objective,
+        reduction=reduction,
+        backend=backend,
     )
-    losses, _ = _objective(problem, objective, backend)
-    return _reduce(problem, losses, reduction)
+    return loss
+
+
+def solved_loss(
+    *points: Any, objective: str, reduction: str, backend: str, **options: Any
+) -> tuple[Tensor, Problem, Solution]:
+    """`sinkhorn_loss`, and what it has solved; arguments are those of `from_points`."""
+    one_of("objective", objective, OBJECTIVES)
+    one_of("reduction", reduction, REDUCTIONS)
+    problem = from_points(*points, **options)
+    losses, solution = _objective(problem, objective, backend)
+    return _reduce(problem, losses, reduction), problem, solution
 
 
 def solve(
@@ -126,7 +146,7 @@ def solve(
     cost: str = "cosine",
     prior: Prior | None = None,
     reg: float | Tensor = 0.05,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     init: tuple[Tensor, Tensor] | None = None,
@@ -136,6 +156,7 @@ def solve(
 
     Args:
         init: potentials `(f, g)` to start from, such as `result.potentials` of an earlier solve with the same layout.
+            Finite, and g within 1e5 `reg` in float32 (1e13 in float64). The solver starts from g; f follows from it.
 
     Example:
         >>> result = otalign.solve(torch.randn(2, 50, 64), torch.randn(2, 10, 64), reg=0.1)
@@ -173,7 +194,7 @@ def solve_cost(
     *,
     reg: float | Tensor,
     prior: Prior | None = None,
-    unbalanced: float | tuple[float, float] | None = None,
+    unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
     init: tuple[Tensor, Tensor] | None = None,
@@ -183,7 +204,7 @@ def solve_cost(
 
     Args:
         C: `(B, N, M)` float; item b's cost is `C[b, :x_lengths[b], :y_lengths[b]]`, and what lies outside is never
-            read. Differentiable.
+            read. Differentiable. Plus infinity forbids a pair: `C.masked_fill(~allowed, math.inf)`.
 
     Example:
         >>> result = otalign.solve_cost(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), reg=0.01)
@@ -250,7 +271,14 @@ def _result(problem: Problem, backend: str) -> OTResult:
 
 def _solve(problem: Problem, backend: str) -> Solution:
     name = backends.resolve(backend, problem.device)
-    return backends.launcher(name)(problem)
+    if name != "cpu" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"backend: torch.func transforms 'cpu' alone, got {name!r}; loss.backward() and torch.autograd.grad take any"
+        )
+    launch = backends.launcher(name)
+    solution = solve_groups(problem, launch) if has_groups(problem) else launch(problem)
+    warn_unconverged(solution.error, problem.tol, problem.max_iter)
+    return solution
 
 
 def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, Solution]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cuda
-from .problem import Problem, Solution
+from .problem import Problem, Solution, fixed_plan_cost
 from .triton_kernels import rule
 
 _PROBLEM = (
@@ -103,16 +104,42 @@ def launch(problem: Problem, engine: str = "triton") -> Solution:
     return Solution(
         value=value,
         value_linear=linear,
-        # The number of one with the gradient of the other: with the plan fixed, d<P, C> = P dC = d value.
-        plan_cost=lambda: linear.detach() + (value - value.detach()),
+        plan_cost=partial(fixed_plan_cost, linear, value),
         f=saved[0],
         g=saved[1],
         n_iter=n_iter,
         error=error,
-        plan=lambda: torch.ops.otalign.gpu_plan(*inputs, *saved),
-        barycentric=lambda by_y: torch.ops.otalign.gpu_barycentric(*inputs, *saved, by_y)[0],
-        assign=lambda: torch.ops.otalign.gpu_assign(*inputs, *saved),
+        plan=partial(_plan_of, inputs, saved),
+        barycentric=partial(_barycentric_of, inputs, saved),
+        assign=partial(_assign_of, inputs, saved),
+        apply=partial(_apply_of, inputs, saved),
     )
+
+
+def _plan_of(inputs: Sequence[Any], saved: Sequence[Tensor]) -> Tensor:
+    return torch.ops.otalign.gpu_plan(*inputs, *saved)
+
+
+def _barycentric_of(inputs: Sequence[Any], saved: Sequence[Tensor], by_y: bool) -> Tensor:
+    return torch.ops.otalign.gpu_barycentric(*inputs, *saved, by_y)[0]
+
+
+def _assign_of(inputs: Sequence[Any], saved: Sequence[Tensor]) -> Tensor:
+    return torch.ops.otalign.gpu_assign(*inputs, *saved)
+
+
+def _apply_of(inputs: Sequence[Any], saved: Sequence[Tensor], values: Tensor, by_y: bool) -> Tensor:
+    """The plan times vectors of one side's points, in the layout of the other side; without gradients.
+
+    The kernel averages the points of a side under the plan: here these are the `values`, of any dimension.
+    """
+    p = _Inputs(*inputs)
+    shape = _vectors(p)[by_y]
+    nothing = values.new_zeros(()).expand(*shape, values.shape[-1])
+    x, y = (values, nothing) if by_y else (nothing, values)
+    given = p._replace(x=x, y=y, C=None, cost="dot")
+    image, mass = torch.ops.otalign.gpu_barycentric(*given, *saved, by_y)
+    return image * mass[..., None]
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------

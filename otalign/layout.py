@@ -14,8 +14,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
+
+from .checks import whole_number
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -103,6 +106,13 @@ class Segments:
         sums = self.to_padded(vector).sum(1)  # in a fixed order, which index_add on a GPU has not
         return torch.nn.functional.pad(sums, (0, 1))[index]
 
+    def item_maxima(self, vector: Tensor) -> Tensor:
+        """As `item_sums`, the largest of every item; of numbers >= 0."""
+        if not self.packed:
+            return torch.nn.functional.pad(vector, (0, 1)).amax(-1, keepdim=True).expand_as(vector)
+        index = self.item_of_row()
+        return vector.new_zeros(self.items + 1).scatter_reduce(0, index, vector, "amax")[index]
+
     def to_padded(self, values: Tensor) -> Tensor:
         """Values in this layout as (B, size, ...), zero on the padding."""
         if self.starts is None:
@@ -142,9 +152,15 @@ def points(
             raise ValueError(f"{side}: nested tensors must have layout=torch.jagged, got {values.layout}")
         if lengths is not None or cu_seqlens is not None:
             raise ValueError(f"{side}: a nested tensor brings its own lengths; leave {side}_lengths and cu_seqlens out")
+        if values._ragged_idx != 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{side}: expected a nested tensor of shape (B, lengths, D), got one whose dimension "
+                f"{values._ragged_idx} has the lengths; transpose it back"  # type: ignore[attr-defined]
+            )
         if values.lengths() is not None:  # type: ignore[attr-defined]
             raise ValueError(f"{side}: nested tensors with holes (from narrow) are not read; call .contiguous() first")
         values, cu_seqlens = values.values(), values.offsets()  # type: ignore[attr-defined]
+    expect_dense(side, values)
     if not values.is_floating_point() or values.dtype.itemsize < 2:
         raise TypeError(f"{side}: expected a float16, bfloat16, float32 or float64 tensor, got {values.dtype}")
     if cu_seqlens is not None:
@@ -168,7 +184,7 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
     items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
         return Segments(items, size, items * size, False, None, None if compiling else [size] * items, values.device)
-    _expect_integers(name, lengths, (items,))
+    lengths = _integers(name, lengths, (items,))
     counts = _contents(lengths, values)
     if counts and not 0 <= min(counts) <= max(counts) <= size:
         raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
@@ -178,12 +194,13 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
 def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
     """Segments of packed `values` (total, D) from offsets (B + 1,)."""
     name, rows = f"cu_seqlens_{side}", values.shape[0]
-    _expect_tensor(name, cu_seqlens)
-    _expect_integers(name, cu_seqlens, None)
+    cu_seqlens = _integers(name, cu_seqlens, None)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
-        raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
+    if max_seqlen is not None and not _is_symbolic(max_seqlen):
+        max_seqlen = whole_number(f"max_seqlen_{side}", max_seqlen)
+        if max_seqlen < 0:
+            raise ValueError(f"max_seqlen_{side}: expected at least 0, got {max_seqlen}")
     items, offsets = cu_seqlens.shape[0] - 1, _beside(cu_seqlens, values)
     if torch.compiler.is_compiling():
         return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None, values.device)
@@ -199,6 +216,10 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: i
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen_{side}: the longest item has {longest} points, got {max_seqlen}")
     return Segments(items, longest if max_seqlen is None else max_seqlen, rows, True, offsets, counts, values.device)
+
+
+def _is_symbolic(value: object) -> bool:
+    return isinstance(value, torch.SymInt)
 
 
 def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
@@ -219,8 +240,58 @@ def _expect_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
+def expect_dense(name: str, value: object) -> None:
+    """Refuse what is no tensor, and tensors without numbers that could be read one by one."""
+    _expect_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
+
+
+def mapped(value: Tensor) -> bool:
+    """Whether torch.vmap maps over this tensor, so that Python cannot see its numbers."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and _holds_mapped(value)
+
+
+def _holds_mapped(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
+def _integers(name: str, lengths: Tensor | Sequence[int], shape: tuple[int, ...] | None) -> Tensor:
+    """Lengths or offsets as an integer tensor, from one, or a list, tuple or numpy array of integers."""
+    if not isinstance(lengths, Tensor):
+        lengths = _from_numbers(name, lengths)
+    _expect_integers(name, lengths, shape)
+    return lengths
+
+
+def _from_numbers(name: str, numbers: object) -> Tensor:
+    if not isinstance(numbers, (list, tuple, numpy.ndarray)):
+        raise TypeError(f"{name}: expected a torch.Tensor or a list of integers, got {type(numbers).__name__}")
+    try:
+        array = numpy.array(numbers)
+    except ValueError:
+        raise ValueError(f"{name}: expected a list of integers, got {numbers!r}") from None
+    if array.size == 0 and not isinstance(numbers, numpy.ndarray):
+        array = array.astype(numpy.int64)
+    if array.dtype.kind in "iu":
+        if array.size and int(array.max()) > numpy.iinfo(numpy.int64).max:
+            raise ValueError(f"{name}: expected numbers within int64, got {int(array.max())}")
+        return torch.tensor(array.astype(numpy.int64), device="cpu")
+    if array.dtype.kind == "f":
+        return torch.tensor(array.astype(numpy.float64), device="cpu")  # of which the caller says what is wrong
+    raise TypeError(f"{name}: expected integers, got {type(numbers).__name__} of {array.dtype}")
+
+
 def _expect_integers(name: str, lengths: Tensor, shape: tuple[int, ...] | None) -> None:
-    _expect_tensor(name, lengths)
+    expect_dense(name, lengths)
     if lengths.is_floating_point():
         raise ValueError(
             f"{name}: expected int32 or int64, got {lengths.dtype}; "
@@ -230,6 +301,10 @@ def _expect_integers(name: str, lengths: Tensor, shape: tuple[int, ...] | None) 
         raise TypeError(f"{name}: expected int32 or int64, got {lengths.dtype}")
     if shape is not None and tuple(lengths.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(lengths.shape)}")
+    if mapped(lengths):
+        raise NotImplementedError(f"{name}: torch.vmap may map over points, costs and weights, and not over this")
+    if lengths.device.type == "meta":
+        raise ValueError(f"{name}: expected numbers, got a tensor on the meta device, which has none")
 
 
 # Helpers for callers: whatever marks the points, as packed values and offsets -----------------------------------------
@@ -275,7 +350,7 @@ def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
         `(total, D)` values and `(B + 1,)` int64 offsets.
     """
     _expect_batch(h)
-    _expect_tensor("rel", rel)
+    expect_dense("rel", rel)
     if not rel.is_floating_point():
         raise TypeError(f"rel: expected a float tensor of shares in [0, 1], got {rel.dtype}")
     if tuple(rel.shape) != (h.shape[0],):
@@ -338,7 +413,7 @@ def to_padded(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         >>> padded.shape, lengths
         (torch.Size([2, 3, 3]), tensor([3, 1]))
     """
-    _expect_tensor("values", values)
+    expect_dense("values", values)
     if values.dim() != 2:
         raise ValueError(f"values: expected shape (total, D), got {tuple(values.shape)}")
     segments = packed_segments("values", values, cu_seqlens, None)
@@ -354,7 +429,7 @@ def _length_mask(lengths: Tensor, h: Tensor) -> Tensor:
 
 
 def _expect_batch(h: Tensor) -> None:
-    _expect_tensor("h", h)
+    expect_dense("h", h)
     if h.dim() != 3:
         raise ValueError(f"h: expected 3 dimensions, got shape {tuple(h.shape)}")
 
@@ -366,7 +441,7 @@ def _all(h: Tensor) -> Tensor:
 
 def _expect_mask(name: str, h: Tensor, mask: Tensor) -> Tensor:
     _expect_batch(h)
-    _expect_tensor(name, mask)
+    expect_dense(name, mask)
     if mask.is_floating_point():
         raise TypeError(f"{name}: expected a boolean or integer mask, got {mask.dtype}")
     if mask.shape != h.shape[:2]:

@@ -6,14 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import sinkhorn_loss
+from .convergence import Convergence, last_of
+from .functional import solved_loss
 from .prior import Prior
+from .problem import Unbalanced, checked_options
 
 
 class SinkhornLoss(nn.Module):
     """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
 
-    Arguments are the keywords of `sinkhorn_loss`, which see.
+    Arguments are the keywords of `sinkhorn_loss`, which see. They are checked when the module is made.
+
+    Attributes:
+        last: `n_iter`, `error` and `converged` of each item in the last call, `(B,)` each and detached; None before the
+            first one. Not in the state dict. Calls under `torch.compile` or `torch.func` leave it as it is.
 
     Shape:
         - x: `(B, N, D)` or `(total_x, D)`; y: `(B, M, D)` or `(total_y, D)`; lengths: `(B,)`
@@ -23,7 +29,11 @@ class SinkhornLoss(nn.Module):
         >>> criterion = otalign.SinkhornLoss(reg=0.1, prior=otalign.Prior.quadratic(1.0))
         >>> x, y = torch.randn(2, 30, 16, requires_grad=True), torch.randn(2, 8, 16)
         >>> criterion(x, y, torch.tensor([30, 21]), torch.tensor([8, 5])).backward()
+        >>> criterion.last.converged
+        tensor([True, True])
     """
+
+    last: Convergence | None = None
 
     def __init__(
         self,
@@ -31,7 +41,7 @@ class SinkhornLoss(nn.Module):
         cost: str = "cosine",
         prior: Prior | None = None,
         reg: float | Tensor = 0.05,
-        unbalanced: float | tuple[float, float] | None = None,
+        unbalanced: Unbalanced = None,
         max_iter: int = 200,
         tol: float = 1e-3,
         objective: str = "value",
@@ -39,17 +49,17 @@ class SinkhornLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "cost": cost,
-            "prior": prior,
-            "reg": reg,
-            "unbalanced": unbalanced,
-            "max_iter": max_iter,
-            "tol": tol,
-            "objective": objective,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        self.options: dict[str, Any] = checked_options(
+            cost=cost,
+            prior=prior,
+            reg=reg,
+            unbalanced=unbalanced,
+            max_iter=max_iter,
+            tol=tol,
+            objective=objective,
+            reduction=reduction,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -65,7 +75,7 @@ class SinkhornLoss(nn.Module):
         max_seqlen_x: int | None = None,
         max_seqlen_y: int | None = None,
     ) -> Tensor:
-        return sinkhorn_loss(
+        loss, problem, solution = solved_loss(
             x,
             y,
             x_lengths,
@@ -78,6 +88,10 @@ class SinkhornLoss(nn.Module):
             max_seqlen_y=max_seqlen_y,
             **self.options,
         )
+        last = last_of(solution.n_iter, solution.error, problem.tol)
+        if last is not None:
+            self.last = last
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

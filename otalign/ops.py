@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .prior import KINDS
-from .problem import COSTS, Problem, Solution
+from .problem import COSTS, Problem, Solution, fixed_plan_cost
 
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor x_lengths, Tensor y_lengths, Tensor? x_starts, Tensor? y_starts, "
@@ -30,6 +31,7 @@ _PRIORS = {word: index for index, word in enumerate(KINDS)}
 _GAP = 16  # zeros between plans, so that the engine may read past a row's end: kPlanGap of csrc/problem.h
 
 _LARGE = 2**18  # bytes
+_STRIDES = 2**31  # what a BLAS takes is below
 
 _library = torch.library.Library("otalign", "DEF")
 _library.define(
@@ -49,7 +51,11 @@ def launch(problem: Problem) -> Solution:
     p, xs, ys = problem, problem.x_segments, problem.y_segments
     x_lengths, y_lengths = xs.lengths, ys.lengths
     prior, parameters = ("none", ()) if p.prior is None else (p.prior.kind, p.prior.parameters)
-    align = torch.ops.otalign.align if torch.compiler.is_compiling() else _Align.apply
+    align: Any
+    if torch.compiler.is_compiling():
+        align = torch.ops.otalign.align
+    else:
+        align = _TransformedAlign.apply if _transformed() else _Align.apply
     value, linear, plan, f, g, error, n_iter, _, _, _ = align(
         p.x, p.y, p.C, x_lengths, y_lengths, xs.starts, ys.starts, p.a, p.b, p.init, p.regs, p.cost,
         prior, parameters, p.rho[0], p.rho[1], p.max_iter, p.tol, p.symmetric, xs.size, ys.size, _capacity(p), p.dtype,
@@ -57,14 +63,18 @@ def launch(problem: Problem) -> Solution:
     return Solution(
         value=value,
         value_linear=linear,
-        # The number of one with the gradient of the other: with the plan fixed, d<P, C> = P dC = d value.
-        plan_cost=lambda: linear.detach() + (value - value.detach()),
+        plan_cost=partial(fixed_plan_cost, linear, value),
         f=f,
         g=g,
         n_iter=n_iter,
         error=error,
-        plan=lambda: torch.ops.otalign.unpack(plan, x_lengths, y_lengths, xs.size, ys.size),
+        plan=partial(_dense_plan, plan, x_lengths, y_lengths, xs.size, ys.size),
     )
+
+
+def _dense_plan(plan: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int) -> Tensor:
+    unpack = _Unpack.apply if _transformed() else torch.ops.otalign.unpack
+    return unpack(plan, x_lengths, y_lengths, size_x, size_y)
 
 
 def _capacity(p: Problem) -> int:
@@ -155,7 +165,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
         side.mass, side.scale = of_points[0].data_ptr(), of_points[1].data_ptr()
         if points is not None:
             rows, p.dim = points.shape[-2:]
-            if points.stride(-1) != 1 or (rows > 1 and points.stride(-2) < p.dim):
+            if points.stride(-1) != 1 or (rows > 1 and not p.dim <= points.stride(-2) < _STRIDES):
                 points = points.contiguous()
             kept.append(points)
             side.points, side.points_type = points.data_ptr(), _SCALARS[points.dtype]
@@ -283,11 +293,17 @@ def _align_autograd(ctx: Any, value: Any, linear: Any, plan: Any, *_: Any) -> tu
     inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
     positions = [_Inputs._fields.index(name) for name in ("x", "y", "C", "a", "b")]
     wanted = [ctx.needs_input_grad[position] for position in positions]
-    found = torch.ops.otalign.align_backward(value, linear, plan, *inputs, *saved[len(_Inputs._fields) :], wanted)
+    backward = _AlignBackward.apply if _transformed() else torch.ops.otalign.align_backward
+    found = backward(value, linear, plan, *inputs, *saved[len(_Inputs._fields) :], wanted)
     gradients: list[Tensor | None] = [None] * len(_Inputs._fields)
     for position, gradient, want in zip(positions, found, wanted, strict=True):
         gradients[position] = gradient if want else None
     return tuple(gradients)
+
+
+NO_FORWARD_MODE = (
+    "forward-mode derivatives (torch.func.jvp, jacfwd) are not supported; take torch.func.grad, vjp or jacrev"
+)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -314,8 +330,84 @@ def _pack_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.otalign.unpack(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
 
 
+def _transformed() -> bool:
+    """Whether torch.func transforms this call: what the library registers does not support that, the classes below do."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class _Function(torch.autograd.Function):
+    """What torch.func can transform: a dimension that it maps over is gone through one by one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        each = []
+        for index in range(info.batch_size):
+            pairs = zip(inputs, in_dims, strict=True)
+            each.append(cls.apply(*(t.select(dim, index) if isinstance(dim, int) else t for t, dim in pairs)))
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
+
+
+class _AlignBackward(_Function):
+    """`align_backward` under torch.func."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.otalign.align_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[override]
+        pass
+
+    backward = staticmethod(_no_second_derivative)  # type: ignore[assignment]
+
+
+class _Unpack(_Function):
+    """`unpack` under torch.func."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.otalign.unpack(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        _save_unpack(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _Pack.apply(grad, *ctx.saved_tensors, ctx.capacity), None, None, None, None
+
+
+class _Pack(_Function):
+    """`pack` under torch.func."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.otalign.pack(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        _save_pack(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _Unpack.apply(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
+
+
 class _Align(torch.autograd.Function):
     """What is registered below, for eager calls: straight to the kernel, without the 100 us of the library's wrapper."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_MODE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # type: ignore[override]
@@ -330,6 +422,21 @@ class _Align(torch.autograd.Function):
             outputs = torch.ops.otalign.align(*inputs)
         _save(ctx, inputs, outputs)
         return outputs
+
+
+class _TransformedAlign(_Function):
+    """`_Align` under torch.func."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.otalign.align(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[override]
+        _save(ctx, inputs, output)
+
+    backward = staticmethod(_align_autograd)  # type: ignore[assignment]
 
 
 torch.library.register_autograd("otalign::align", _align_autograd, setup_context=_save, lib=_library)

@@ -82,7 +82,7 @@ def path(
     few = len(frames) <= MARKERS
     ax.plot(
         at,
-        torch.arange(len(frames))[shown],
+        torch.arange(len(frames), device="cpu")[shown],
         color="white",
         marker="o",
         markersize=4 if few else 2.5,
@@ -125,12 +125,12 @@ def layers(
     ax = _axes(ax)
     other, shaded = ax.twinx() if right else None, False
     for index, (label, values) in enumerate(curves.items()):
-        values = torch.as_tensor(values).detach().cpu().double()
+        values = (values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")).detach().cpu().double()
         x = list(range(len(values))) if numbers is None else list(numbers)
         on = other if other is not None and label in right else ax
         style: dict[str, Any] = {"color": f"C{index}", "linestyle": "--" if on is other else "-"}
         if values.dim() == 2:
-            low, high = values.nanquantile(torch.tensor([0.1, 0.9], dtype=values.dtype), dim=1)
+            low, high = values.nanquantile(values.new_tensor([0.1, 0.9]), dim=1)
             on.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             values, shaded = values.nanmean(1), True
         on.plot(x, values, label=label, marker="o" if len(x) <= MARKERS else None, markersize=3, **style)
@@ -162,7 +162,7 @@ def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Ax
         length = int(segments.lengths[item])
         start = 0 if segments.starts is None else int(segments.starts[item])
         row = (values if segments.packed else values[item])[start : start + length].detach().cpu()
-        position = torch.arange(length) / max(length - 1, 1)
+        position = torch.arange(length, dtype=torch.float32, device="cpu") / max(length - 1, 1)
         ax.plot(
             position,
             row,

@@ -8,15 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import number
+
 KINDS = ("none", "quadratic", "absolute", "order_preserving", "band")
+_PARAMETERS = {
+    "quadratic": ("weight",),
+    "absolute": ("weight",),
+    "order_preserving": ("lambda1", "delta"),
+    "band": ("width",),
+}
 
 
 def _finite(name: str, value: float, *, positive: bool = False) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        value = number(name, value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not math.isfinite(value) or (positive and value <= 0) or value < 0:
         raise ValueError(f"{name} must be finite and {'positive' if positive else 'non-negative'}, got {value}")
-    return float(value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,26 @@ class Prior:
     kind: str
     parameters: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in _PARAMETERS:
+            raise ValueError(f"kind: expected one of {KINDS[1:]}, got {self.kind!r}")
+        names = _PARAMETERS[self.kind]
+        if not isinstance(self.parameters, (tuple, list)) or len(self.parameters) != len(names):
+            raise ValueError(f"parameters: expected {len(names)} numbers, {names}, got {self.parameters!r}")
+        parameters = (
+            _finite(name, value, positive=name == "delta") for name, value in zip(names, self.parameters, strict=True)
+        )
+        object.__setattr__(self, "parameters", tuple(parameters))
+
     @staticmethod
     def quadratic(weight: float) -> Prior:
         """`weight * d ** 2`, in the unit of the cost."""
-        return Prior("quadratic", (_finite("weight", weight),))
+        return Prior("quadratic", (weight,))
 
     @staticmethod
     def absolute(weight: float) -> Prior:
         """`weight * d`, in the unit of the cost."""
-        return Prior("absolute", (_finite("weight", weight),))
+        return Prior("absolute", (weight,))
 
     @staticmethod
     def order_preserving(lambda1: float, delta: float) -> Prior:
@@ -60,7 +81,7 @@ class Prior:
             lambda1: weight of the inverse difference moment, in the unit of the cost.
             delta: standard deviation of the Gaussian prior, in points.
         """
-        return Prior("order_preserving", (_finite("lambda1", lambda1), _finite("delta", delta, positive=True)))
+        return Prior("order_preserving", (lambda1, delta))
 
     @staticmethod
     def band(width: float) -> Prior:
@@ -71,7 +92,7 @@ class Prior:
         yet enough for strict marginals: to carry uniform ones on both sides a band takes about `max(1, m / n)`, and
         in a narrower one `converged` stays False.
         """
-        return Prior("band", (_finite("width", width),))
+        return Prior("band", (width,))
 
     def matrix(
         self,
@@ -97,10 +118,9 @@ class Prior:
             e2 = ((i + 1) / n - (j + 1) / m).square()
             log_p = -e2 / (2 * delta**2 * (n**-2 + m**-2)) - math.log(delta * math.sqrt(2 * math.pi))
             term = -lambda1 / (e2 + 1) - reg * log_p
-        elif self.kind == "band":
-            term = torch.where(d * (m - 1) <= band_width(self.parameters[0], n, m), 0.0, math.inf)
         else:
-            raise ValueError(f"unknown prior {self.kind!r}; one of {KINDS[1:]}")
+            inside = d * (m - 1) <= band_width(self.parameters[0], n, m)
+            term = torch.zeros_like(d).masked_fill(~inside, math.inf)
         return term.to(dtype)
 
 

@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .layout import Segments, debugging, padded_segments, points
+from . import checks
+from .checks import number, whole_number
+from .layout import Segments, debugging, expect_dense, mapped, padded_segments, points
 from .prior import Prior
 
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
 REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+LARGEST_MAX_ITER = 2**31 - 1  # n_iter is int32
+LARGEST_START = {
+    torch.float32: 1e5,
+    torch.float64: 1e13,
+}  # |g| / reg of `init`, beyond which exponents have no digits left
+
+Rho: TypeAlias = Any  # a number for all items, inf = strict; or a tuple with one for each
+Unbalanced: TypeAlias = "float | Tensor | tuple[float | Tensor | None, float | Tensor | None] | None"
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Problem:
     reg: float | Tensor  # for all items, or (B,) float64 with the values
     cost: str
     prior: Prior | None
-    rho: tuple[float, float]
+    rho: tuple[Rho, Rho]  # of a backend's problem, two numbers
     max_iter: int
     tol: float
     dtype: torch.dtype  # what is computed in: float64 for float64 input, else float32
@@ -46,7 +57,9 @@ class Problem:
     @property
     def regs(self) -> Tensor:
         """(B,) float64."""
-        return self.reg if isinstance(self.reg, Tensor) else torch.full((self.items,), self.reg, dtype=torch.float64)
+        if isinstance(self.reg, Tensor):
+            return self.reg
+        return torch.full((self.items,), self.reg, dtype=torch.float64, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +81,17 @@ class Solution(NamedTuple):
     plan: Callable[[], Tensor]
     barycentric: Callable[[bool], Tensor] | None = None  # by_y; None = to be made of the plan, as `assign`
     assign: Callable[[], Tensor] | None = None
+    apply: Callable[[Tensor, bool], Tensor] | None = None  # values and by_y; without gradients
+
+
+def fixed_plan_cost(linear: Tensor, value: Tensor) -> Tensor:
+    """The number of one with the gradient of the other: with the plan fixed, d<P, C> = P dC = d value."""
+    return linear.detach() + (value - value.detach())
 
 
 def checks_values(tensor: Tensor) -> bool:
     """Whether the contents of this tensor may be looked at now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or mapped(tensor):
         return False
     return tensor.device.type == "cpu" or debugging()
 
@@ -92,7 +111,7 @@ def from_points(
     cost: str,
     prior: Prior | None,
     reg: float | Tensor,
-    unbalanced: float | tuple[float, float] | None,
+    unbalanced: Unbalanced,
     max_iter: int,
     tol: float,
     init: tuple[Tensor, Tensor] | None = None,
@@ -120,16 +139,17 @@ def from_cost(
     *,
     prior: Prior | None,
     reg: float | Tensor,
-    unbalanced: float | tuple[float, float] | None,
+    unbalanced: Unbalanced,
     max_iter: int,
     tol: float,
     init: tuple[Tensor, Tensor] | None,
 ) -> Problem:
     """Validate a problem that is given by its cost."""
-    if not isinstance(C, Tensor):
-        raise TypeError(f"C: expected a torch.Tensor, got {type(C).__name__}")
-    if C.is_nested or C.dim() != 3:
-        raise ValueError(f"C: expected shape (B, N, M), got {'nested' if C.is_nested else tuple(C.shape)}")
+    if isinstance(C, Tensor) and C.is_nested:
+        raise ValueError("C: expected shape (B, N, M), got a nested tensor")
+    expect_dense("C", C)
+    if C.dim() != 3:
+        raise ValueError(f"C: expected shape (B, N, M), got {tuple(C.shape)}")
     if not C.is_floating_point() or C.dtype.itemsize < 2:
         raise TypeError(f"C: expected a float16, bfloat16, float32 or float64 tensor, got {C.dtype}")
     x_segments = padded_segments("x_lengths", C, C.shape[1], x_lengths)
@@ -152,21 +172,15 @@ def _problem(
     reg: float | Tensor,
     cost: str,
     prior: Prior | None,
-    unbalanced: float | tuple[float, float] | None,
+    unbalanced: Unbalanced,
     max_iter: int,
     tol: float,
     dtype: torch.dtype,
 ) -> Problem:
-    if prior is not None and not isinstance(prior, Prior):
-        raise TypeError(f"prior: expected an otalign.Prior or None, got {type(prior).__name__}")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int):
-        raise TypeError(f"max_iter: expected an int, got {type(max_iter).__name__}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter: expected at least 1, got {max_iter}")
-    _expect_number("tol", tol)
-    if not 0 <= tol < math.inf:
-        raise ValueError(f"tol: expected a finite number >= 0, got {tol}")
+    _expect_prior(prior)
+    max_iter, tol = _max_iter(max_iter), _tol(tol)
     device = (x if C is None else C).device  # type: ignore[union-attr]
+    reg = _reg(reg, x_segments.items, dtype, device)
     return Problem(
         x=x,
         y=y,
@@ -175,13 +189,13 @@ def _problem(
         y_segments=y_segments,
         a=normalized_weights("a", a, x, x_segments, dtype, device),
         b=normalized_weights("b", b, y, y_segments, dtype, device),
-        init=_init(init, x_segments, y_segments, dtype, device),
-        reg=_reg(reg, x_segments.items, device),
+        init=_init(init, reg, x_segments, y_segments, dtype, device),
+        reg=reg,
         cost=cost,
         prior=prior,
-        rho=_rho(unbalanced),
+        rho=_rho(unbalanced, x_segments.items),
         max_iter=max_iter,
-        tol=float(tol),
+        tol=tol,
         dtype=dtype,
     )
 
@@ -194,37 +208,139 @@ def one_of(name: str, word: object, words: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {words}, got {word!r}")
 
 
-def _expect_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def checked_options(**options: Any) -> dict[str, Any]:
+    """The options of a loss as its constructor keeps them, refused there by the messages of the call.
+
+    Any of `cost`, `prior`, `reg`, `unbalanced`, `max_iter`, `tol`, `objective`, `reduction` and `backend`.
+    """
+    words = {"cost": COSTS, "objective": OBJECTIVES, "reduction": REDUCTIONS, "backend": BACKENDS}
+    for name, value in options.items():
+        if name in words:
+            one_of(name, value, words[name])
+        elif name == "prior":
+            _expect_prior(value)
+        elif name == "reg":
+            options[name] = _kept_reg(value)
+        elif name == "unbalanced":
+            options[name] = _kept_unbalanced(value)
+        elif name in ("max_iter", "tol"):
+            options[name] = (_max_iter if name == "max_iter" else _tol)(value)
+    return options
 
 
-def _reg(reg: float | Tensor, items: int, device: torch.device) -> float | Tensor:
+def _kept_reg(reg: float | Tensor) -> float | Tensor:
     if not isinstance(reg, Tensor):
-        _expect_number("reg", reg)
-        if not 0 < reg < math.inf:
-            raise ValueError(f"reg: expected a finite number > 0, got {reg}")
-        return float(reg)
+        return _expect_reg(reg, torch.float64)
+    _expect_reg_tensor(reg, torch.float64)
+    return reg
+
+
+def _kept_unbalanced(unbalanced: Unbalanced) -> Unbalanced:
+    """In the form in which it was given, of Python's numbers."""
+    rho = _rho(unbalanced, None)
+    if unbalanced is None:
+        return None
+    pair = unbalanced if isinstance(unbalanced, (tuple, list)) else (unbalanced, unbalanced)
+    kept = [given if isinstance(given, Tensor) else one for given, one in zip(pair, rho, strict=True)]
+    return (kept[0], kept[1]) if isinstance(unbalanced, (tuple, list)) else kept[0]
+
+
+def _expect_prior(prior: object) -> None:
+    if prior is not None and not isinstance(prior, Prior):
+        raise TypeError(f"prior: expected an otalign.Prior or None, got {type(prior).__name__}")
+
+
+def _max_iter(max_iter: int) -> int:
+    max_iter = whole_number("max_iter", max_iter)
+    if max_iter < 1:
+        raise ValueError(f"max_iter: expected at least 1, got {max_iter}")
+    if max_iter > LARGEST_MAX_ITER:
+        raise ValueError(f"max_iter: expected at most {LARGEST_MAX_ITER}, got {max_iter}")
+    return max_iter
+
+
+def _tol(tol: float) -> float:
+    tol = number("tol", tol)
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"tol: expected a finite number >= 0, got {tol}")
+    return tol
+
+
+def _expect_reg(reg: float, dtype: torch.dtype) -> float:
+    reg, least = number("reg", reg), torch.finfo(dtype).tiny
+    if not 0 < reg < math.inf:
+        raise ValueError(f"reg: expected a finite number > 0, got {reg}")
+    if reg < least:
+        raise ValueError(f"reg: expected at least {least}, the smallest normal {_name(dtype)}, got {reg}")
+    return reg
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _expect_reg_tensor(reg: Tensor, dtype: torch.dtype) -> None:
+    expect_dense("reg", reg)
     if reg.dtype == torch.bool or reg.is_complex():
         raise TypeError(f"reg: expected a float tensor, got {reg.dtype}")
+    if checks_values(reg):
+        if not bool((torch.isfinite(reg) & (reg > 0)).all()):
+            raise ValueError(f"reg: expected finite numbers > 0, got {reg.tolist()}")
+        least = torch.finfo(dtype).tiny
+        if bool((reg.double() < least).any()):
+            raise ValueError(f"reg: expected at least {least}, the smallest normal {_name(dtype)}, got {reg.tolist()}")
+
+
+def _reg(reg: float | Tensor, items: int, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    if not isinstance(reg, Tensor):
+        return _expect_reg(reg, dtype)
     if reg.dim() > 0 and tuple(reg.shape) != (items,):
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
-    if checks_values(reg) and not bool((torch.isfinite(reg) & (reg > 0)).all()):
-        raise ValueError(f"reg: expected finite numbers > 0, got {reg.tolist()}")
-    return reg.detach().to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
+    _expect_reg_tensor(reg, dtype)
+    looked_at = checks_values(reg)
+    reg = reg.detach().to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
+    if looked_at:
+        return reg
+    least = torch.finfo(dtype).tiny
+    return checks.valid_or_nan(
+        reg, (reg >= least) & (reg < math.inf), f"reg: expected finite numbers of at least {least}"
+    )
 
 
-def _rho(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
-    if unbalanced is None:
-        return math.inf, math.inf
-    pair = tuple(unbalanced) if isinstance(unbalanced, (tuple, list)) else (unbalanced, unbalanced)
-    if len(pair) != 2:
-        raise ValueError(f"unbalanced: expected None, a number or (rho_x, rho_y), got {len(pair)} numbers")
-    for rho in pair:
-        _expect_number("unbalanced", rho)
-        if not rho > 0:
-            raise ValueError(f"unbalanced: expected numbers > 0 (inf = strict), got {unbalanced}")
-    return float(pair[0]), float(pair[1])
+def _rho(unbalanced: Unbalanced, items: int | None) -> tuple[Rho, Rho]:
+    """The relaxation of each side; `items` None = of any number."""
+    if isinstance(unbalanced, (tuple, list)):
+        if len(unbalanced) != 2:
+            raise ValueError(f"unbalanced: expected None, a number or (rho_x, rho_y), got {len(unbalanced)} numbers")
+        return _rho_of_side(unbalanced[0], items), _rho_of_side(unbalanced[1], items)
+    both = _rho_of_side(unbalanced, items)
+    return both, both
+
+
+def _rho_of_side(rho: float | Tensor | None, items: int | None) -> Rho:
+    if rho is None:
+        return math.inf
+    if isinstance(rho, Tensor):
+        expect_dense("unbalanced", rho)
+        if torch.compiler.is_compiling() or mapped(rho):
+            raise ValueError("unbalanced: expected numbers; torch.compile and torch.vmap cannot look into a tensor")
+        if rho.dim() > 1 or (rho.dim() == 1 and items not in (None, rho.shape[0])):
+            raise ValueError(f"unbalanced: expected a number or shape ({items},), got {tuple(rho.shape)}")
+        if rho.dim() == 1:
+            if rho.dtype == torch.bool or rho.is_complex():
+                raise TypeError(f"unbalanced: expected a float tensor, got {rho.dtype}")
+            each = tuple(map(_one_rho, rho.detach().tolist()))
+            if len(set(each)) > 1:
+                return each
+            return each[0] if each else math.inf
+    return _one_rho(rho)
+
+
+def _one_rho(rho: float | Tensor) -> float:
+    rho = number("unbalanced", rho)
+    if not rho > 0:
+        raise ValueError(f"unbalanced: expected numbers > 0 (None or inf = strict), got {rho}")
+    return rho
 
 
 def normalized_weights(
@@ -235,38 +351,85 @@ def normalized_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """Weights as the backends take them: zero on the padding, summing to one over every item."""
+    """Weights as the backends take them: zero on the padding, summing to one over every item.
+
+    They are divided by the item's largest before they are added, so that no sum overflows or vanishes, and what comes
+    in float64 is rounded to `dtype` at the end only.
+    """
     if weights is None:
         return None
     if isinstance(weights, str):
         one_of(name, weights, ("norm",))
         if values is None:
             raise ValueError(f'{name}: "norm" needs the embeddings; solve_cost knows only the cost')
-        weights = torch.linalg.vector_norm(values.detach().to(dtype), dim=-1)
+        weights = _norms(values.detach())
     if not isinstance(weights, Tensor):
         raise TypeError(f'{name}: expected a tensor, "norm" or None, got {type(weights).__name__}')
-    if weights.is_nested:
-        weights = weights.values()
-    if tuple(weights.shape) != segments.shape:
-        raise ValueError(f"{name}: expected shape {segments.shape}, got {tuple(weights.shape)}")
+    weights = _laid_out(name, weights, segments)
     if weights.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {weights.device}")
     if weights.is_complex() or weights.dtype == torch.bool:
         raise TypeError(f"{name}: expected a float or integer tensor, got {weights.dtype}")
     mask = segments.mask()
-    weights = torch.where(mask, weights.to(dtype), 0)
-    if checks_values(weights) and bool((weights < 0).any()):
+    weights = torch.where(mask, weights.to(torch.promote_types(weights.dtype, dtype)), 0)
+    looked_at = checks_values(weights)
+    if looked_at and bool((weights < 0).any()):
         raise ValueError(f"{name}: expected non-negative weights, got {float(weights.detach().min())}")
-    if not checks_values(weights):
-        weights = torch.where(weights < 0, math.nan, weights)  # and so is the item
-    total = torch.where(mask, segments.item_sums(weights), 1)
-    if checks_values(weights) and bool((total == 0).any()):
-        raise ValueError(f"{name}: expected some positive weight in every item, got an item of only zeros")
-    return weights / total
+    if not looked_at:
+        weights = checks.valid_or_nan(weights, ~(weights < 0), f"{name}: expected non-negative weights")
+    largest = segments.item_maxima(weights.detach())
+    only_zeros = f"{name}: expected some positive weight in every item, got an item of only zeros"
+    if looked_at and bool((mask & (largest == 0)).any()):
+        raise ValueError(only_zeros)
+    if not looked_at:
+        largest = checks.valid_or_nan(largest, ~mask | (largest != 0), only_zeros)
+    weights = weights / torch.where(mask, largest, 1)
+    return (weights / torch.where(mask, segments.item_sums(weights), 1)).to(dtype)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Euclidean norms of `values` (..., D) in float64, which the squares of no number leave: (...,)."""
+    if values.dtype != torch.float64 or values.shape[-1] == 0:
+        return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+    largest = values.abs().amax(-1, keepdim=True)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return torch.linalg.vector_norm(values / scale, dim=-1) * scale.squeeze(-1)
+
+
+def _laid_out(name: str, weights: Tensor, segments: Segments) -> Tensor:
+    """Weights in the layout of their points: jagged ones as their values, those of one item for all as one for each."""
+    if weights.is_nested:
+        weights = _jagged_weights(name, weights, segments)
+    expect_dense(name, weights)
+    shape = tuple(weights.shape)
+    if not segments.packed and shape in ((1, segments.size), (segments.size,)):
+        return weights.expand(segments.shape)
+    if shape != segments.shape:
+        for_all = "" if segments.packed else f", or (1, {segments.size}) for all items"
+        raise ValueError(f"{name}: expected shape {segments.shape}{for_all}, got {shape}")
+    return weights
+
+
+def _jagged_weights(name: str, weights: Tensor, segments: Segments) -> Tensor:
+    if weights.layout != torch.jagged:
+        raise ValueError(f"{name}: nested tensors must have layout=torch.jagged, got {weights.layout}")
+    if not segments.packed:
+        raise ValueError(f"{name}: expected shape {segments.shape} for padded points, got a nested tensor")
+    if weights.dim() != 2 or weights.lengths() is not None:  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: expected a nested tensor of one weight for every point, without holes")
+    offsets, values = weights.offsets(), weights.values()  # type: ignore[attr-defined]
+    if offsets.shape[0] - 1 != segments.items:
+        raise ValueError(f"{name}: expected {segments.items} items as the points have, got {offsets.shape[0] - 1}")
+    if offsets is not segments.layout and checks_values(offsets):
+        lengths, expected = offsets.diff().tolist(), segments.lengths.tolist()
+        if lengths != expected:
+            raise ValueError(f"{name}: expected the lengths of the points, {expected}, got {lengths}")
+    return values
 
 
 def _init(
     init: tuple[Tensor, Tensor] | None,
+    reg: float | Tensor,
     x_segments: Segments,
     y_segments: Segments,
     dtype: torch.dtype,
@@ -280,8 +443,31 @@ def _init(
     for letter, potential, segments in zip("fg", init, (x_segments, y_segments), strict=True):
         if not isinstance(potential, Tensor):
             raise TypeError(f"init: expected a tensor {letter}, got {type(potential).__name__}")
+        expect_dense("init", potential)
         if tuple(potential.shape) != segments.shape:
             raise ValueError(f"init: expected {letter} of shape {segments.shape}, got {tuple(potential.shape)}")
         if potential.device != device:
             raise ValueError(f"init: expected {letter} on {device}, got {potential.device}")
-    return init[1].detach().to(dtype).contiguous()
+        if potential.is_complex() or potential.dtype == torch.bool:
+            raise TypeError(f"init: expected a float tensor {letter}, got {potential.dtype}")
+    f, g = (
+        torch.where(segments.mask(), potential.detach(), 0)
+        for potential, segments in zip(init, (x_segments, y_segments), strict=True)
+    )
+    most = _spread(reg, y_segments) * LARGEST_START[dtype]
+    usable = g.abs() <= most  # False for NaN
+    expected = f"init: expected finite potentials, |g| / reg at most {LARGEST_START[dtype]:g} in {_name(dtype)}"
+    if checks_values(g):
+        if not bool(usable.all() & f.isfinite().all()):
+            raise ValueError(f"{expected}, got |f| up to {float(f.abs().max())}, |g| up to {float(g.abs().max())}")
+        return g.to(dtype).contiguous()
+    return checks.valid_or_nan(g.to(dtype), usable, expected).contiguous()
+
+
+def _spread(reg: float | Tensor, segments: Segments) -> float | Tensor:
+    """reg at every point of a side: a number, or in the shape of a vector."""
+    if not isinstance(reg, Tensor):
+        return reg
+    if not segments.packed:
+        return reg[:, None]
+    return torch.nn.functional.pad(reg, (0, 1), value=1.0)[segments.item_of_row()]

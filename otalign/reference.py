@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """`x` (n, D) over its norms; all-zero rows stay zero and have zero gradient. Immune to overflow of the squares."""
+    if x.shape[-1] == 0:
+        return x
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     squares = x.square().sum(-1, keepdim=True)
@@ -263,7 +266,7 @@ def solve_item(
     """
     n, m = C.shape
     if n == 0 or m == 0:
-        zero = C.sum()  # attached to the graph
+        zero = C.sum() + a[:0].sum() + b[:0].sum()  # attached to the graph
         return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
     reached_x, reached_y = reached(C, b), reached(C.T, a)
     given_a, given_b = a, b
@@ -295,13 +298,7 @@ def launch(problem: Problem) -> Solution:
     """Solve a batch item by item, and lay the results out as the problem is."""
     with torch.autocast(problem.device.type, enabled=False):
         items = list(_items(problem))
-    shape = (problem.x_segments.size, problem.y_segments.size)
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        if tensors:
-            return torch.stack(tensors)
-        inputs = (t for t in (problem.x, problem.y, problem.C) if t is not None)
-        return sum(t.sum() for t in inputs).to(problem.dtype).expand(0)  # type: ignore[union-attr]
+    stack = partial(_stack, problem)
 
     def vector(parts: list[Tensor], segments: Segments) -> Tensor:
         out = torch.zeros(segments.shape, dtype=problem.dtype, device=problem.device)
@@ -312,13 +309,25 @@ def launch(problem: Problem) -> Solution:
     return Solution(
         value=stack([item.value for item in items]),
         value_linear=stack([item.value_linear for item in items]),
-        plan_cost=lambda: stack([item.plan_cost for item in items]),
+        plan_cost=partial(stack, [item.plan_cost for item in items]),
         f=vector([item.f for item in items], problem.x_segments),
         g=vector([item.g for item in items], problem.y_segments),
         n_iter=torch.tensor([item.n_iter for item in items], dtype=torch.int32, device=problem.device),
         error=torch.tensor([item.error for item in items], dtype=problem.dtype, device=problem.device),
-        plan=lambda: stack([_pad(item.plan, shape) for item in items]).reshape(problem.items, *shape),
+        plan=partial(_plans, problem, [item.plan for item in items]),
     )
+
+
+def _stack(problem: Problem, tensors: list[Tensor]) -> Tensor:
+    if tensors:
+        return torch.stack(tensors)
+    inputs = (t for t in (problem.x, problem.y, problem.C, problem.a, problem.b) if t is not None)
+    return sum(t.sum() for t in inputs).to(problem.dtype).expand(0)  # type: ignore[union-attr]
+
+
+def _plans(problem: Problem, plans: list[Tensor]) -> Tensor:
+    shape = (problem.x_segments.size, problem.y_segments.size)
+    return _stack(problem, [_pad(plan, shape) for plan in plans]).reshape(problem.items, *shape)
 
 
 def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:

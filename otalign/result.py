@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .problem import Problem, Solution
+from .layout import Segments, expect_dense
+from .problem import Problem, Solution, one_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,9 @@ class OTResult:
         error: `(B,)` the L1 marginal error that was reached; for unbalanced problems the fixed-point residual
             :math:`\sum_i a_i |\exp((f_i - f'_i) / \mathrm{reg}) - 1|`, f' being the next update.
         converged: `(B,)` bool, `error <= tol`.
+
+    `pickle`, `torch.save` (to be read by `torch.load(..., weights_only=False)`) and `copy.deepcopy` take a result: what
+    comes back is detached from the graph, and its plan and all that is made of it can still be asked for.
     """
 
     value: Tensor
@@ -64,6 +71,61 @@ class OTResult:
         image = _average(plan.mT, self._problem.x_segments.to_padded(x.to(plan.dtype)))
         return self._problem.y_segments.from_padded(image)
 
+    def apply(self, values: Tensor, to: str = "x") -> Tensor:
+        """The plan applied to vectors: `sum_j P_ij values_j` for every `x`, or `sum_i P_ij values_i` for every `y`.
+
+        Not divided by the mass, as the barycentric projections are: `apply(torch.ones(B, M))` are the row sums. On a GPU the
+        plan is not built unless a gradient is wanted. Differentiable in the plan and in the values.
+
+        Args:
+            values: of any dimension E; with `to="x"` one for every `y`, `(B, M, E)` or `(B, M)`, packed `(total_y, E)` or
+                `(total_y,)`; with `to="y"` one for every `x`. What is on the padding is never read.
+            to: `"x"` or `"y"`, the side that gets the sums.
+
+        Returns:
+            `(B, N, E)`, `(B, N)`, `(total_x, E)` or `(total_x,)`, or likewise for `y`; 0 on the padding.
+
+        Example:
+            >>> result = otalign.solve(torch.randn(2, 50, 64), torch.randn(2, 10, 64))
+            >>> result.apply(torch.randn(2, 10, 3)).shape, result.apply(torch.randn(2, 50), to="y").shape
+            (torch.Size([2, 50, 3]), torch.Size([2, 10]))
+        """
+        one_of("to", to, ("x", "y"))
+        by_y, p = to == "y", self._problem
+        source, target = (p.x_segments, p.y_segments) if by_y else (p.y_segments, p.x_segments)
+        values = _expect_values(values, source, p)
+        vector = values.dim() == len(source.shape)
+        if vector:
+            values = values[..., None]
+        wide = values.to(p.dtype)
+        if self._solution.apply is not None and not self._needs_gradient(values):
+            image = self._solution.apply(wide.contiguous(), by_y)
+        else:
+            image = self._dense_apply(source.to_padded(wide), target, by_y)
+        return image[..., 0] if vector else image
+
+    def _needs_gradient(self, values: Tensor) -> bool:
+        return torch.is_grad_enabled() and (values.requires_grad or self.value.requires_grad)
+
+    def _dense_apply(self, padded: Tensor, target: Segments, by_y: bool) -> Tensor:
+        plan = self.plan()
+        with torch.autocast(plan.device.type, enabled=False):
+            image = (plan.mT if by_y else plan) @ padded
+        return target.from_padded(image)
+
+    def marginal_x(self) -> Tensor:
+        """The mass that every `x` gives, the row sums of the plan: `(B, N)`, or `(total_x,)`. Differentiable (implicit)."""
+        y = self._problem.y_segments
+        return self.apply(self.value.new_ones(y.shape), to="x")
+
+    def marginal_y(self) -> Tensor:
+        """The mass that every `y` gets, the column sums of the plan: `(B, M)`, or `(total_y,)`. Differentiable (implicit)."""
+        x = self._problem.x_segments
+        return self.apply(self.value.new_ones(x.shape), to="y")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _detached(value) for name, value in self.__dict__.items()}
+
     def assign_y(self) -> Tensor:
         """For every `y` the index of the `x` that gives it most mass: `(B, M)` int64, or `(total_y,)`; -1 on padding.
 
@@ -85,6 +147,33 @@ class OTResult:
         if self._problem.x is None or self._problem.y is None:
             raise RuntimeError("barycentric projections need the points: use solve(x, y) instead of solve_cost(C)")
         return self._problem.x, self._problem.y
+
+
+def _expect_values(values: Tensor, side: Segments, problem: Problem) -> Tensor:
+    expect_dense("values", values)
+    shape = tuple(values.shape)
+    if shape[: len(side.shape)] != side.shape or values.dim() > len(side.shape) + 1:
+        raise ValueError(f"values: expected shape {side.shape} or {(*side.shape, 'E')}, got {shape}")
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"values: expected a float tensor, got {values.dtype}")
+    if values.device != problem.device:
+        raise ValueError(f"values: expected a tensor on {problem.device}, got one on {values.device}")
+    return values
+
+
+def _detached(value: Any) -> Any:
+    """The same, with all tensors in it off the graph."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, partial):
+        return partial(value.func, *map(_detached, value.args))
+    if isinstance(value, (Problem, Segments)):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields})
+    if isinstance(value, (list, tuple)):
+        parts = map(_detached, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _average(plan: Tensor, values: Tensor) -> Tensor:

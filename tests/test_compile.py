@@ -193,3 +193,43 @@ def test_autocast_under_compile():
             return otalign.sinkhorn_loss(layer(x), y, x_lengths, y_lengths, backend="cpu")
 
     check(loss, batch)
+
+
+# What eager calls refuse on a CPU, compiled ones refuse when they run ---------------------------------------------------
+
+POINTS = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+GOOD = {"a": torch.rand(2, 5) + 0.1, "reg": torch.tensor([0.1, 0.2]), "g": torch.zeros(2, 4)}
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"a": torch.tensor([[1.0, -1, 1, 1, 1], [1.0] * 5])}, "a: expected non-negative"),
+        ({"a": torch.tensor([[1.0] * 5, [0.0] * 5])}, "a: expected some positive weight"),
+        ({"reg": torch.tensor([0.1, -1.0])}, "reg: expected finite"),
+        ({"reg": torch.tensor([0.1, 1e-42])}, "reg: expected finite"),
+        ({"g": torch.full((2, 4), 1e30)}, "init: expected finite"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_values_are_refused_when_the_graph_runs(bad, words, backend):
+    def value(a, reg, g):
+        return otalign.solve(*POINTS, a=a, reg=reg, init=(torch.zeros(2, 5), g), backend="cpu").value
+
+    compiled = torch.compile(value, fullgraph=True, backend=backend)
+    close(compiled(**GOOD), value(**GOOD), 1e-6)
+    with pytest.raises(ValueError, match=words):
+        compiled(**GOOD | bad)
+    with pytest.raises(ValueError, match=words.split(":")[0]):
+        value(**GOOD | bad)
+
+
+def test_gradients_by_weights_that_are_checked():
+    def loss(x, y, a):
+        return otalign.sinkhorn_loss(x, y, a=a, backend="cpu")
+
+    compiled, a, b = torch.compile(loss, fullgraph=True, backend="aot_eager"), leaf(GOOD["a"]), leaf(GOOD["a"])
+    compiled(*POINTS, a).backward()
+    loss(*POINTS, b).backward()
+    close(a.grad, b.grad, 1e-6)
+    assert b.grad.abs().max() > 0

@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-EXECUTED = ("index", "choosing", "gradients", "methods")
+EXECUTED = ("index", "choosing", "conversions", "gradients", "methods")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 

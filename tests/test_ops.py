@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otalign
 
-from .problems import draw, draw_weights, leaf
+from .problems import draw, draw_weights, identical, leaf
 
 OPERATORS = {
     "cpu": {"align", "align_backward", "pack", "unpack"},
@@ -112,3 +112,16 @@ def test_uninitialised_memory_is_poisoned_here():
     assert torch.ones(2).new_empty(70_000).isnan().all()
     block = otalign.backends.extension().Block(2**20)
     assert torch.frombuffer(block, dtype=torch.bfloat16).isnan().all()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_rows_further_apart_than_a_blas_takes(layout):
+    """They are copied. (The memory between them, 4 GB, is never touched, and so never there.)"""
+    memory = torch.empty(2**31 + 8, dtype=torch.float16)
+    rows = torch.as_strided(memory, (2, 8), (2**31, 1))
+    rows.copy_(torch.randn(2, 8))
+    y = torch.randn(1, 3, 8)
+    x, offsets = (rows[None], None) if layout == "padded" else (rows, torch.tensor([0, 2]))
+    found = otalign.sinkhorn_loss(x, y, cu_seqlens_x=offsets, backend="cpu")
+    identical(found, otalign.sinkhorn_loss(rows.clone()[None], y, backend="cpu"))

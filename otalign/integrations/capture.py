@@ -204,7 +204,9 @@ class Attachment:
 
     def current_weight(self) -> Tensor:
         """What the loss is multiplied with at the present step: a scalar tensor."""
-        weight = torch.as_tensor(self.weight(self.step) if callable(self.weight) else self.weight, dtype=torch.float64)
+        given: Any = self.weight(self.step) if callable(self.weight) else self.weight
+        place = given.device if isinstance(given, Tensor) else "cpu"
+        weight = torch.as_tensor(given, dtype=torch.float64, device=place)
         return self.loss.current_weight() * weight if isinstance(self.loss, OTRegLoss) else weight
 
     def metrics(self, *, synchronise: bool = False) -> dict[str, float]:
@@ -277,7 +279,7 @@ class Attachment:
             if self.layers != [0]:  # parameters that are sharded are gathered by all at once
                 nothing = torch.zeros(1, dtype=torch.int64, device=self._site.device)
                 self._text(model, nothing[None], nothing)
-            self._normalizer(torch.zeros(1, device=self._site.device), call)
+            self._normalizer(torch.zeros(1, dtype=torch.float32, device=self._site.device), call)
 
     def _spans(self, model: nn.Module, call: Call) -> Spans:
         batch, states = call.batch, call.states

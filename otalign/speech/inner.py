@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import flag
+from ..convergence import Convergence, last_of
 from ..functional import ItemLosses, item_losses
 from ..prior import Prior
-from .states import Stack, States, stacked, weighted_mean
+from ..problem import Unbalanced, checked_options
+from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(nn.Module):
@@ -26,6 +29,10 @@ class InnerAlignmentLoss(nn.Module):
         detach_text: whether the text's states are a constant to the gradient.
         reg, cost, objective, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
 
+    Attributes:
+        last: how well the last call was solved, as `SinkhornLoss.last`: for each item its mean iterations over the layers and
+            its largest error.
+
     Shape:
         - speech_states: lists or dicts of `(B, N, D)`; text_states: of `(B, M, D)`; lengths: `(B,)`
         - sample_weight: `(B,)`, normalizer: scalar, both as in `OTRegLoss`
@@ -40,6 +47,8 @@ class InnerAlignmentLoss(nn.Module):
         [True, True, False, False]
     """
 
+    last: Convergence | None = None
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -50,15 +59,13 @@ class InnerAlignmentLoss(nn.Module):
         cost: str = "cosine",
         objective: str = "value",
         prior: Prior | None = None,
-        unbalanced: float | tuple[float, float] | None = None,
+        unbalanced: Unbalanced = None,
         max_iter: int = 200,
         tol: float = 1e-3,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(layers, int) or not layers:
-            raise ValueError(f"layers: expected a sequence of at least one number, got {layers!r}")
-        self.layers, self.detach_text = list(layers), detach_text
+        self.layers, self.detach_text = layer_numbers(layers), flag("detach_text", detach_text)
         if layer_weights is None:
             layer_weights = [1 / len(self.layers)] * len(self.layers)
         if isinstance(layer_weights, Mapping):
@@ -67,11 +74,17 @@ class InnerAlignmentLoss(nn.Module):
             layer_weights = [layer_weights[layer] for layer in self.layers]
         if len(layer_weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected {len(self.layers)} numbers, got {len(layer_weights)}")
-        self.layer_weights = list(layer_weights)
-        self.options: dict[str, Any] = {
-            "reg": reg, "cost": cost, "objective": objective, "prior": prior, "unbalanced": unbalanced,
-            "max_iter": max_iter, "tol": tol, "backend": backend,
-        }  # fmt: skip
+        self.layer_weights = [finite("layer_weights", weight) for weight in layer_weights]
+        self.options: dict[str, Any] = checked_options(
+            reg=reg,
+            cost=cost,
+            objective=objective,
+            prior=prior,
+            unbalanced=unbalanced,
+            max_iter=max_iter,
+            tol=tol,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -102,7 +115,9 @@ class InnerAlignmentLoss(nn.Module):
             stack = stack._replace(y=stack.y.detach())
         losses, n_iter, error = (v.view(len(self.layers), -1) for v in item_losses(*stack, **self.options))
         weights = losses.new_tensor(self.layer_weights)
-        return ItemLosses((weights[:, None] * losses).sum(0), n_iter.double().mean(0), error.amax(0))
+        found = ItemLosses((weights[:, None] * losses).sum(0), n_iter.double().mean(0), error.amax(0))
+        self.last = last_of(found.n_iter, found.error, self.options["tol"]) or self.last
+        return found
 
     def extra_repr(self) -> str:
         shown = {"layers": self.layers, "layer_weights": self.layer_weights} | self.options

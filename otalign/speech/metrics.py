@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .path import alignment_path_score, sequence_similarity
+from ..problem import one_of
+from .path import METRICS, alignment_path_score, sequence_similarity
 from .retrieval import RetrievalScores, pooled, scores_of
-from .states import States
+from .states import States, at_least_one, device_of_buffers
 
 
 class PathScores(NamedTuple):
@@ -53,9 +54,11 @@ class AlignmentPathMetric(Metric):
 
     def __init__(self, layers: int, *, metric: str = "cosine", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers, self.metric = layers, metric
-        self.add_state("sums", torch.zeros(4, layers, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        one_of("metric", metric, METRICS)
+        self.layers, self.metric = at_least_one("layers", layers), metric
+        place = device_of_buffers()
+        self.add_state("sums", torch.zeros(4, self.layers, dtype=torch.float64, device=place), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64, device=place), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -101,11 +104,11 @@ class RetrievalMetric(Metric):
 
     def __init__(self, *, chunk: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.chunk = chunk
+        self.chunk = at_least_one("chunk", chunk)
         # Flat, as is the nothing of a process without a batch. Not all processes know the numbers of layers and dimensions.
         self.add_state("speech", [], dist_reduce_fx="cat")
         self.add_state("text", [], dist_reduce_fx="cat")
-        self.add_state("sizes", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="max")
+        self.add_state("sizes", torch.zeros(2, dtype=torch.int64, device=device_of_buffers()), dist_reduce_fx="max")
 
     def update(
         self,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import flag, whole_number
+from ..convergence import Convergence, last_of
 from ..functional import ItemLosses, item_losses, solve
-from ..layout import padded_segments
+from ..layout import expect_dense, padded_segments
 from ..prior import Prior
-from ..problem import one_of
-from .states import clean, inside, products, sides, unit, weighted_mean
+from ..problem import Unbalanced, checked_options, one_of
+from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
@@ -41,9 +42,11 @@ def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
         >>> otalign.speech.unique_tokens(torch.tensor([[7, 3, 7, 9]]), torch.tensor([3]))
         UniqueTokens(index=tensor([[0, 1, 0, 0]]), lengths=tensor([2]), counts=tensor([[2, 1, 0, 0]]))
     """
+    if isinstance(ids, Tensor):
+        expect_dense("ids", ids)
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError(f"ids: expected shape (B, M), got {tuple(ids.shape) if isinstance(ids, Tensor) else ids!r}")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
     size = ids.shape[1]
     valid = torch.arange(size, device=ids.device) < padded_segments("lengths", ids, size, lengths).lengths[:, None]
@@ -97,6 +100,9 @@ class OTRegLoss(nn.Module):
 
     The schedule's step is a buffer, and so part of the state dict.
 
+    Attributes:
+        last: how well the last call was solved, as `SinkhornLoss.last`.
+
     Where gradients are accumulated over batches of different sizes, or over processes, means of means are not the mean. In the
     call `sample_weight` gives each item a weight, such as its number of label tokens, and `normalizer` what their weighted
     sum is divided by, such as the number of label tokens in the whole step; without it, the weights' own sum.
@@ -112,6 +118,7 @@ class OTRegLoss(nn.Module):
     """
 
     step: Tensor
+    last: Convergence | None = None
 
     def __init__(
         self,
@@ -129,7 +136,7 @@ class OTRegLoss(nn.Module):
         detach_text: bool = True,
         cost: str = "cosine",
         prior: Prior | None = None,
-        unbalanced: float | tuple[float, float] | None = None,
+        unbalanced: Unbalanced = None,
         max_iter: int = 200,
         tol: float = 1e-3,
         backend: str = "auto",
@@ -139,18 +146,20 @@ class OTRegLoss(nn.Module):
         one_of("token_weights", token_weights, TOKEN_WEIGHTS)
         if form == "soft_target" and cost != "cosine":
             raise ValueError(f"cost: the form 'soft_target' compares cosines, got {cost!r}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+        if token_weights == "count" and not flag("unique", unique):
+            raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
+        start_step, warmup_steps = whole_number("start_step", start_step), whole_number("warmup_steps", warmup_steps)
         if start_step < 0 or warmup_steps < 0:
             raise ValueError(f"start_step, warmup_steps: expected numbers >= 0, got {start_step} and {warmup_steps}")
-        self.weight, self.form, self.detach_plan, self.unique = weight, form, detach_plan, unique
-        self.token_weights, self.temperature, self.detach_text = token_weights, temperature, detach_text
-        self.start_step, self.warmup_steps, self.count_calls = start_step, warmup_steps, count_calls
-        self.options: dict[str, Any] = {
-            "reg": reg, "cost": cost, "prior": prior, "unbalanced": unbalanced,
-            "max_iter": max_iter, "tol": tol, "backend": backend,
-        }  # fmt: skip
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.weight, self.temperature = finite("weight", weight), positive("temperature", temperature)
+        self.form, self.token_weights = form, token_weights
+        self.start_step, self.warmup_steps = start_step, warmup_steps
+        self.detach_plan, self.unique = flag("detach_plan", detach_plan), flag("unique", unique)
+        self.count_calls, self.detach_text = flag("count_calls", count_calls), flag("detach_text", detach_text)
+        self.options: dict[str, Any] = checked_options(
+            reg=reg, cost=cost, prior=prior, unbalanced=unbalanced, max_iter=max_iter, tol=tol, backend=backend
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device_of_buffers()))
 
     def forward(
         self,
@@ -198,7 +207,7 @@ class OTRegLoss(nn.Module):
             raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            return item_losses(speech, text, n, m, weights, objective=objective, **self.options)
+            return self._kept(item_losses(speech, text, n, m, weights, objective=objective, **self.options))
         result = solve(speech, text, n, m, None, weights, **self.options)
         plan = result.plan()
         if self.detach_plan:
@@ -209,7 +218,11 @@ class OTRegLoss(nn.Module):
         logits = products(x, y).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
         log_p = F.log_softmax(logits, 2)
         terms = torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0)
-        return ItemLosses(terms.sum((1, 2)), result.n_iter, result.error)
+        return self._kept(ItemLosses(terms.sum((1, 2)), result.n_iter, result.error))
+
+    def _kept(self, losses: ItemLosses) -> ItemLosses:
+        self.last = last_of(losses.n_iter, losses.error, self.options["tol"]) or self.last
+        return losses
 
     def current_weight(self) -> Tensor:
         """The weight at the present step: a scalar tensor, so that nobody waits for the device."""
@@ -219,7 +232,7 @@ class OTRegLoss(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Set the schedule to the trainer's global step."""
-        self.step.fill_(step)
+        self.step.fill_(whole_number("step", step))
 
     def extra_repr(self) -> str:
         names = (

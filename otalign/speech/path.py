@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import one_of
-from .states import States, inside, lengths_of, means, paired, products, sides, unit, wide
+from .states import States, at_least_one, inside, lengths_of, means, paired, products, sides, unit, wide
 
 METRICS = ("cosine", "euclidean")
 INTERVENTIONS = ("angle", "length")
@@ -140,7 +140,7 @@ def _layer(x: Tensor, y: Tensor, n: Tensor, m: Tensor, metric: str) -> tuple[Ten
         items = zip(x, y, path, strict=True)
         similarity = torch.stack([(frames[at].to(best.dtype) - tokens).norm(dim=1) for frames, tokens, at in items])
     similarity, tokens = torch.where(mask_y, similarity, 0), mask_y.sum(1)
-    agreement = ((path == other) & mask_y).sum(1) / tokens.clamp(min=1)
+    agreement = ((path == other) & mask_y).sum(1).float() / tokens.clamp(min=1)
     known = (tokens > 0) & similarity.isfinite().all(1)
     return (
         torch.where(mask_y, path, -1),
@@ -183,9 +183,9 @@ def _spearman(path: Tensor, mask: Tensor) -> Tensor:
     frames = torch.where(mask, path, torch.iinfo(path.dtype).max).contiguous()
     ordered = frames.sort(1).values
     below, upto = (torch.searchsorted(ordered, frames, right=right) for right in (False, True))
-    of_frames = torch.where(mask, (below + upto - 1) / 2, 0)
+    of_frames = torch.where(mask, (below + upto - 1).float() / 2, 0)
     of_tokens = torch.where(mask, torch.arange(path.shape[1], device=path.device).to(of_frames.dtype), 0)
-    middle = ((count - 1) / 2)[:, None]
+    middle = ((count - 1).float() / 2)[:, None]
     p, q = (torch.where(mask, ranks - middle, 0) for ranks in (of_frames, of_tokens))
     norm = (p.square().sum(1) * q.square().sum(1)).sqrt()
     correlation = torch.where(norm > 0, (p * q).sum(1) / torch.where(norm > 0, norm, 1), 0)
@@ -241,8 +241,7 @@ def intervene(
         `(B, N, D)`, a new tensor of the type of `speech`. A frame on the path of several tokens follows the least similar one.
     """
     one_of("kind", kind, INTERVENTIONS)
-    if worst is not None and worst < 1:
-        raise ValueError(f"worst: expected at least 1, or None, got {worst}")
+    worst = None if worst is None else at_least_one("worst", worst)
     sides(speech, text, speech_lengths, text_lengths)  # errors by the names of these arguments
     found = alignment_path(speech, text, speech_lengths, text_lengths)
     path, similarity = found.path[0], found.similarity[0]

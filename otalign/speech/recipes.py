@@ -13,11 +13,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import number
 from ..functional import sinkhorn_loss, solve, solve_cost
 from ..layout import padded_segments
 from ..prior import Prior
-from ..problem import REDUCTIONS, normalized_weights, one_of
-from .states import States, clean, inside, products, sides, stacked, unit, weighted_mean, wide
+from ..problem import REDUCTIONS, checked_options, normalized_weights, one_of
+from .states import (
+    States,
+    at_least_one,
+    clean,
+    finite,
+    inside,
+    layer_numbers,
+    positive,
+    products,
+    share,
+    sides,
+    stacked,
+    unit,
+    weighted_mean,
+    wide,
+)
 
 OTALIGN_KINDS = ("balanced", "unbalanced", "partial")
 
@@ -73,6 +89,10 @@ def siamese_pt(
     """
     one_of("schedule", schedule, ("converged", "released"))
     one_of("reduction", reduction, REDUCTIONS)
+    position_weight, blur = finite("position_weight", position_weight), positive("blur", blur)
+    scaling = number("scaling", scaling)
+    if not 0 < scaling < 1:
+        raise ValueError(f"scaling: expected a number between 0 and 1, got {scaling}")
     n, m = sides(speech, text, speech_lengths, text_lengths)
     if schedule == "converged":
         halves = sinkhorn_loss(
@@ -87,7 +107,7 @@ def siamese_pt(
     for points, lengths in ((speech, n), (text, m)):
         mask = inside(points, lengths)
         points = clean(points, mask)
-        places = torch.arange(points.shape[1]).to(points) / (lengths[:, None] - 1).clamp(min=1)
+        places = torch.arange(points.shape[1], device=points.device).to(points) / (lengths[:, None] - 1).clamp(min=1)
         placed.append((torch.cat([points, torch.where(mask, position_weight * places, 0)[..., None]], 2), mask))
     losses = _annealed_divergence(*placed[0], *placed[1], log_a, log_b, blur, scaling)
     return _reduced(losses, (n > 0) & (m > 0), reduction)
@@ -184,6 +204,7 @@ def zeroswot(
         options: of `siamese_pt`. Weights that are tensors are those of the stacked layers, `(L B, N)`.
     """
     one_of("reduction", reduction, REDUCTIONS)
+    layers, layer_weight = layer_numbers(layers), finite("layer_weight", layer_weight)
     stack = stacked(speech_states, text_states, speech_lengths, text_lengths, layers)
     divergences = siamese_pt(*stack, position_weight=position_weight, reduction="none", **options)
     losses = layer_weight * divergences.view(len(layers), -1).sum(0)
@@ -216,6 +237,8 @@ def cmot(
         cost: `"euclidean"` or `"cosine"`.
     """
     one_of("cost", cost, ("euclidean", "cosine"))
+    if window is not None and not number("window", window) >= 0:
+        raise ValueError(f"window: expected a number >= 0 or None, got {window}")
     n, m = sides(speech, text, speech_lengths, text_lengths)
     mask_x, mask_y = inside(speech, n), inside(text, m)
     C = ground_cost(speech, text, mask_x, mask_y, cost)
@@ -223,7 +246,7 @@ def cmot(
     if window is not None:
         i = torch.arange(speech.shape[1], device=speech.device)[None, :, None]
         j = torch.arange(text.shape[1], device=speech.device)[None, None, :]
-        centre = i * m[:, None, None] / n[:, None, None].clamp(min=1)
+        centre = (i * m[:, None, None]).float() / n[:, None, None].clamp(min=1)
         allowed = allowed & ((j - centre).abs() <= window)
     nearest = C.masked_fill(~allowed, torch.inf).argmin(2, keepdim=True) if text.shape[1] else C.new_zeros(0).long()
     norms = torch.linalg.vector_norm(clean(speech, mask_x).detach(), dim=2) * (m > 0)[:, None]
@@ -247,9 +270,10 @@ def mixup(
         p: the probability.
         generator: of the random numbers, on the device of `plan`.
     """
+    p = share("p", p)
     if not text.shape[1]:
         return speech
-    chosen = torch.rand(plan.shape[:2], generator=generator, device=plan.device) < p
+    chosen = torch.rand(plan.shape[:2], generator=generator, dtype=torch.float32, device=plan.device) < p
     chosen = chosen & (plan.sum(2) > 0)
     partner = text.gather(1, plan.argmax(2)[:, :, None].expand(-1, -1, text.shape[2]))
     return torch.where(chosen[:, :, None], partner.to(speech.dtype), speech)
@@ -317,8 +341,7 @@ def ipot(
         cost: `"cosine"` as there, `"sqeuclidean"` or `"euclidean"`.
     """
     one_of("cost", cost, ("cosine", "sqeuclidean", "euclidean"))
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    steps, beta = at_least_one("steps", steps), positive("beta", beta)
     n, m = sides(x, y, x_lengths, y_lengths, ("x", "y"))
     C = ground_cost(x, y, inside(x, n), inside(y, m), cost)
     fixed, log_v = C.detach(), C.new_zeros(len(C), C.shape[2])
@@ -372,6 +395,9 @@ def otalign(
     """
     one_of("kind", kind, OTALIGN_KINDS)
     one_of("weights", weights, ("uniform", "norm"))
+    options = checked_options(reg=reg, max_iter=max_iter, tol=tol)
+    reg, max_iter, tol = positive("reg", options["reg"]), options["max_iter"], options["tol"]
+    kappa, tau = finite("kappa", kappa), share("tau", tau) if kind == "partial" else positive("tau", tau)
     n, m = sides(x, y, x_lengths, y_lengths, ("x", "y"))
     if not x.shape[1] or not y.shape[1]:
         return x.new_zeros(len(x), x.shape[1], y.shape[1], dtype=torch.float64)
@@ -380,7 +406,9 @@ def otalign(
     both = mask_x[:, :, None] & mask_y[:, None, :]
     similarity = (1 + products(unit(x), unit(y))) / 2
     long = ((n > 1) & (m > 1))[:, None, None]
-    u, v = (torch.arange(t.shape[1]).to(x) / (k[:, None] - 1).clamp(min=1) for t, k in ((x, n), (y, m)))
+    u, v = (
+        torch.arange(t.shape[1], device=x.device).to(x) / (k[:, None] - 1).clamp(min=1) for t, k in ((x, n), (y, m))
+    )
     similarity = similarity * torch.where(long, 1 - kappa * (u[:, :, None] - v[:, None, :]).square(), 1)
     C = 1 - _min_max(similarity, both)
     a, b = (mask.to(x) if weights == "uniform" else t.norm(dim=2) for t, mask in ((x, mask_x), (y, mask_y)))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import flag, whole_number
 from ..distributed import gathered, processes
-from .states import States, inside, lengths_of, means, paired, products, unit
+from .states import States, at_least_one, inside, lengths_of, means, paired, products, unit
 
 
 class _Scores(NamedTuple):
@@ -34,7 +35,9 @@ class RetrievalScores(_Scores):
     @classmethod
     def of(cls, found: Mapping[int, tuple[Tensor, ...]]) -> RetrievalScores:
         """From the four scores of each layer."""
-        columns = zip(*found.values(), strict=True) if found else [[torch.empty(0)]] * 4
+        columns = (
+            zip(*found.values(), strict=True) if found else [[torch.empty(0, dtype=torch.float32, device="cpu")]] * 4
+        )
         scores = cls(*(torch.stack(list(column)).view(len(found)) for column in columns))
         scores.layers = tuple(found)
         return scores
@@ -84,7 +87,7 @@ class RetrievalCorpus:
     """
 
     def __init__(self, *, chunk: int = 1024, distributed: bool = True) -> None:
-        self.chunk, self.distributed = chunk, distributed
+        self.chunk, self.distributed = at_least_one("chunk", chunk), flag("distributed", distributed)
         self.pooled: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
@@ -136,7 +139,7 @@ def pooled(
 def scores_of(speech: Tensor, text: Tensor, chunk: int) -> tuple[Tensor, ...]:
     """Mean reciprocal rank and recalls of one layer, from vectors of length one `(items, D)`."""
     ranks = torch.cat([_ranks(speech, text, chunk), _ranks(text, speech, chunk)])
-    known = torch.where(ranks.isnan(), torch.nan, 1)
+    known = torch.ones_like(ranks).masked_fill(ranks.isnan(), torch.nan)
     return (1 / ranks).mean(), *((known * (ranks <= k)).mean() for k in (1, 5, 10))
 
 
@@ -145,7 +148,7 @@ def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
     for first in range(0, len(queries), chunk):
         similarities = products(queries[first : first + chunk], keys)
         own = similarities.diagonal(first)[:, None]
-        ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) + 1) / 2
+        ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) + 1).float() / 2
         found.append(torch.where(own[:, 0].isnan(), torch.nan, ranks))
     return torch.cat(found)
 
@@ -176,6 +179,7 @@ def select_layers(
     missing = [layer for layer in always if layer not in named]
     if missing:
         raise ValueError(f"always: expected layers among {list(named)}, got {missing}")
+    k = whole_number("k", k)
     if not len(set(always)) <= k <= len(named):
         raise ValueError(f"k: expected a number from {len(set(always))} to {len(named)}, got {k}")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..layout import padded_segments
+from .. import checks
+from ..layout import expect_dense, padded_segments
+from ..problem import checks_values
 from ..reference import normalize
 
 # One layer; or several, in order (None = left out) or by number.
@@ -27,6 +30,7 @@ def by_layer(name: str, states: States) -> dict[int, Tensor]:
     for number, layer in layers.items():
         if not isinstance(layer, Tensor):
             raise TypeError(f"{name}[{number}]: expected a torch.Tensor, got {type(layer).__name__}")
+        expect_padded(f"{name}[{number}]", layer)
         if layer.dim() != 3:
             raise ValueError(f"{name}[{number}]: expected shape (B, N, D), got {tuple(layer.shape)}")
         if not layer.is_floating_point():
@@ -59,11 +63,68 @@ def sides(
 ) -> tuple[Tensor, Tensor]:
     """Validated lengths of two sides that go together, `(B, N, D)` and `(B, M, D)`, as the caller calls them."""
     for name, points in zip(names, (x, y), strict=True):
+        if isinstance(points, Tensor):
+            expect_padded(name, points)
         if not isinstance(points, Tensor) or points.dim() != 3:
             shape = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
             raise ValueError(f"{name}: expected a tensor of shape (B, N, D), got {shape}")
     expect_pair(names[1], x, y)
     return lengths_of(f"{names[0]}_lengths", x, x_lengths), lengths_of(f"{names[1]}_lengths", y, y_lengths)
+
+
+def expect_padded(name: str, points: Tensor) -> None:
+    """Refuse tensors that are not padded batches of numbers."""
+    if points.is_nested:
+        raise ValueError(
+            f"{name}: expected shape (B, N, D), got a nested tensor; otalign.layout.to_padded(t.values(), t.offsets()) pads"
+        )
+    expect_dense(name, points)
+    if points.device.type == "meta":
+        raise ValueError(f"{name}: expected numbers, got a tensor on the meta device, which has none")
+
+
+def layer_numbers(layers: Sequence[int]) -> list[int]:
+    """Validated numbers of layers, at least one."""
+    if isinstance(layers, (int, str)) or not isinstance(layers, Sequence) or not layers:
+        raise ValueError(f"layers: expected a sequence of at least one number, got {layers!r}")
+    return [checks.whole_number("layers", layer) for layer in layers]
+
+
+def finite(name: str, value: float) -> float:
+    """A finite number, as Python's float."""
+    value = checks.number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """A finite number above zero, as Python's float."""
+    value = checks.number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    """A whole number from one on, as Python's int."""
+    value = checks.whole_number(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """A number from 0 to 1, as Python's float."""
+    value = checks.number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return value
+
+
+def device_of_buffers() -> str | None:
+    """Where a module makes its buffers: torch's default device, unless it is meta and would lose their values."""
+    return "cpu" if torch.get_default_device().type == "meta" else None
 
 
 class Stack(NamedTuple):
@@ -148,17 +209,32 @@ def weighted_mean(
     Args:
         losses: `(B,)`, 0 for empty items.
         filled: `(B,)`, True where an item is not empty.
-        sample_weight: `(B,)`, of each item, 0 to leave it out; None = 1.
-        normalizer: what the weighted sum is divided by; None = the sum of the weights of the items that are not empty.
+        sample_weight: `(B,)`, of each item, >= 0, 0 to leave it out; None = 1.
+        normalizer: what the weighted sum is divided by, > 0; None = the sum of the weights of the items that are not empty.
     """
     weights = torch.ones_like(losses)
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or sample_weight.shape != losses.shape:
             shape = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else type(sample_weight).__name__
             raise ValueError(f"sample_weight: expected a tensor of shape {tuple(losses.shape)}, got {shape}")
+        expect_dense("sample_weight", sample_weight)
+        if checks_values(sample_weight) and not bool((sample_weight >= 0).all()):
+            raise ValueError(f"sample_weight: expected numbers >= 0, got {sample_weight.tolist()}")
         weights = sample_weight.to(losses)
     if normalizer is None:
         total = torch.where(filled, weights, 0).sum()
         normalizer = torch.where(total == 0, 1, total)
+    else:
+        normalizer = _checked_normalizer(normalizer)
     counted = filled & (weights != 0)  # a weight of zero keeps an item out of the value, even one with NaN
     return torch.where(counted, weights * losses, 0).sum() / normalizer
+
+
+def _checked_normalizer(normalizer: Tensor | float) -> Tensor | float:
+    if not isinstance(normalizer, Tensor):
+        return positive("normalizer", normalizer)
+    if normalizer.numel() != 1 or normalizer.dtype == torch.bool or normalizer.is_complex():
+        raise ValueError(f"normalizer: expected a number, got {normalizer.dtype} of shape {tuple(normalizer.shape)}")
+    if checks_values(normalizer):
+        positive("normalizer", float(normalizer.detach()))
+    return normalizer.reshape(())
