@@ -12,7 +12,7 @@ from . import backends
 from .convergence import warn_unconverged
 from .groups import has_groups, solve_groups
 from .prior import Prior
-from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, one_of
+from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, is_start, one_of
 from .result import OTResult
 
 
@@ -269,7 +269,8 @@ def _result(problem: Problem, backend: str) -> OTResult:
     )
 
 
-def _solve(problem: Problem, backend: str) -> Solution:
+def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Solution:
+    """Solve a batch; `accepted` is the error that needs no warning, `tol` unless given."""
     name = backends.resolve(backend, problem.device)
     if name != "cpu" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -277,7 +278,7 @@ def _solve(problem: Problem, backend: str) -> Solution:
         )
     launch = backends.launcher(name)
     solution = solve_groups(problem, launch) if has_groups(problem) else launch(problem)
-    warn_unconverged(solution.error, problem.tol, problem.max_iter)
+    warn_unconverged(solution.error, problem.tol if accepted is None else accepted, problem.max_iter)
     return solution
 
 
@@ -303,6 +304,7 @@ def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
     x_alone = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]), symmetric=True)
     y_alone = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]), symmetric=True)
     (x_term, _), (y_term, start) = _self_term(x_alone, backend), _self_term(y_alone, backend)
+    start = torch.where(is_start(start, p.reg, p.y_segments), start, 0)
     solution = _solve(dataclasses.replace(p, init=start), backend)
     return torch.where(_filled(p), solution.value - (x_term + y_term) / 2, 0), solution
 
@@ -318,7 +320,8 @@ def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
     # Averaged updates converge fast, and what they leave is what the gradient is where both sides are the same.
     tol = max(problem.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if problem.tol > 0 else 0.0
-    solution = _solve(dataclasses.replace(problem, y=constant(problem.y), b=constant(problem.b), tol=tol), backend)
+    fixed = dataclasses.replace(problem, y=constant(problem.y), b=constant(problem.b), tol=tol)
+    solution = _solve(fixed, backend, accepted=problem.tol)
     value = solution.value
     return 2 * value - value.detach(), solution.g
 
