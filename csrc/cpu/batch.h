@@ -32,10 +32,14 @@ constexpr Scalar scalar() {
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory aligned for vectors; not initialised.
+// Bytes of a cache line.
+constexpr int64_t kLine = 64;
+inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % kLine == 0; }
+
+// Memory that starts at a cache line; not initialised.
 class Buffer {
  public:
-  explicit Buffer(size_t size) : data_(size ? ::operator new(size, std::align_val_t(64)) : nullptr) {}
+  explicit Buffer(size_t size = 0) : data_(size ? ::operator new(size, std::align_val_t(kLine)) : nullptr) {}
   template <class T>
   T* as(size_t offset = 0) const {
     return reinterpret_cast<T*>(static_cast<char*>(data_.get()) + offset);
@@ -43,7 +47,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(kLine)); }
   };
   std::unique_ptr<void, Free> data_;
 };
@@ -55,7 +59,7 @@ class Scratch {
     size_t total = 0;
     for (size_t size : parts) {
       offsets_.push_back(total);
-      total += (size + 63) / 64 * 64;
+      total += (size + kLine - 1) / kLine * kLine;
     }
     for (int t = 0; t < threads; ++t) buffers_.emplace_back(total);
   }
@@ -227,13 +231,30 @@ class Batch {
   }
   bool converts(const Side& side) const { return side.points && side.points_type != scalar<T>(); }
 
+  // A BLAS may round by where in a cache line a matrix starts, and by how far apart its rows are. So that the bits of
+  // an item are the same in every batch and layout, both depend on the item's sizes alone: the products see points,
+  // and their gradients, at the start of a line and `product_stride` apart. Where they do not lie like that, the
+  // products see a copy.
+  int64_t product_stride(const Side& side, int64_t columns) const { return converts(side) ? columns : p.dim; }
+  bool copies_points(const Side& side) const {
+    const bool lies = !converts(side) && side.row_stride == p.dim && whole_lines(p.dim) && aligned(side.points) &&
+                      (side.starts || whole_lines(side.item_stride));
+    return side.points && !lies;
+  }
+  bool copies_gradient(const Side& side, const void* gradient) const {
+    return gradient && (converts(side) || !whole_lines(p.dim) || !aligned(gradient));
+  }
+
   const Problem& p;
   std::vector<int64_t> offsets;
   int64_t most_n = 0, most_m = 0;
   size_t scratch = 0;
+
+ private:
+  static bool whole_lines(int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; }
 };
 
-// A block of an item's points as T: where they lie if they are T, else converted into `buffer`.
+// A block of an item's points as T, as the products want them: in place, or copied into `buffer`.
 template <class T>
 struct Block {
   const T* data;
@@ -242,10 +263,11 @@ struct Block {
 template <class T>
 Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
                     int64_t columns, T* buffer) {
-  if (!batch.converts(side)) return {reinterpret_cast<const T*>(batch.points(side, b, row, column)), side.row_stride};
+  const int64_t stride = batch.product_stride(side, columns);
+  if (!batch.copies_points(side)) return {reinterpret_cast<const T*>(batch.points(side, b, row, column)), stride};
   for (int64_t i = 0; i < rows; ++i)
-    kernels<T>().read(side.points_type, batch.points(side, b, row + i, column), buffer + i * columns, columns);
-  return {buffer, columns};
+    kernels<T>().read(side.points_type, batch.points(side, b, row + i, column), buffer + i * stride, columns);
+  return {buffer, stride};
 }
 
 }  // namespace otalign::cpu
