@@ -234,24 +234,26 @@ class Batch {
   // A BLAS may round by where in a cache line a matrix starts, and by how far apart its rows are. So that the bits of
   // an item are the same in every batch and layout, both depend on the item's sizes alone: the products see points,
   // and their gradients, at the start of a line and `product_stride` apart. Where they do not lie like that, the
-  // products see a copy.
-  int64_t product_stride(const Side& side, int64_t columns) const { return converts(side) ? columns : p.dim; }
-  bool copies_points(const Side& side) const {
-    const bool lies = !converts(side) && side.row_stride == p.dim && whole_lines(p.dim) && aligned(side.points) &&
-                      (side.starts || whole_lines(side.item_stride));
-    return side.points && !lies;
+  // products see a copy; `may_copy` says whether any of a side's do.
+  int64_t product_stride(const Side& side, int64_t columns) const {
+    return std::max<int64_t>(1, converts(side) ? columns : p.dim);
   }
-  bool copies_gradient(const Side& side, const void* gradient) const {
-    return gradient && (converts(side) || !whole_lines(p.dim) || !aligned(gradient));
+  bool in_place(const Side& side, const void* points, int64_t row_stride) const {
+    return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);
   }
+  bool may_copy(const Side& side, const void* points, int64_t item_stride, int64_t row_stride) const {
+    const auto in_lines = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; };
+    return points && !(in_place(side, points, row_stride) && in_lines(row_stride) && in_lines(item_stride));
+  }
+  bool may_copy(const Side& side) const {
+    return may_copy(side, side.points, side.starts ? 0 : side.item_stride, side.row_stride);
+  }
+  bool may_copy_gradient(const Side& side, const void* gradient) const { return may_copy(side, gradient, 0, p.dim); }
 
   const Problem& p;
   std::vector<int64_t> offsets;
   int64_t most_n = 0, most_m = 0;
   size_t scratch = 0;
-
- private:
-  static bool whole_lines(int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; }
 };
 
 // A block of an item's points as T, as the products want them: in place, or copied into `buffer`.
@@ -264,7 +266,8 @@ template <class T>
 Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
                     int64_t columns, T* buffer) {
   const int64_t stride = batch.product_stride(side, columns);
-  if (!batch.copies_points(side)) return {reinterpret_cast<const T*>(batch.points(side, b, row, column)), stride};
+  const char* const points = batch.points(side, b, row, column);
+  if (batch.in_place(side, points, side.row_stride)) return {reinterpret_cast<const T*>(points), stride};
   for (int64_t i = 0; i < rows; ++i)
     kernels<T>().read(side.points_type, batch.points(side, b, row + i, column), buffer + i * stride, columns);
   return {buffer, stride};

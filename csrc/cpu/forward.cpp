@@ -6,6 +6,7 @@ namespace otalign::cpu {
 namespace {
 
 constexpr int64_t kBlock = 256;  // rows of a block of the cost
+constexpr int64_t kRows = 16;    // of which a block has a multiple: whole cache lines, for any D
 
 // What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
 template <class T>
@@ -91,7 +92,8 @@ bool forward(const Problem& p, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
     if (batch.empty(b) || p.cost == Cost::given) continue;
-    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock), rows = ceil_div(n, pieces);
+    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock);
+    const int64_t rows = ceil_div(ceil_div(n, pieces), kRows) * kRows;
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
       blocks.push_back({b, i, end, static_cast<double>(end - i) * m});
@@ -102,8 +104,8 @@ bool forward(const Problem& p, Poll poll) {
 
   Team team(p.threads, poll);
   const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kBlock);
-  const Scratch scratch(team.threads(), {batch.copies_points(p.x) ? block_rows * p.dim * sizeof(T) : 0,
-                                         batch.copies_points(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
+  const Scratch scratch(team.threads(), {batch.may_copy(p.x) ? block_rows * p.dim * sizeof(T) : 0,
+                                         batch.may_copy(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
                                          batch.most_m * sizeof(T), batch.scratch});
   std::vector<std::atomic<bool>> broken(p.items);
   double elements = 0;
