@@ -1,6 +1,9 @@
 """Does the engine get on with any BLAS, and the BLAS with the engine's threads?"""
 
 import ctypes
+import os
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -132,3 +135,13 @@ def test_openblas_keeps_its_threads():
     """
     before, after = run_python(code, OTALIGN_BLAS=openblas(), OPENBLAS_NUM_THREADS="2").split()
     assert before == after == "2"
+
+
+@pytest.mark.slow
+def test_the_engine_without_python():
+    """The program that `make aarch64` runs under an emulator, on this machine with all of its instruction sets."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    script = Path(__file__).parent / "engine" / "run.sh"
+    done = subprocess.run(["bash", script, compiler], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "baseline: all agree" in done.stdout
