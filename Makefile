@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/shim tests/engine -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
@@ -14,10 +14,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo study test test-all sanitize lint docs bench gpu wheel clean
+.PHONY: help demo study test test-all sanitize aarch64 lint docs bench gpu wheel clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small aligner on real speech, end with a picture and its errors
 	$(PY) examples/demo.py
@@ -40,6 +40,9 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 	OTALIGN_EXT_DIR=build/sanitize/otalign ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
+
+aarch64:  ## the engine compiled for aarch64, under an emulator; needs Debian's g++-aarch64-linux-gnu and qemu-user
+	tests/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 lint: $(READY)  ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
