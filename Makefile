@@ -13,6 +13,9 @@ DEMO_PACKAGES = $(shell sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr
 # The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
+# Processes for all cores. Their threads wait without spinning, on cores that another process needs.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
+
 RESULTS_DIR ?= out/gpu
 WHEELS ?=
 
@@ -31,11 +34,11 @@ demo: $(DEMO)  ## train a small aligner on real speech, end with a picture and i
 study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, the better part of an hour; needs espeak-ng and flite
 	$(PY) -m examples.study
 
-test: $(READY)  ## the tests and doctests of a few minutes
-	$(PY) -m pytest --doctest-modules -m "not slow and not gpu" tests otalign
+test: $(READY)  ## the tests and doctests that take up to five minutes on two cores
+	$(PYTEST) --doctest-modules -m "not slow and not gpu" tests otalign
 
 test-all: $(READY)  ## every test that needs no GPU, and the engine's under sanitizers
-	$(PY) -m pytest --doctest-modules -m "not gpu" tests otalign
+	$(PYTEST) --doctest-modules -m "not gpu" tests otalign
 	$(MAKE) sanitize
 
 # The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
