@@ -37,9 +37,10 @@ study: $(READY)  ## the papers' claims in small on synthesised speech: docs/stud
 test: $(READY)  ## the tests and doctests that take up to five minutes on two cores
 	$(PYTEST) --doctest-modules -m "not slow and not gpu" tests otalign
 
-test-all: $(READY)  ## every test that needs no GPU, and the engine's under sanitizers
+test-all: $(READY)  ## every test that needs no GPU, the engine's under sanitizers, and whether planted faults are found
 	$(PYTEST) --doctest-modules -m "not gpu" tests otalign
 	$(MAKE) sanitize
+	$(PY) tests/plant_faults.py
 
 # The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
 sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan
@@ -48,7 +49,7 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 	  $(PIP) install -q --no-deps --target build/sanitize .
 	OTALIGN_EXT_DIR=build/sanitize/otalign ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
+	  $(PYTEST) -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
 
 lint: $(READY)  ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
