@@ -62,7 +62,7 @@ def broadcast_unless_equal(broadcast: Callable[..., Any]) -> Callable[..., Any]:
     """`broadcast_impl_value`, which has nothing to do for blocks of one shape and for scalars."""
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
-        of_lhs, of_rhs = (side.type.shape.values if side.type.is_block() else None for side in (lhs, rhs))
+        of_lhs, of_rhs = ([*side.type.get_block_shapes()] if side.type.is_block() else None for side in (lhs, rhs))
         return (lhs, rhs) if of_lhs == of_rhs else broadcast(self, lhs, rhs)
 
     return broadcast_impl_value
