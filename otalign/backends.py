@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,15 +27,20 @@ NAMES = BACKENDS
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that will compute a problem on `device`; raises if the one asked for cannot.
 
-    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs, else "reference". It is not "cuda" anywhere yet: the rule is that
-    a measurement in benchmarks/results has to show the sizes for which that is faster, and none has been made.
+    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs; where that is missing, a warning says why, once, and it is "reference".
+    It is not "cuda" anywhere yet: the rule is that a measurement in benchmarks/results has to show the sizes for which that is
+    faster, and none has been made.
     """
     one_of("backend", backend, NAMES)
     if backend == "auto":
         if device.type == "meta":
             raise ValueError("x: expected numbers, got a tensor on the meta device, which has none")
         best = "cpu" if device.type == "cpu" else "triton"
-        return best if reason_missing(best) is None else "reference"
+        reason = reason_missing(best)
+        if reason is None:
+            return best
+        _warn_of_reference(best, device.type, reason)
+        return "reference"
     reason = reason_missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
@@ -51,6 +57,16 @@ def resolve(backend: str, device: torch.device) -> str:
 
 # What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and triton with it.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # once for each cause, whatever the filters of warnings are
+def _warn_of_reference(best: str, device_type: str, reason: str) -> None:
+    warnings.warn(
+        f'backend="auto": tensors on {device_type} are solved by the slow reference, since {best!r} is not available: {reason}. '
+        'backend="reference" is the same without this warning.',
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def launcher(name: str) -> Callable[[Problem], Solution]:
