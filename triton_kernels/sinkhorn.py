@@ -13,6 +13,9 @@ An item belongs to one program, or is split by rows among several that run at th
 K stays in registers for all iterations if a program's rows fit; else an iteration passes once over K in memory.
 Every item stops by itself: when its marginal error is at most `tol`, at `max_iter`, or when it is not a number.
 
+If both sides are the same points with the same weights, so that C is symmetric, so is the iteration: v = w and the next v is
+sqrt(v / (K^T (a v))), the mean of the potential and its update. Then only column sums are made, half of the work.
+
 Points without mass, and points that nothing reaches (all that have mass across are at infinite cost), take no part: their
 rows and columns of K are zero, and their sums count as one. While the iterations last, the potential of a row that nothing
 reaches is infinite; the last pass puts in its place what stands for it (`unreached_potential`), and finds the potentials of
@@ -138,9 +141,9 @@ def verdict(error, reached, made, tol, max_iter, columns_near):
 
 
 @triton.jit
-def gauge(G, b, UNBALANCED: tl.constexpr):
-    """What moves from G to F, so that <b, g> = 0 if the problem is balanced."""
-    if UNBALANCED:
+def gauge(G, b, FIXED: tl.constexpr):
+    """What moves from G to F, so that <b, g> = 0 if the problem is balanced; nothing if FIXED."""
+    if FIXED:
         return tl.sum(b * 0)
     else:
         return tl.sum(tl.where(b > 0, b * G, 0))
@@ -263,7 +266,7 @@ def late_columns(
 @triton.jit
 def last_pass(
     at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, keep_x, relax_x, filled,
-    broken, f, columns, BLOCK_N: tl.constexpr, UNBALANCED: tl.constexpr,
+    broken, f, columns, BLOCK_N: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Write f; sum the mass of the plan, its transport cost, and what the potentials of x are worth."""
     T: tl.constexpr = at.dtype.element_ty
@@ -279,7 +282,7 @@ def last_pass(
         inside = mine[:, None] & ((columns < m) & (b_j > 0))[None, :]
         cost = tl.load(at + rows.to(tl.int64)[:, None] * ld + columns[None, :], mask=inside, other=0)
         F = load_potentials(state, x_rows, turn, rows, only_if(filled.to(tl.int32), mine))
-        if tl.min(tl.where(mine, a_i, 1)) == 0:
+        if not SYMMETRIC and tl.min(tl.where(mine, a_i, 1)) == 0:
             F = tl.where(mine & (a_i == 0), exact_rows(cost, inside, G, logarithm(b_j), per_reg, keep_x), F)
         F = or_unreached(F, unreached_potential(relax_x, per_reg))
         P = (a_i[:, None] * b_j[None, :]) * bounded(kernel_tile(cost, inside & (a_i > 0)[:, None], F, G, per_reg))
@@ -424,6 +427,76 @@ def column_scaling(column_sums, b, gamma, keep_y, WIDTH: tl.constexpr, COUNT: tl
     return v_next, tl.max(far) == 0
 
 
+# Symmetric problems ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def put_rows(desk, state, x_rows, turn, begin, end, BLOCK_N: tl.constexpr):
+    """Give a program's rows the potentials on its desk, as absorbed ones; -inf there marks a point that nothing reaches."""
+    T: tl.constexpr = desk.dtype.element_ty
+    tl.debug_barrier()
+    for first in range(begin, end, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        F = tl.load(desk + rows, mask=mine, other=0)
+        F = tl.where(F == -INFINITY, INFINITY, F)
+        tl.store(state + rows, F, mask=mine)
+        tl.store(state + x_rows + rows, F, mask=mine)
+        tl.store(state + (2 + turn) * x_rows + rows, tl.full([BLOCK_N], 1, T), mask=mine)
+    tl.debug_barrier()
+
+
+@triton.jit
+def symmetric_patches(kernel, a, u, GROUPS: tl.constexpr, SLABS: tl.constexpr):
+    """K^T (a u) of the patches: this program's part of the column sums."""
+    column_sums = ()
+    for s in tl.static_range(SLABS):
+        products = kernel[s] * (a[0] * u[0])[:, None]
+        for r in tl.static_range(1, GROUPS):
+            products += kernel[r * SLABS + s] * (a[r] * u[r])[:, None]
+        column_sums = column_sums + (tl.sum(products, 0),)
+    return column_sums
+
+
+@triton.jit
+def symmetric_pass(
+    kernel_at, ld, desk, a, has_a, x_start, n, begin, end, columns,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """K^T (a u) with K in memory and u on the desk: this program's part of the column sums."""
+    T: tl.constexpr = kernel_at.dtype.element_ty
+    partial = tl.zeros([BLOCK_N, BLOCK_M], T)
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        place = rows.to(tl.int64)[:, None] * ld + columns[None, :]
+        tile = tl.load(kernel_at + place, mask=mine[:, None] & (columns < ld)[None, :], other=0)
+        a_i = load_weights(a, has_a, x_start + rows, mine, n)
+        partial += tile * (a_i * tl.load(desk + rows, mask=mine, other=0))[:, None]
+    return tl.sum(partial, 0)
+
+
+@triton.jit
+def symmetric_scaling(
+    column_sums, b, v, gamma, keep, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr
+):
+    """The next scalings, a tuple of vectors, and the marginal error of those before, infinite if the next leave the range."""
+    v_next = ()
+    error = tl.zeros_like(b[0])
+    for s in tl.static_range(COUNT):
+        sums = tl.where(b[s] > 0, column_sums[s], 1)
+        updated = scaling(sums, gamma[s], keep, UNBALANCED)
+        if UNBALANCED:
+            ratio = v[s] / updated
+        else:
+            ratio = v[s] * sums
+        scaled = tl.sqrt(v[s] * updated)
+        near = in_range(sums, updated, UNBALANCED) & in_range(scaled, scaled, False)
+        error += tl.where(near, row_errors(b[s], ratio), INFINITY)
+        v_next = v_next + (scaled,)
+    return v_next, tl.sum(error)
+
+
 # The kernel ------------------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +506,7 @@ def sinkhorn_kernel(
     items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, has_init, per_item, max_iter,
     reg_items, reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, tol: tl.float64, ld16,
     programs, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PEERS: tl.constexpr,
-    UNBALANCED: tl.constexpr, STAGES: tl.constexpr,
+    UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Solve a batch: C (rows of x, ld) costs; f, a (rows of x,), g, b, init (rows of y,); the others (B,).
 
@@ -497,20 +570,43 @@ def sinkhorn_kernel(
             y_start += zero
             gamma += logarithm(v)
             v = tl.zeros([BLOCK_M], T) + 1
-            top, sums, off, missing = exact_pass(
-                cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, logarithm(b_j),
-                per_reg, keep_x, relax_x, tl.minimum(made, 1), columns, BLOCK_N, BLOCK_M,
-            )  # fmt: skip
-            column_logs, reached, epoch = log_sum_over_programs(
-                top, sums, off + missing + missing_y, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
-            )
+            if SYMMETRIC:
+                tl.store(desk + columns, gamma)
+                put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+                top, sums = late_columns(
+                    cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, 0, per_reg,
+                    columns, BLOCK_N, BLOCK_M,
+                )  # fmt: skip
+                missing = missing_y
+                column_logs, _, epoch = log_sum_over_programs(
+                    top, sums, per_reg, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
+                )
+                ratio = tl.where(column_logs == -INFINITY, 1, tl.exp(gamma + keep_y * column_logs))
+                off = tl.where(column_logs == column_logs, row_errors(b_j, ratio), column_logs)
+                reached = tl.sum(tl.where(real, off, 0)) + missing
+            else:
+                top, sums, off, missing = exact_pass(
+                    cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, logarithm(b_j),
+                    per_reg, keep_x, relax_x, tl.minimum(made, 1), columns, BLOCK_N, BLOCK_M,
+                )  # fmt: skip
+                column_logs, reached, epoch = log_sum_over_programs(
+                    top, sums, off + missing + missing_y, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
+                )
             goes_on = (ahead == 2) & (reached == reached)
             ahead = tl.where(goes_on | (should_stop(reached, made, tolerance, max_iter) == 0), 1, 0)
             if ahead > 0:
                 part_b = tl.where(column_logs > -INFINITY, b_j, 0)
-                missing_y = tl.where(rank == 0, lost(b_j, column_logs == -INFINITY, relax_y), 0)
-                missing += missing_y
-                gamma = tl.where(part_b > 0, -keep_y * column_logs, 0)
+                missing_y = lost(b_j, column_logs == -INFINITY, relax_y)
+                if SYMMETRIC:
+                    missing_y *= 2
+                    missing = missing_y
+                    gamma = tl.where(part_b > 0, (gamma - keep_y * column_logs) / 2, 0)
+                    tl.store(desk + columns, tl.where((part_b > 0) | (b_j == 0), gamma, -INFINITY))
+                    put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+                else:
+                    missing_y = tl.where(rank == 0, missing_y, 0)
+                    missing += missing_y
+                    gamma = tl.where(part_b > 0, -keep_y * column_logs, 0)
                 made += 1
                 near = ahead
                 if GROUPS > 0:
@@ -521,15 +617,33 @@ def sinkhorn_kernel(
                         per_reg, ROWS, GROUPS, SLAB, SLABS,
                     )  # fmt: skip
                     while near > 0:
-                        u_next, column_sums, off = patch_pass(
-                            kernel, weights_x, absorbed_x, u, weights_y, slab_v, keep_x, GROUPS, SLABS, UNBALANCED
-                        )
-                        column_sums, off, epoch = sum_over_programs(
-                            column_sums, off + missing, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS
-                        )
-                        v_next, columns_near = column_scaling(
-                            column_sums, weights_y, absorbed_y, keep_y, SLAB, SLABS, UNBALANCED
-                        )
+                        if SYMMETRIC:
+                            u_next = ()
+                            for s in tl.static_range(SLABS):
+                                tl.store(desk + s * SLAB + tl.arange(0, SLAB), slab_v[s])
+                            tl.debug_barrier()
+                            for r in tl.static_range(GROUPS):
+                                rows = begin + r * ROWS + tl.arange(0, ROWS)
+                                u_next = u_next + (tl.load(desk + rows, mask=rows < end, other=1),)
+                            column_sums, _, epoch = sum_over_programs(
+                                symmetric_patches(kernel, weights_x, u_next, GROUPS, SLABS),
+                                per_reg, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS,
+                            )  # fmt: skip
+                            v_next, off = symmetric_scaling(
+                                column_sums, weights_y, slab_v, absorbed_y, keep_y, SLAB, SLABS, UNBALANCED
+                            )
+                            off += missing
+                            columns_near = near > 0
+                        else:
+                            u_next, column_sums, off = patch_pass(
+                                kernel, weights_x, absorbed_x, u, weights_y, slab_v, keep_x, GROUPS, SLABS, UNBALANCED
+                            )
+                            column_sums, off, epoch = sum_over_programs(
+                                column_sums, off + missing, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS
+                            )
+                            v_next, columns_near = column_scaling(
+                                column_sums, weights_y, absorbed_y, keep_y, SLAB, SLABS, UNBALANCED
+                            )
                         ahead, reached, accept = verdict(off, reached, made, tolerance, max_iter, columns_near)
                         if accept:
                             u = u_next
@@ -549,28 +663,36 @@ def sinkhorn_kernel(
                         part_b, per_reg, columns, BLOCK_N, BLOCK_M,
                     )  # fmt: skip
                     while near > 0:
-                        column_sums, off = scaling_pass(
-                            kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, part_b * v,
-                            keep_x, columns, BLOCK_N, BLOCK_M, UNBALANCED, STAGES,
-                        )  # fmt: skip
-                        totals, off, epoch = sum_over_programs(
-                            (column_sums,),
-                            off + missing,
-                            parts,
-                            counter,
-                            epoch,
-                            rank,
-                            programs,
-                            BLOCK_M,
-                            BLOCK_M,
-                            PEERS,
-                        )
-                        v_next, columns_near = column_scaling(
-                            totals, (part_b,), (gamma,), keep_y, BLOCK_M, 1, UNBALANCED
-                        )
+                        if SYMMETRIC:
+                            tl.store(desk + columns, v)
+                            tl.debug_barrier()
+                            column_sums = symmetric_pass(
+                                kernel_at, ld, desk, a, has_a, x_start, n, begin, end, columns, BLOCK_N, BLOCK_M, STAGES
+                            )
+                            totals, _, epoch = sum_over_programs(
+                                (column_sums,), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+                            )
+                            v_next, off = symmetric_scaling(
+                                totals, (part_b,), (v,), (gamma,), keep_y, BLOCK_M, 1, UNBALANCED
+                            )
+                            off += missing
+                            columns_near = near > 0
+                        else:
+                            column_sums, off = scaling_pass(
+                                kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, part_b * v,
+                                keep_x, columns, BLOCK_N, BLOCK_M, UNBALANCED, STAGES,
+                            )  # fmt: skip
+                            totals, off, epoch = sum_over_programs(
+                                (column_sums,), off + missing, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M,
+                                PEERS,
+                            )  # fmt: skip
+                            v_next, columns_near = column_scaling(
+                                totals, (part_b,), (gamma,), keep_y, BLOCK_M, 1, UNBALANCED
+                            )
                         ahead, reached, accept = verdict(off, reached, made, tolerance, max_iter, columns_near)
                         if accept:
-                            turn = 1 - turn
+                            if not SYMMETRIC:
+                                turn = 1 - turn
                             v = v_next[0]
                             made += near
                         near = accept.to(tl.int32)
@@ -578,6 +700,9 @@ def sinkhorn_kernel(
 
         broken = reached != reached
         G = tl.where(part_b > 0, gamma + logarithm(v), tl.where(real, unreached_potential(relax_y, per_reg), 0))
+        if SYMMETRIC:
+            tl.store(desk + columns, G)
+            put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
         if filled & (tl.max(tl.where(real & (b_j == 0), 1, 0)) > 0):
             top, sums = late_columns(
                 cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m,
@@ -588,10 +713,13 @@ def sinkhorn_kernel(
             )
             late = tl.where(real & (b_j == 0) & (column_logs > -INFINITY), 1, 0)
             G = tl.where(late > 0, -keep_y * column_logs, G)
-        shift = gauge(G, b_j, UNBALANCED)
+            if SYMMETRIC:
+                tl.store(desk + columns, G)
+                put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+        shift = gauge(G, b_j, UNBALANCED or SYMMETRIC)
         mass, transport, worth_x = last_pass(
             cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, keep_x,
-            relax_x, filled, broken, f, columns, BLOCK_N, UNBALANCED,
+            relax_x, filled, broken, f, columns, BLOCK_N, UNBALANCED, SYMMETRIC,
         )  # fmt: skip
         clear_rows(f, x_start, n, x_slot, rank, programs, BLOCK_N)
         sums = tl.where(columns == 0, mass, tl.where(columns == 1, transport, tl.where(columns == 2, worth_x, 0)))
