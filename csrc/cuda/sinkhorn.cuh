@@ -9,8 +9,8 @@
 // first iteration of an item is such a one.
 //
 // Points without mass, and points that nothing reaches (all that have mass across are at infinite cost), take no part:
-// their weights kA, kB are zero from then on, as are their rows and columns of K, and their sums count as one. Until
-// the results are written, the potential of a row that nothing reaches is infinite.
+// their weights kA, kB and potentials are zero from then on, as are their rows and columns of K, and their sums count
+// as one. What they have in the end: put_last_potentials.
 #pragma once
 
 #include "matrix.cuh"
@@ -221,7 +221,7 @@ class Sinkhorn {
         [&](int c, float cost) { return expf(wanted >> c & 1 ? gamma[c] - (cost - potential) : -INFINITY); });
     port::sync_block();
     for (int i = port::thread(); i < block.count; i += L::kThreads) {
-      block.row(kPhi, i) = u(i, 1 - turn);
+      block.row(kPhi, i) = block.row(kA, i) > 0 ? u(i, 1 - turn) : 0;
       u(i, turn) = 1;
     }
     block.for_columns([&](int j) {
@@ -249,7 +249,7 @@ class Sinkhorn {
       if (!mine) return 0.0f;
       const float a = numbers(kA), before = numbers(kU + turn);
       if (!(a > 0)) sum = 1;
-      const float next = scaling(sum, kRelaxed && a > 0 ? numbers(kPhi) : 0, keep_x);
+      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, keep_x);
       const float ratio = kRelaxed ? before / next : before * sum;
       if (one) {
         off += in_range(sum, next) ? a * fabsf(ratio - 1) : INFINITY;
@@ -337,7 +337,7 @@ class Sinkhorn {
     const float unreached_y = unreached_potential(block.p.rho_y, per_reg);
     bool rows_have_mass = true, columns_have_mass = true;
     for (int i = port::thread(); i < block.count; i += L::kThreads) {
-      u(i, 1 - turn) = or_unreached(block.row(kPhi, i) + logarithm(u(i, turn)), unreached_x);
+      u(i, 1 - turn) = block.row(kA, i) > 0 ? block.row(kPhi, i) + logarithm(u(i, turn)) : unreached_x;
       rows_have_mass = rows_have_mass && weight_of_row(i) != 0;
     }
     block.for_columns([&](int j) {
