@@ -204,7 +204,8 @@ def solve_cost(
 
     Args:
         C: `(B, N, M)` float; item b's cost is `C[b, :x_lengths[b], :y_lengths[b]]`, and what lies outside is never
-            read. Differentiable. Plus infinity forbids a pair: `C.masked_fill(~allowed, math.inf)`.
+            read. Differentiable. Plus infinity forbids a pair: `C.masked_fill(~allowed, math.inf)`. A point whose pairs are
+            all forbidden carries no mass; if it has to (a strict marginal), `converged` is False.
 
     Example:
         >>> result = otalign.solve_cost(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), reg=0.01)

@@ -90,7 +90,8 @@ class Prior:
         Where the band would leave a row or a column empty (more tokens than `x` has points, or `width` under
         one half), it is as wide as is needed to leave none so: at least `max(1, (m - 1) / (n - 1)) / 2`. That is not
         yet enough for strict marginals: to carry uniform ones on both sides a band takes about `max(1, m / n)`, and
-        in a narrower one `converged` stays False.
+        in a narrower one `converged` stays False. So it does where a strict point with mass has only points of weight zero in
+        its window: that point gets no mass.
         """
         return Prior("band", (width,))
 

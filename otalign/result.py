@@ -27,10 +27,13 @@ class OTResult:
         value_linear: `(B,)` the transport cost :math:`\langle P, C + B \rangle`. Differentiable, exactly, through the
             implicit function theorem.
         potentials: `f` and `g`, detached, zero on the padding; balanced problems have the gauge
-            :math:`\langle b, g \rangle = 0`. `init=result.potentials` warm-starts another solve.
+            :math:`\langle b, g \rangle = 0`. A point of weight zero has the potential that follows from the other side's. One
+            that nothing with mass reaches (all costs infinite) has 0, or 40 rho if relaxed, in the place of infinity.
+            `init=result.potentials` warm-starts another solve.
         n_iter: `(B,)` int32, iterations made.
         error: `(B,)` the L1 marginal error that was reached; for unbalanced problems the fixed-point residual
-            :math:`\sum_i a_i |\exp((f_i - f'_i) / \mathrm{reg}) - 1|`, f' being the next update.
+            :math:`\sum_i a_i |\exp((f_i - f'_i) / \mathrm{reg}) - 1|`, f' being the next update. Weights of points that have to
+            carry mass (a strict marginal) and that nothing reaches count as well.
         converged: `(B,)` bool, `error <= tol`.
 
     `pickle`, `torch.save` (to be read by `torch.load(..., weights_only=False)`) and `copy.deepcopy` take a result: what
