@@ -169,6 +169,7 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
     if lengths is None:
         return Segments(items, size, items * size, False, None, None if compiling else [size] * items, values.device)
     _expect_integers(name, lengths, (items,))
+    lengths = _own(lengths)
     counts = _contents(lengths, values)
     if counts and not 0 <= min(counts) <= max(counts) <= size:
         raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
@@ -184,6 +185,7 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
         raise TypeError(f"max_seqlen_{side}: expected an int, got {type(max_seqlen).__name__}")
+    cu_seqlens = _own(cu_seqlens)
     items, offsets = cu_seqlens.shape[0] - 1, _beside(cu_seqlens, values)
     if torch.compiler.is_compiling():
         return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None, values.device)
@@ -208,10 +210,15 @@ def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
     return integers.tolist() if "cpu" in (integers.device.type, values.device.type) or debugging() else None
 
 
+def _own(integers: Tensor) -> Tensor:
+    """A copy, contiguous int64: what was checked stays so, whatever the caller does with his tensor."""
+    return integers.to(torch.int64, copy=True).contiguous()
+
+
 def _beside(integers: Tensor, values: Tensor) -> Tensor:
-    """As contiguous int64 on the device of the values, without waiting for it."""
+    """On the device of the values, without waiting for it."""
     on_gpu = values.device.type != "cpu"  # a copy to the CPU has to be waited for
-    return integers.to(values.device, torch.int64, non_blocking=on_gpu).contiguous()
+    return integers.to(values.device, non_blocking=on_gpu)
 
 
 def _expect_tensor(name: str, value: object) -> None:

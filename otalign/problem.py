@@ -208,9 +208,10 @@ def _reg(reg: float | Tensor, items: int, device: torch.device) -> float | Tenso
         raise TypeError(f"reg: expected a float tensor, got {reg.dtype}")
     if reg.dim() > 0 and tuple(reg.shape) != (items,):
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
+    reg = reg.detach().clone()  # what is checked is kept, whatever the caller does with his tensor
     if checks_values(reg) and not bool((torch.isfinite(reg) & (reg > 0)).all()):
         raise ValueError(f"reg: expected finite numbers > 0, got {reg.tolist()}")
-    return reg.detach().to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
+    return reg.to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
 
 
 def _rho(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -283,4 +284,4 @@ def _init(
             raise ValueError(f"init: expected {letter} of shape {segments.shape}, got {tuple(potential.shape)}")
         if potential.device != device:
             raise ValueError(f"init: expected {letter} on {device}, got {potential.device}")
-    return init[1].detach().to(dtype).contiguous()
+    return init[1].detach().to(dtype, copy=True).contiguous()

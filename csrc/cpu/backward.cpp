@@ -96,8 +96,28 @@ void given_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>* it
 }
 
 template <class T>
-bool backward(const Problem& p, const Gradients& g, Poll poll) {
-  const Batch<T> batch(p);
+void check_gradients(const Batch<T>& batch, const Gradients& g) {
+  const Problem& p = batch.p;
+  need_if_any(g.value, p.items, sizeof(T), "grad_value");
+  need_if_any(g.linear, p.items, sizeof(T), "grad_linear");
+  need_if_any(g.plan, batch.total, sizeof(T), "grad_plan");
+  need_if_any(g.a, p.x.rows, sizeof(T), "gradient by a");
+  need_if_any(g.b, p.y.rows, sizeof(T), "gradient by b");
+  if (p.cost == Cost::given) {
+    check(!g.x && !g.y, "wanted: a given cost has no points");
+    need_if_any(g.given, product(product(p.items, p.x.size), p.y.size), bytes(p.given_type), "gradient by C");
+  } else {
+    check(!g.given, "wanted: there is no given cost");
+    need_if_any(g.x, product(p.x.rows, p.dim), bytes(p.x.points_type), "gradient by x");
+    need_if_any(g.y, product(p.y.rows, p.dim), bytes(p.y.points_type), "gradient by y");
+  }
+}
+
+template <class T>
+bool backward(const Problem& problem, const Gradients& g, Poll poll) {
+  const Batch<T> batch(problem);
+  const Problem& p = batch.p;
+  check_gradients(batch, g);
   const bool points = p.cost != Cost::given && (g.x || g.y), implicit = g.linear || g.plan;
   std::vector<Task> items, slices;
   std::vector<int64_t> vectors(1, 0);

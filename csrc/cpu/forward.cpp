@@ -82,8 +82,11 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
 }
 
 template <class T>
-bool forward(const Problem& p, Poll poll) {
-  const Batch<T> batch(p);
+bool forward(const Problem& problem, Poll poll) {
+  const Batch<T> batch(problem);
+  const Problem& p = batch.p;
+  for (const Memory<void>* numbers : {&p.value, &p.linear}) need(*numbers, p.items, sizeof(T), "value");
+  need(p.n_iter, p.items, sizeof(int32_t), "n_iter");
   std::vector<Task> blocks, items;
   for (int64_t b = 0; b < p.items; ++b) {
     const int64_t n = batch.n(b), m = batch.m(b);
@@ -136,11 +139,11 @@ bool forward(const Problem& p, Poll poll) {
     static_cast<T*>(p.error)[b] = static_cast<T>(it.error);
     p.n_iter[b] = it.n_iter;
     for (const Side* side : {&p.x, &p.y})
-      for (void* vector : {side->potential, side->mass, side->scale})
+      for (void* vector : {side->potential.data, side->mass.data, side->scale.data})
         zero_padding(*side, p.items, b, vector, sizeof(T));
   });
   for (const Side* side : {&p.x, &p.y})
-    for (void* vector : {side->potential, side->mass, side->scale}) zero_all(*side, p.items, vector, sizeof(T));
+    for (void* vector : {side->potential.data, side->mass.data, side->scale.data}) zero_all(*side, p.items, vector, sizeof(T));
   return !team.stopped();
 }
 
