@@ -21,7 +21,7 @@ namespace {
 
 // Memory as a pair of its address, 0 being null, and its size in bytes. The address has to be right.
 template <class Class, class T>
-void memory(py::class_<Class>& type, const char* name, Memory<T> Class::* field) {
+void memory(py::class_<Class>& type, const char* name, Span<T> Class::* field) {
   type.def_property(
       name,
       [field](const Class& self) {
@@ -147,12 +147,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_forward", [](const Problem& p) { run([&](Poll poll) { return cpu::forward(p, poll); }); });
   module.def("cpu_backward",
              [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
-  using Span = std::pair<uintptr_t, int64_t>;
-  module.def("cpu_unpack", [](const Problem& p, const Span& dense) {
+  using Place = std::pair<uintptr_t, int64_t>;
+  module.def("cpu_unpack", [](const Problem& p, const Place& dense) {
     const py::gil_scoped_release release;
     cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second});
   });
-  module.def("cpu_pack", [](const Problem& p, const Span& dense) {
+  module.def("cpu_pack", [](const Problem& p, const Place& dense) {
     const py::gil_scoped_release release;
     cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second});
   });

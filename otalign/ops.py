@@ -135,46 +135,49 @@ def _memory(tensor: Tensor | None) -> tuple[int, int]:
 def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """What the engine reads through an address it takes for granted: the type, and a number for everything."""
     if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
-        raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name}: expected {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
 
 
-def _check(inputs: _Inputs, saved: _Saved) -> None:
+def _check_inputs(inputs: _Inputs) -> None:
     """Raise for what the functions of otalign never pass, but a caller of the operators may."""
     items, dtype = tuple(inputs.x_lengths.shape), inputs.dtype
     if len(items) != 1 or dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x_lengths, dtype: expected shape (B,) and float32 or float64, got {items} and {dtype}")
     if inputs.cost not in _COSTS or inputs.prior not in _PRIORS:
         raise ValueError(f"cost, prior: expected words that the engine knows, got {inputs.cost!r} and {inputs.prior!r}")
-    _expect("reg", inputs.reg, torch.float64, items)
-    _expect("error", saved.error, dtype, items)
     given = inputs.cost == "given"
     for name, tensor in (("x", inputs.x), ("y", inputs.y), ("C", inputs.C)):
         if (tensor is not None) == (given != (name == "C")):
             raise ValueError(f"{name}: expected {'no ' * (tensor is not None)}tensor for cost {inputs.cost!r}")
         if tensor is not None and tensor.dtype not in _SCALARS:
             raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    _expect("reg", inputs.reg, torch.float64, items)
     if inputs.C is not None:
         _expect("C", inputs.C, inputs.C.dtype, (*items, inputs.size_x, inputs.size_y))
-    _expect("plan", saved.plan, dtype, (inputs.capacity,))
-    _expect("distance", saved.distance, dtype, (inputs.capacity if inputs.cost == "euclidean" else 0,))
-    for names, points, other, lengths, starts, weights, size, potential, of_points in (
-        ("xaf", inputs.x, inputs.y, inputs.x_lengths, inputs.x_starts, inputs.a, inputs.size_x, saved.f, saved.of_x),
-        ("ybg", inputs.y, inputs.x, inputs.y_lengths, inputs.y_starts, inputs.b, inputs.size_y, saved.g, saved.of_y),
+    dim = 0 if inputs.x is None or inputs.x.dim() == 0 else inputs.x.shape[-1]
+    for name, points, lengths, starts, size in (
+        ("x", inputs.x, inputs.x_lengths, inputs.x_starts, inputs.size_x),
+        ("y", inputs.y, inputs.y_lengths, inputs.y_starts, inputs.size_y),
     ):
-        side, weight, potential_name = names
+        _expect(f"{name}_lengths", lengths, torch.int64, items)
+        _expect(f"{name}_starts", starts, torch.int64, items)
         if points is not None:
-            assert other is not None
-            shape = (*points.shape[:1], other.shape[-1]) if starts is not None else (*items, size, other.shape[-1])
-            _expect(side, points, points.dtype, shape)
+            _expect(name, points, points.dtype, (*(points.shape[:1] if starts is not None else (*items, size)), dim))
         elif starts is not None:
-            raise ValueError(f"{side}_starts: expected None for a given cost")
-        vector = (*items, size) if starts is None or points is None else (points.shape[0],)
-        _expect(f"{side}_lengths", lengths, torch.int64, items)
-        _expect(f"{side}_starts", starts, torch.int64, items)
-        _expect(weight, weights, dtype, vector)
-        _expect(potential_name, potential, dtype, vector)
-        _expect(f"of_{side}", of_points, dtype, (2, *vector))
-    _expect("init", inputs.init, dtype, tuple(saved.g.shape))
+            raise ValueError(f"{name}_starts: expected None for a given cost")
+    f, g = _vectors(inputs)
+    for name, vector, shape in (("a", inputs.a, f), ("b", inputs.b, g), ("init", inputs.init, g)):
+        _expect(name, vector, dtype, shape)
+
+
+def _check_saved(inputs: _Inputs, saved: _Saved) -> None:
+    f, g = _vectors(inputs)
+    distance = inputs.capacity if inputs.cost == "euclidean" else 0
+    shapes = _Saved((inputs.capacity,), f, g, inputs.x_lengths.shape, (2, *f), (2, *g), (distance,))  # type: ignore[arg-type]
+    for name, tensor, shape in zip(_Saved._fields, saved, shapes, strict=True):
+        _expect(name, tensor, inputs.dtype, shape)  # type: ignore[arg-type]
 
 
 def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
@@ -187,7 +190,6 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
             kept.append(tensor)
         return _memory(tensor)
 
-    _check(inputs, saved)
     p = backends.extension().Problem()
     p.items, p.is_double = inputs.x_lengths.shape[0], inputs.dtype == torch.float64
     p.cost, p.prior = _COSTS[inputs.cost], _PRIORS[inputs.prior]
@@ -229,16 +231,20 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
+def _vectors(inputs: _Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a number for each point of x, and of y."""
+    sides = (inputs.x, inputs.x_starts, inputs.size_x), (inputs.y, inputs.y_starts, inputs.size_y)
+    f, g = (
+        (inputs.x_lengths.shape[0], size) if starts is None or points is None else (points.shape[0],)
+        for points, starts, size in sides
+    )
+    return f, g
+
+
 def _outputs(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     items = (inputs.x_lengths.shape[0],)
-    f, g = (
-        (*items, size) if starts is None or points is None else (points.shape[0],)
-        for points, starts, size in (
-            (inputs.x, inputs.x_starts, inputs.size_x),
-            (inputs.y, inputs.y_starts, inputs.size_y),
-        )
-    )
+    f, g = _vectors(inputs)
     distance = inputs.capacity if inputs.cost == "euclidean" else 0
     like = inputs.like()
     return (
@@ -249,6 +255,7 @@ def _outputs(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
 
 
 def _align(*arguments: Any) -> tuple[Tensor, ...]:
+    _check_inputs(_Inputs(*arguments))
     outputs = _outputs(*arguments, empty=_pooled)
     value, linear, plan, f, g, error, n_iter, of_x, of_y, distance = outputs
     p, _kept = _struct(_Inputs(*arguments), _Saved(plan, f, g, error, of_x, of_y, distance))
@@ -265,16 +272,19 @@ def _gradients(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
 
 
 def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    outputs = _gradients(*arguments, empty=_pooled)
     count = 3 + len(_Inputs._fields)
-    incoming, inputs, saved, wanted = arguments[:3], arguments[3:count], arguments[count:-1], arguments[-1]
-    p, kept = _struct(_Inputs(*inputs), _Saved(*saved))
+    incoming, wanted = arguments[:3], arguments[-1]
+    inputs, saved = _Inputs(*arguments[3:count]), _Saved(*arguments[count:-1])
+    _check_inputs(inputs)
+    _check_saved(inputs, saved)
+    outputs = _gradients(*arguments, empty=_pooled)
+    p, kept = _struct(inputs, saved)
     gradients = backends.extension().Gradients()
     items = (p.items,)
     shapes = (items, items, (p.capacity,))
     for name, grad, shape in zip(("value", "linear", "plan"), incoming, shapes, strict=True):
         if grad is not None:
-            _expect(f"grad_{name}", grad, _Inputs(*inputs).dtype, shape)
+            _expect(f"grad_{name}", grad, inputs.dtype, shape)
             kept.append(grad.contiguous())
             setattr(gradients, name, _memory(kept[-1]))
     for name, output, want in zip(("x", "y", "given", "a", "b"), outputs, wanted, strict=True):
@@ -287,7 +297,9 @@ def _plans(packed: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, si
     """What the engine has to know of plans one behind the other, and the tensors to keep as long."""
     items = tuple(x_lengths.shape)
     if len(items) != 1 or packed.dim() != 1 or packed.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"plan: expected a vector of float32 or float64 and lengths (B,), got {packed.dtype} and {items}")
+        raise ValueError(
+            f"plan: expected a vector of float32 or float64 and lengths (B,), got {packed.dtype} and {items}"
+        )
     _expect("x_lengths", x_lengths, torch.int64, items)
     _expect("y_lengths", y_lengths, torch.int64, items)
     kept = [packed, x_lengths.contiguous(), y_lengths.contiguous()]
@@ -311,7 +323,9 @@ def _empty_dense(plan: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int
 
 def _pack(dense: Tensor, x_lengths: Tensor, y_lengths: Tensor, capacity: int) -> Tensor:
     if dense.dim() != 3 or dense.shape[:1] != x_lengths.shape:
-        raise ValueError(f"dense: expected (B, N, M) and lengths (B,), got {tuple(dense.shape)}, {tuple(x_lengths.shape)}")
+        raise ValueError(
+            f"dense: expected (B, N, M) and lengths (B,), got {tuple(dense.shape)}, {tuple(x_lengths.shape)}"
+        )
     dense, plan = dense.contiguous(), dense.new_empty((capacity,))
     problem, _kept = _plans(plan, x_lengths, y_lengths, dense.shape[1], dense.shape[2])
     backends.extension().cpu_pack(problem, _memory(dense))

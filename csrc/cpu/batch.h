@@ -73,8 +73,8 @@ class Scratch {
   std::vector<Buffer> buffers_;
 };
 
-// Runs tasks in parallel, in their order, until the caller's poll says stop. What a task throws is thrown by `run`, once
-// no task runs any more: no exception may leave a parallel region.
+// Runs tasks in parallel, in their order, until the caller's poll says stop. What a task throws is thrown by `run`,
+// once no task runs any more: no exception may leave a parallel region.
 class Team {
  public:
   Team(int threads, Poll poll) : threads_(std::max(1, threads)), poll_(poll) {}
@@ -121,8 +121,8 @@ class Team {
     }
   }
 
-  // The caller alone can ask whether to stop, so it does not sleep in the barrier while others work. Its naps are a small
-  // share of what it has waited, so that they cost as little.
+  // The caller alone can ask whether to stop, so it does not sleep in the barrier while others work. Its naps are a
+  // small share of what it has waited, so that they cost as little.
   static void wait_for(const std::atomic<int>& finished, int members, Seat& seat) {
     const auto begin = std::chrono::steady_clock::now();
     while (finished.load(std::memory_order_acquire) < members) {
@@ -183,12 +183,12 @@ inline void need(const void* data, int64_t bytes, int64_t count, size_t size, co
                               (data ? std::to_string(bytes) : "none"));
 }
 template <class T>
-void need(const Memory<T>& memory, int64_t count, size_t size, const char* name) {
+void need(const Span<T>& memory, int64_t count, size_t size, const char* name) {
   need(memory.data, memory.bytes, count, size, name);
 }
 // The same for memory that may be missing.
 template <class T>
-void need_if_any(const Memory<T>& memory, int64_t count, size_t size, const char* name) {
+void need_if_any(const Span<T>& memory, int64_t count, size_t size, const char* name) {
   if (memory) need(memory, count, size, name);
 }
 
@@ -250,7 +250,7 @@ class Layout {
     const char *lengths, *offsets, *longest;
   };
 
-  void own(Memory<const int64_t>& memory, std::vector<int64_t>& kept, const char* name) {
+  void own(Span<const int64_t>& memory, std::vector<int64_t>& kept, const char* name) {
     need(memory, p.items, sizeof(int64_t), name);
     kept.assign(memory.data, memory.data + p.items);
     memory = {kept.data(), memory.bytes};
@@ -265,7 +265,8 @@ class Layout {
     int64_t begin = 0;
     for (int64_t b = 0; b < p.items; ++b) {
       const int64_t length = lengths[b];
-      if (!packed && (length < 0 || length > side.size)) refuse(names.lengths, "values in [0, ", side.size, "]", length);
+      if (!packed && (length < 0 || length > side.size))
+        refuse(names.lengths, "values in [0, ", side.size, "]", length);
       if (!packed) continue;
       if (starts[b] != begin || length < 0 || length > side.rows - begin)
         refuse(names.offsets, "offsets that rise from 0 to at most ", side.rows, "", starts[b]);
@@ -349,7 +350,7 @@ class Batch : public Layout {
 
   // A side's vectors, and its points as far as strides lead.
   void check_side(const Side& side, const char* name, const char* weights) {
-    for (const Memory<void>* vector : {&side.potential, &side.mass, &side.scale})
+    for (const Span<void>* vector : {&side.potential, &side.mass, &side.scale})
       need(*vector, side.rows, sizeof(T), name);
     need_if_any(side.weights, side.rows, sizeof(T), weights);
     if (p.cost == Cost::given) return;

@@ -85,7 +85,7 @@ template <class T>
 bool forward(const Problem& problem, Poll poll) {
   const Batch<T> batch(problem);
   const Problem& p = batch.p;
-  for (const Memory<void>* numbers : {&p.value, &p.linear}) need(*numbers, p.items, sizeof(T), "value");
+  for (const Span<void>* numbers : {&p.value, &p.linear}) need(*numbers, p.items, sizeof(T), "value");
   need(p.n_iter, p.items, sizeof(int32_t), "n_iter");
   std::vector<Task> blocks, items;
   for (int64_t b = 0; b < p.items; ++b) {
@@ -143,7 +143,8 @@ bool forward(const Problem& problem, Poll poll) {
         zero_padding(*side, p.items, b, vector, sizeof(T));
   });
   for (const Side* side : {&p.x, &p.y})
-    for (void* vector : {side->potential.data, side->mass.data, side->scale.data}) zero_all(*side, p.items, vector, sizeof(T));
+    for (void* vector : {side->potential.data, side->mass.data, side->scale.data})
+      zero_all(*side, p.items, vector, sizeof(T));
   return !team.stopped();
 }
 

@@ -26,7 +26,7 @@ int64_t dense_size(const Layout& layout, const void* data, int64_t bytes) {
 }
 
 template <class T>
-void unpack(const Layout& layout, Memory<void> to) {
+void unpack(const Layout& layout, Span<void> to) {
   const T* const packed = static_cast<const T*>(layout.p.plan.data);
   T* const dense = static_cast<T*>(to);
   std::fill_n(dense, dense_size<T>(layout, to.data, to.bytes), T(0));
@@ -36,7 +36,7 @@ void unpack(const Layout& layout, Memory<void> to) {
 }
 
 template <class T>
-void pack(const Layout& layout, Memory<const void> from) {
+void pack(const Layout& layout, Span<const void> from) {
   dense_size<T>(layout, from.data, from.bytes);
   const T* const dense = static_cast<const T*>(from);
   T* const packed = static_cast<T*>(layout.p.plan);
@@ -46,12 +46,12 @@ void pack(const Layout& layout, Memory<const void> from) {
 
 }  // namespace
 
-void unpack(const Problem& problem, Memory<void> dense) {
+void unpack(const Problem& problem, Span<void> dense) {
   const Layout layout(problem);
   problem.is_double ? unpack<double>(layout, dense) : unpack<float>(layout, dense);
 }
 
-void pack(const Problem& problem, Memory<const void> dense) {
+void pack(const Problem& problem, Span<const void> dense) {
   const Layout layout(problem);
   problem.is_double ? pack<double>(layout, dense) : pack<float>(layout, dense);
 }
