@@ -81,6 +81,7 @@ PYBIND11_MODULE(_C, module) {
   memory(side, "potential", &Side::potential);
   memory(side, "mass", &Side::mass);
   memory(side, "scale", &Side::scale);
+  memory(side, "exponent", &Side::exponent);
 
   py::class_<Problem> problem(module, "Problem");
   problem.def(py::init([] { return Problem{}; }))

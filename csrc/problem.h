@@ -44,7 +44,8 @@ struct Side {
   Span<const void> weights;  // T, normalised; null = uniform
   Span<void> potential;      // T, out
   Span<void> mass;           // T, out: sum of the plan over the other side, divided by the weight
-  Span<void> scale;          // T, out: reciprocal norms (cosine)
+  Span<void> scale;          // T, out: reciprocal norms (cosine), of the points over 2^exponent
+  Span<void> exponent;       // T, out: 0 but for norms whose squares leave the range of T; on a GPU not used
 
   int64_t row(int64_t item) const { return starts ? starts[item] : item * size; }
   int64_t element(int64_t item) const { return starts ? starts[item] * row_stride : item * item_stride; }

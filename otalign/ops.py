@@ -113,7 +113,8 @@ class _Inputs(NamedTuple):
 class _Saved(NamedTuple):
     """What the forward pass leaves for the backward pass, in the order of the schema.
 
-    `of_x` and `of_y` hold, of every point, its mass in the plan over its weight, and what its products are scaled with.
+    `of_x` and `of_y` hold, of every point, its mass in the plan over its weight, what its products are scaled with, and the
+    power of two that it is divided by before.
     """
 
     plan: Tensor
@@ -175,7 +176,7 @@ def _check_inputs(inputs: _Inputs) -> None:
 def _check_saved(inputs: _Inputs, saved: _Saved) -> None:
     f, g = _vectors(inputs)
     distance = inputs.capacity if inputs.cost == "euclidean" else 0
-    shapes = _Saved((inputs.capacity,), f, g, inputs.x_lengths.shape, (2, *f), (2, *g), (distance,))  # type: ignore[arg-type]
+    shapes = _Saved((inputs.capacity,), f, g, inputs.x_lengths.shape, (3, *f), (3, *g), (distance,))  # type: ignore[arg-type]
     for name, tensor, shape in zip(_Saved._fields, saved, shapes, strict=True):
         _expect(name, tensor, inputs.dtype, shape)  # type: ignore[arg-type]
 
@@ -205,7 +206,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
         side.size, side.rows = size, potential.numel()
         side.lengths, side.starts, side.weights = memory(lengths), memory(starts), memory(weights)
         side.potential = memory(potential)
-        side.mass, side.scale = memory(of_points[0]), memory(of_points[1])
+        side.mass, side.scale, side.exponent = map(memory, of_points)
         if points is not None:
             rows, p.dim = points.shape[-2:]
             if points.stride(-1) != 1 or (rows > 1 and points.stride(-2) < p.dim):
@@ -250,7 +251,7 @@ def _outputs(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
     return (
         *(empty(like, shape, inputs.dtype) for shape in (items, items, (inputs.capacity,), f, g, items)),
         empty(like, items, torch.int32),
-        *(empty(like, shape, inputs.dtype) for shape in ((2, *f), (2, *g), (distance,))),
+        *(empty(like, shape, inputs.dtype) for shape in ((3, *f), (3, *g), (distance,))),
     )
 
 

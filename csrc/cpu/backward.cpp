@@ -40,7 +40,13 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   const Problem& p = batch.p;
   const int64_t b = task.item, columns = task.end - task.begin;
   T* const panel = scratch.get<T>(thread, 1);
-  const Block<T> y = read_block(batch, p.y, b, 0, it.m, task.begin, columns, scratch.get<T>(thread, 3));
+  Block<T> y = read_block(batch, p.y, b, 0, it.m, task.begin, columns, scratch.get<T>(thread, 3));
+  const T* const exponent_x = at<T>(p.x.exponent, p.x.row(b));
+  const T* const exponent_y = at<T>(p.y.exponent, p.y.row(b));
+  const bool wild_x = any_power(exponent_x, it.n), wild_y = any_power(exponent_y, it.m);
+  const Buffer tame_x((wild_x ? std::min(kPanel, it.n) * columns : 0) * sizeof(T));
+  const Buffer tame_y((wild_y ? it.m * columns : 0) * sizeof(T));
+  if (wild_y) y = over_powers(y, it.m, columns, exponent_y, tame_y.as<T>(), columns);
   const bool direct_x = p.x.points_type == scalar<T>(), direct_y = p.y.points_type == scalar<T>();
   const int64_t x_element = p.x.row(b) * p.dim + task.begin, y_element = p.y.row(b) * p.dim + task.begin;
   T* const dy = !g.y ? nullptr : direct_y ? at<T>(g.y, y_element) : scratch.get<T>(thread, 5);
@@ -48,19 +54,22 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
   for (int64_t i = 0; i < it.n; i += kPanel) {
     const int64_t rows = std::min(kPanel, it.n - i);
-    const Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
+    Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
+    if (wild_x) x = over_powers(x, rows, columns, exponent_x + i, tame_x.as<T>(), columns);
     kernels<T>().panel(it, r, i, i + rows, panel);
     if (g.x) {
       T* const dx = direct_x ? at<T>(g.x, x_element + i * p.dim) : scratch.get<T>(thread, 4);
       const int64_t dx_stride = direct_x ? p.dim : columns;
       kernels<T>().scale_rows(x.data, x.stride, r.diagonal_x + i, rows, columns, dx, dx_stride);
       gemm_nn_add(rows, columns, it.m, panel, it.m, y.data, y.stride, dx, dx_stride);
+      if (wild_x) over_powers<T>({dx, dx_stride}, rows, columns, exponent_x + i, dx, dx_stride);
       for (int64_t k = 0; !direct_x && k < rows; ++k)
         kernels<T>().write(p.x.points_type, dx + k * columns,
                            bytes_at(g.x, x_element + (i + k) * p.dim, p.x.points_type), columns);
     }
     if (dy) gemm_tn_add(it.m, columns, rows, panel, it.m, x.data, x.stride, dy, dy_stride);
   }
+  if (dy && wild_y) over_powers<T>({dy, dy_stride}, it.m, columns, exponent_y, dy, dy_stride);
   for (int64_t k = 0; dy && !direct_y && k < it.m; ++k)
     kernels<T>().write(p.y.points_type, dy + k * columns, bytes_at(g.y, y_element + k * p.dim, p.y.points_type),
                        columns);

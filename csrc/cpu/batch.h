@@ -350,7 +350,7 @@ class Batch : public Layout {
 
   // A side's vectors, and its points as far as strides lead.
   void check_side(const Side& side, const char* name, const char* weights) {
-    for (const Span<void>* vector : {&side.potential, &side.mass, &side.scale})
+    for (const Span<void>* vector : {&side.potential, &side.mass, &side.scale, &side.exponent})
       need(*vector, side.rows, sizeof(T), name);
     need_if_any(side.weights, side.rows, sizeof(T), weights);
     if (p.cost == Cost::given) return;
@@ -383,6 +383,25 @@ struct Block {
   const T* data;
   int64_t stride;
 };
+// A kept exponent as a number for scalbn, were it changed meanwhile.
+template <class T>
+int power(T exponent) {
+  return std::abs(exponent) < 5000 ? static_cast<int>(exponent) : 0;
+}
+
+// Points over two to the power of what `exponent` says of each, in `store`.
+template <class T>
+Block<T> over_powers(Block<T> points, int64_t rows, int64_t columns, const T* exponent, T* store, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < columns; ++d)
+      store[i * stride + d] = std::scalbn(points.data[i * points.stride + d], -power(exponent[i]));
+  return {store, stride};
+}
+template <class T>
+bool any_power(const T* exponent, int64_t rows) {
+  return std::any_of(exponent, exponent + rows, [](T e) { return e != 0; });
+}
+
 template <class T>
 Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
                     int64_t columns, T* buffer) {
