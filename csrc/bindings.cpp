@@ -1,5 +1,9 @@
-// pybind11: integers to pointers, nothing else. Arguments are validated in Python (otalign/problem.py).
+// pybind11: integers to memory, nothing else. Arguments are validated in Python (otalign/problem.py), and what the CPU
+// engine is told of memory is checked by it before it reads or writes (cpu/batch.h).
 #include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
 
 #include "cpu/blas.h"
 #include "cpu/engine.h"
@@ -15,19 +19,29 @@ using namespace otalign;
 
 namespace {
 
-// A pointer field as an integer attribute; 0 is null.
-template <class Class, class Owner, class Pointer>
-void address(py::class_<Class>& type, const char* name, Pointer Owner::* field) {
+// Memory as a pair of its address, 0 being null, and its size in bytes. The address has to be right.
+template <class Class, class T>
+void memory(py::class_<Class>& type, const char* name, Span<T> Class::* field) {
   type.def_property(
-      name, [field](const Class& self) { return reinterpret_cast<uintptr_t>(self.*field); },
-      [field](Class& self, uintptr_t value) { self.*field = reinterpret_cast<Pointer>(value); });
+      name,
+      [field](const Class& self) {
+        return py::make_tuple(reinterpret_cast<uintptr_t>((self.*field).data), (self.*field).bytes);
+      },
+      [field](Class& self, const std::pair<uintptr_t, int64_t>& value) {
+        self.*field = {reinterpret_cast<T*>(value.first), value.second};
+      });
 }
 
+// An enumeration as the index of its member.
 template <class Class, class Enum>
-void choice(py::class_<Class>& type, const char* name, Enum Class::* field) {
+void choice(py::class_<Class>& type, const char* name, Enum Class::* field, Enum last) {
   type.def_property(
       name, [field](const Class& self) { return static_cast<int>(self.*field); },
-      [field](Class& self, int value) { self.*field = static_cast<Enum>(value); });
+      [name, field, last](Class& self, int value) {
+        if (value < 0 || value > static_cast<int>(last))
+          throw py::value_error(std::string(name) + ": no member has the index " + std::to_string(value));
+        self.*field = static_cast<Enum>(value);
+      });
 }
 
 bool interrupted(void*) {
@@ -35,7 +49,7 @@ bool interrupted(void*) {
   return PyErr_CheckSignals() != 0;
 }
 
-// Runs without the GIL; a Ctrl-C stops it between items.
+// Runs without the GIL; a Ctrl-C stops it.
 template <class F>
 void run(F call) {
   bool finished;
@@ -57,16 +71,17 @@ void check(const char* error) {
 PYBIND11_MODULE(_C, module) {
   py::class_<Side> side(module, "Side");
   side.def(py::init([] { return Side{}; }));
-  address(side, "lengths", &Side::lengths);
-  address(side, "starts", &Side::starts);
+  memory(side, "lengths", &Side::lengths);
+  memory(side, "starts", &Side::starts);
   side.def_readwrite("size", &Side::size).def_readwrite("rows", &Side::rows);
-  address(side, "points", &Side::points);
-  choice(side, "points_type", &Side::points_type);
+  memory(side, "points", &Side::points);
+  choice(side, "points_type", &Side::points_type, Scalar::f16);
   side.def_readwrite("item_stride", &Side::item_stride).def_readwrite("row_stride", &Side::row_stride);
-  address(side, "weights", &Side::weights);
-  address(side, "potential", &Side::potential);
-  address(side, "mass", &Side::mass);
-  address(side, "scale", &Side::scale);
+  memory(side, "weights", &Side::weights);
+  memory(side, "potential", &Side::potential);
+  memory(side, "mass", &Side::mass);
+  memory(side, "scale", &Side::scale);
+  memory(side, "exponent", &Side::exponent);
 
   py::class_<Problem> problem(module, "Problem");
   problem.def(py::init([] { return Problem{}; }))
@@ -97,50 +112,51 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("reg_of_all", &Problem::reg_of_all)
       .def_readwrite("pitch", &Problem::pitch)
       .def_property_readonly("itself", [](const Problem& p) { return reinterpret_cast<uintptr_t>(&p); });
-  choice(problem, "cost", &Problem::cost);
-  choice(problem, "given_type", &Problem::given_type);
-  choice(problem, "prior", &Problem::prior);
-  address(problem, "given", &Problem::given);
-  address(problem, "reg", &Problem::reg);
-  address(problem, "init", &Problem::init);
-  address(problem, "plan", &Problem::plan);
-  address(problem, "distance", &Problem::distance);
-  address(problem, "value", &Problem::value);
-  address(problem, "linear", &Problem::linear);
-  address(problem, "error", &Problem::error);
-  address(problem, "n_iter", &Problem::n_iter);
-  address(problem, "scratch", &Problem::scratch);
+  choice(problem, "cost", &Problem::cost, Cost::given);
+  choice(problem, "given_type", &Problem::given_type, Scalar::f16);
+  choice(problem, "prior", &Problem::prior, PriorKind::band);
+  memory(problem, "given", &Problem::given);
+  memory(problem, "reg", &Problem::reg);
+  memory(problem, "init", &Problem::init);
+  memory(problem, "plan", &Problem::plan);
+  memory(problem, "distance", &Problem::distance);
+  memory(problem, "value", &Problem::value);
+  memory(problem, "linear", &Problem::linear);
+  memory(problem, "error", &Problem::error);
+  memory(problem, "n_iter", &Problem::n_iter);
+  memory(problem, "scratch", &Problem::scratch);
 
   py::class_<Gradients> gradients(module, "Gradients");
   gradients.def(py::init([] { return Gradients{}; }));
-  address(gradients, "value", &Gradients::value);
-  address(gradients, "linear", &Gradients::linear);
-  address(gradients, "plan", &Gradients::plan);
-  address(gradients, "x", &Gradients::x);
-  address(gradients, "y", &Gradients::y);
-  address(gradients, "given", &Gradients::given);
-  address(gradients, "a", &Gradients::a);
-  address(gradients, "b", &Gradients::b);
+  memory(gradients, "value", &Gradients::value);
+  memory(gradients, "linear", &Gradients::linear);
+  memory(gradients, "plan", &Gradients::plan);
+  memory(gradients, "x", &Gradients::x);
+  memory(gradients, "y", &Gradients::y);
+  memory(gradients, "given", &Gradients::given);
+  memory(gradients, "a", &Gradients::a);
+  memory(gradients, "b", &Gradients::b);
 
   py::class_<Lifts> lifts(module, "Lifts");
   lifts.def(py::init([] { return Lifts{}; }))
       .def_readwrite("linear_step", &Lifts::linear_step)
       .def_property_readonly("itself", [](const Lifts& l) { return reinterpret_cast<uintptr_t>(&l); });
-  address(lifts, "linear", &Lifts::linear);
-  address(lifts, "plan", &Lifts::plan);
-  address(lifts, "x", &Lifts::x);
-  address(lifts, "y", &Lifts::y);
+  memory(lifts, "linear", &Lifts::linear);
+  memory(lifts, "plan", &Lifts::plan);
+  memory(lifts, "x", &Lifts::x);
+  memory(lifts, "y", &Lifts::y);
 
   module.def("cpu_forward", [](const Problem& p) { run([&](Poll poll) { return cpu::forward(p, poll); }); });
   module.def("cpu_backward",
              [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
-  module.def("cpu_unpack", [](const Problem& p, uintptr_t packed, uintptr_t dense) {
+  using Place = std::pair<uintptr_t, int64_t>;
+  module.def("cpu_unpack", [](const Problem& p, const Place& dense) {
     const py::gil_scoped_release release;
-    cpu::unpack(p, reinterpret_cast<const void*>(packed), reinterpret_cast<void*>(dense));
+    cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second});
   });
-  module.def("cpu_pack", [](const Problem& p, uintptr_t dense, uintptr_t packed) {
+  module.def("cpu_pack", [](const Problem& p, const Place& dense) {
     const py::gil_scoped_release release;
-    cpu::pack(p, reinterpret_cast<const void*>(dense), reinterpret_cast<void*>(packed));
+    cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second});
   });
 
   py::class_<Block>(module, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Block& block) {

@@ -38,10 +38,9 @@ def launch(problem: Problem) -> Solution:
 def iterate(batch: Batch, out: Solved, init: Tensor | None, max_iter: int, tol: float) -> None:
     """Fill the solution from its costs, in one launch."""
     p = _problem(batch, out.costs, out.f, out.g)
-    p.init = _address(init)
+    p.init = _memory(init)
     p.max_iter, p.tol = max_iter, tol
-    p.value, p.linear, p.error = out.value.data_ptr(), out.linear.data_ptr(), out.error.data_ptr()
-    p.n_iter = out.n_iter.data_ptr()
+    p.value, p.linear, p.error, p.n_iter = map(_memory, (out.value, out.linear, out.error, out.n_iter))
     engine = _engine()
     with _on(batch.device):
         scratch = _scratch(batch, p, lift=False)
@@ -60,10 +59,10 @@ def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
     engine = _engine()
     lifts = engine.Lifts()
     if values["linear_step"] >= 0:
-        lifts.linear, lifts.linear_step = values["grad_linear"].data_ptr(), values["linear_step"]
+        lifts.linear, lifts.linear_step = _memory(values["grad_linear"]), values["linear_step"]
     if values["has_plan"]:
-        lifts.plan = values["G"].data_ptr()
-    lifts.x, lifts.y = found["x_lift"].data_ptr(), found["y_lift"].data_ptr()
+        lifts.plan = _memory(values["G"])
+    lifts.x, lifts.y = _memory(found["x_lift"]), _memory(found["y_lift"])
     with _on(batch.device):
         scratch = _scratch(batch, p, lift=True)
         engine.cuda_lift(p, lifts, batch.device.index, _stream(batch.device), debugging())
@@ -75,22 +74,23 @@ def _problem(batch: Batch, costs: Tensor, f: Tensor, g: Tensor) -> Any:
     """The batch as the kernels take it, with its costs and potentials."""
     values = batch.values
     p = _engine().Problem()
-    p.items, p.pitch, p.given = batch.items, batch.ld, costs.data_ptr()
+    p.items, p.pitch, p.given = batch.items, batch.ld, _memory(costs)
     for to, side, potential in ((p.x, batch.x, f), (p.y, batch.y, g)):
-        to.size, to.rows, to.potential = side.size, side.rows, potential.data_ptr()
-        to.weights = _address(side.weights)
+        to.size, to.rows, to.potential = side.size, side.rows, _memory(potential)
+        to.weights = _memory(side.weights)
         if side.packed:
-            to.starts = _address(side.layout)
+            to.starts = _memory(side.layout)
         else:
-            to.lengths = _address(side.layout)
+            to.lengths = _memory(side.layout)
     if values["per_item"]:
-        p.reg = values["reg_items"].data_ptr()
+        p.reg = _memory(values["reg_items"])
     p.reg_of_all, p.rho_x, p.rho_y = values["reg"], values["rho_x"], values["rho_y"]
     return p
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _memory(tensor: Tensor | None) -> tuple[int, int]:
+    """A tensor's address and its size in bytes."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
 def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
@@ -99,7 +99,7 @@ def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
     if not size:
         return None
     scratch = torch.empty(size, dtype=torch.uint8, device=batch.device)
-    p.scratch = scratch.data_ptr()
+    p.scratch = _memory(scratch)
     return scratch
 
 

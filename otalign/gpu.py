@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import cuda
-from .problem import Problem, Solution, fixed_plan_cost
+from .prior import KINDS
+from .problem import COSTS, Problem, Solution, fixed_plan_cost
 from .triton_kernels import rule
 
 _PROBLEM = (
@@ -151,6 +152,63 @@ def _kernels() -> Any:
     return importlib.import_module(".triton_kernels.launch", __package__)
 
 
+def _expect(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int], *, strided: bool = False
+) -> None:
+    """What kernels read through an address they take for granted: the type, a number for everything, and its place."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected {dtype} of shape {tuple(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    if not (strided or tensor.is_contiguous()):
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.numel():
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        if (tensor.storage_offset() + last) * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name}: expected a tensor whose storage holds it, but that has been resized")
+
+
+def _check(inputs: _Inputs) -> None:
+    """Raise for what the functions of otalign never pass, but a caller of the operators may."""
+    p = inputs
+    if p.items < 0 or p.size_x < 0 or p.size_y < 0 or p.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"sizes, dtype: got {p.items}, {p.size_x}, {p.size_y} and {p.dtype}")
+    if p.engine not in ("triton", "cuda") or p.prior not in KINDS or p.cost not in (*COSTS, "given"):
+        raise ValueError(f"engine, prior, cost: got {p.engine!r}, {p.prior!r} and {p.cost!r}")
+    given = p.cost == "given"
+    for name, tensor in (("x", p.x), ("y", p.y), ("C", p.C)):
+        if (tensor is not None) == (given != (name == "C")):
+            raise ValueError(f"{name}: expected {'no ' * (tensor is not None)}tensor for cost {p.cost!r}")
+        if tensor is not None and not (tensor.is_floating_point() and 2 <= tensor.itemsize <= p.dtype.itemsize):
+            raise ValueError(f"{name}: expected floating-point numbers as in {p.dtype} or shorter, got {tensor.dtype}")
+    if p.C is not None:
+        _expect("C", p.C, p.C.dtype, (p.items, p.size_x, p.size_y), strided=True)
+    dim = 0 if p.x is None or p.x.dim() == 0 else p.x.shape[-1]
+    for name, points, packed, layout, size, weight, weights in (
+        ("x", p.x, p.x_packed, p.x_layout, p.size_x, "a", p.a),
+        ("y", p.y, p.y_packed, p.y_layout, p.size_y, "b", p.b),
+    ):
+        if packed and (points is None or layout is None):
+            raise ValueError(f"{name}: expected packed points with offsets")
+        if points is not None:
+            _expect(name, points, points.dtype, (*((len(points),) if packed else (p.items, size)), dim), strided=True)
+        _expect(f"{name}_layout", layout, torch.int64, (p.items + packed,))
+        _expect(weight, weights, p.dtype, (len(points),) if packed and points is not None else (p.items, size))
+    _expect("reg_items", p.reg_items, torch.float64, (p.items,))
+
+
+def _check_saved(inputs: _Inputs, saved: Any) -> None:
+    x, y = _vectors(inputs)
+    scales = (x, y) if inputs.cost == "cosine" else ((0,), (0,))
+    costs = (inputs.rows_x(), rule.leading_dimension(inputs.size_y))
+    for name, tensor, shape in zip(
+        ("f", "g", "costs", "x_scale", "y_scale"), saved, (x, y, costs, *scales), strict=True
+    ):
+        _expect(name, tensor, inputs.dtype, shape)
+
+
 def _batch(inputs: _Inputs) -> Any:
     kernels, p = _kernels(), inputs
     return kernels.Batch(
@@ -173,12 +231,17 @@ def _batch(inputs: _Inputs) -> Any:
 def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Sequence[Any], Sequence[Any]]:
     """The problem, what was saved, and what else there is."""
     end = _PROBLEM_ARITY + _SAVED_ARITY
-    return _Inputs(*arguments[:_PROBLEM_ARITY]), arguments[_PROBLEM_ARITY:end], arguments[end:]
+    inputs, saved = _Inputs(*arguments[:_PROBLEM_ARITY]), arguments[_PROBLEM_ARITY:end]
+    _check(inputs)
+    _check_saved(inputs, saved)
+    return inputs, saved, arguments[end:]
 
 
 def _align(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
     init, max_iter, tol = arguments[_PROBLEM_ARITY:]
+    _check(inputs)
+    _expect("init", init, inputs.dtype, _vectors(inputs)[1])
     return tuple(_kernels().solve(_batch(inputs), inputs.C, init, max_iter, tol))
 
 
@@ -193,6 +256,13 @@ def _found(inputs: _Inputs, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, (value, linear, plan, wanted) = _split(arguments)
+    items = (inputs.items,)
+    for name, gradient, shape in (
+        ("grad_value", value, items),
+        ("grad_linear", linear, items),
+        ("grad_plan", plan, (*items, inputs.size_x, inputs.size_y)),
+    ):
+        _expect(name, gradient, inputs.dtype, shape, strided=True)
     batch = _batch(inputs)
     found = _kernels().gradients(batch, _kernels().Saved(*saved), value, linear, plan, _wanted(inputs, wanted))
     return _found(inputs, found)
@@ -212,6 +282,9 @@ def _barycentric(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _barycentric_backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, (image, mass, gradient, by_y, wanted) = _split(arguments)
+    shape = _vectors(inputs)[by_y]
+    for name, tensor, of in (("image", image, True), ("mass", mass, False), ("grad_image", gradient, True)):
+        _expect(name, tensor, inputs.dtype, (*shape, *inputs.like().shape[-1:]) if of else shape, strided=True)
     batch, asked = _batch(inputs), _wanted(inputs, wanted)
     of = _kernels().barycentric_gradients
     return _found(inputs, of(batch, _kernels().Saved(*saved), image, mass, gradient, asked, by_y=by_y))

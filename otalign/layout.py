@@ -184,7 +184,7 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
     items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
         return Segments(items, size, items * size, False, None, None if compiling else [size] * items, values.device)
-    lengths = _integers(name, lengths, (items,))
+    lengths = _own(_integers(name, lengths, (items,)))
     counts = _contents(lengths, values)
     if counts and not 0 <= min(counts) <= max(counts) <= size:
         raise ValueError(f"{name}: expected values in [0, {size}], got {counts}")
@@ -201,6 +201,7 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: i
         max_seqlen = whole_number(f"max_seqlen_{side}", max_seqlen)
         if max_seqlen < 0:
             raise ValueError(f"max_seqlen_{side}: expected at least 0, got {max_seqlen}")
+    cu_seqlens = _own(cu_seqlens)
     items, offsets = cu_seqlens.shape[0] - 1, _beside(cu_seqlens, values)
     if torch.compiler.is_compiling():
         return Segments(items, rows if max_seqlen is None else max_seqlen, rows, True, offsets, None, values.device)
@@ -229,10 +230,15 @@ def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
     return integers.tolist() if "cpu" in (integers.device.type, values.device.type) or debugging() else None
 
 
+def _own(integers: Tensor) -> Tensor:
+    """A copy, contiguous int64: what was checked stays so, whatever the caller does with his tensor."""
+    return integers.to(torch.int64, copy=True).contiguous()
+
+
 def _beside(integers: Tensor, values: Tensor) -> Tensor:
-    """As contiguous int64 on the device of the values, without waiting for it."""
+    """On the device of the values, without waiting for it."""
     on_gpu = values.device.type != "cpu"  # a copy to the CPU has to be waited for
-    return integers.to(values.device, torch.int64, non_blocking=on_gpu).contiguous()
+    return integers.to(values.device, non_blocking=on_gpu)
 
 
 def _expect_tensor(name: str, value: object) -> None:

@@ -124,7 +124,8 @@ class _Inputs(NamedTuple):
 class _Saved(NamedTuple):
     """What the forward pass leaves for the backward pass, in the order of the schema.
 
-    `of_x` and `of_y` hold, of every point, its mass in the plan over its weight, and what its products are scaled with.
+    `of_x` and `of_y` hold, of every point, its mass in the plan over its weight, what its products are scaled with, and the
+    power of two that it is divided by before.
     """
 
     plan: Tensor
@@ -136,15 +137,70 @@ class _Saved(NamedTuple):
     distance: Tensor
 
 
+def _memory(tensor: Tensor | None) -> tuple[int, int]:
+    """The address of a tensor's first number, and the bytes from there to the end of its storage."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+
+
+def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What the engine reads through an address it takes for granted: the type, and a number for everything."""
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+        raise ValueError(
+            f"{name}: expected {dtype} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_inputs(inputs: _Inputs) -> None:
+    """Raise for what the functions of otalign never pass, but a caller of the operators may."""
+    items, dtype = tuple(inputs.x_lengths.shape), inputs.dtype
+    if len(items) != 1 or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x_lengths, dtype: expected shape (B,) and float32 or float64, got {items} and {dtype}")
+    if inputs.cost not in _COSTS or inputs.prior not in _PRIORS:
+        raise ValueError(f"cost, prior: expected words that the engine knows, got {inputs.cost!r} and {inputs.prior!r}")
+    given = inputs.cost == "given"
+    for name, tensor in (("x", inputs.x), ("y", inputs.y), ("C", inputs.C)):
+        if (tensor is not None) == (given != (name == "C")):
+            raise ValueError(f"{name}: expected {'no ' * (tensor is not None)}tensor for cost {inputs.cost!r}")
+        if tensor is not None and tensor.dtype not in _SCALARS:
+            raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    _expect("reg", inputs.reg, torch.float64, items)
+    if inputs.C is not None:
+        _expect("C", inputs.C, inputs.C.dtype, (*items, inputs.size_x, inputs.size_y))
+    dim = 0 if inputs.x is None or inputs.x.dim() == 0 else inputs.x.shape[-1]
+    for name, points, lengths, starts, size in (
+        ("x", inputs.x, inputs.x_lengths, inputs.x_starts, inputs.size_x),
+        ("y", inputs.y, inputs.y_lengths, inputs.y_starts, inputs.size_y),
+    ):
+        _expect(f"{name}_lengths", lengths, torch.int64, items)
+        _expect(f"{name}_starts", starts, torch.int64, items)
+        if points is not None:
+            _expect(name, points, points.dtype, (*(points.shape[:1] if starts is not None else (*items, size)), dim))
+        elif starts is not None:
+            raise ValueError(f"{name}_starts: expected None for a given cost")
+    f, g = _vectors(inputs)
+    for name, vector, shape in (("a", inputs.a, f), ("b", inputs.b, g), ("init", inputs.init, g)):
+        _expect(name, vector, dtype, shape)
+
+
+def _check_saved(inputs: _Inputs, saved: _Saved) -> None:
+    f, g = _vectors(inputs)
+    distance = inputs.capacity if inputs.cost == "euclidean" else 0
+    shapes = _Saved((inputs.capacity,), f, g, inputs.x_lengths.shape, (3, *f), (3, *g), (distance,))  # type: ignore[arg-type]
+    for name, tensor, shape in zip(_Saved._fields, saved, shapes, strict=True):
+        _expect(name, tensor, inputs.dtype, shape)  # type: ignore[arg-type]
+
+
 def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     """The problem as the engine takes it, and the tensors to keep as long as it points to them."""
     kept: list[Tensor] = []
 
-    def address(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        kept.append(tensor.contiguous())
-        return kept[-1].data_ptr()
+    def memory(tensor: Tensor | None) -> tuple[int, int]:
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            kept.append(tensor)
+        return _memory(tensor)
 
     p = backends.extension().Problem()
     p.items, p.is_double = inputs.x_lengths.shape[0], inputs.dtype == torch.float64
@@ -152,26 +208,26 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     p.prior_parameters = (*inputs.prior_parameters, 0.0, 0.0)[:2]
     p.rho_x, p.rho_y, p.max_iter, p.tol = inputs.rho_x, inputs.rho_y, inputs.max_iter, inputs.tol
     p.symmetric = inputs.symmetric
-    p.reg, p.init = address(inputs.reg), address(inputs.init)
+    p.reg, p.init = memory(inputs.reg), memory(inputs.init)
     p.capacity, p.threads = inputs.capacity, torch.get_num_threads()
-    p.plan, p.error, p.distance = saved.plan.data_ptr(), saved.error.data_ptr(), saved.distance.data_ptr()
+    p.plan, p.error, p.distance = memory(saved.plan), memory(saved.error), memory(saved.distance)
     for side, points, lengths, starts, weights, size, potential, of_points in (
         (p.x, inputs.x, inputs.x_lengths, inputs.x_starts, inputs.a, inputs.size_x, saved.f, saved.of_x),
         (p.y, inputs.y, inputs.y_lengths, inputs.y_starts, inputs.b, inputs.size_y, saved.g, saved.of_y),
     ):
         side.size, side.rows = size, potential.numel()
-        side.lengths, side.starts, side.weights = address(lengths), address(starts), address(weights)
-        side.potential = potential.data_ptr()
-        side.mass, side.scale = of_points[0].data_ptr(), of_points[1].data_ptr()
+        side.lengths, side.starts, side.weights = memory(lengths), memory(starts), memory(weights)
+        side.potential = memory(potential)
+        side.mass, side.scale, side.exponent = map(memory, of_points)
         if points is not None:
             rows, p.dim = points.shape[-2:]
             if points.stride(-1) != 1 or (rows > 1 and not p.dim <= points.stride(-2) < _STRIDES):
                 points = points.contiguous()
             kept.append(points)
-            side.points, side.points_type = points.data_ptr(), _SCALARS[points.dtype]
+            side.points, side.points_type = _memory(points), _SCALARS[points.dtype]
             side.item_stride, side.row_stride = points.stride(0), max(points.stride(-2) if rows > 1 else p.dim, 1)
     if inputs.C is not None:
-        p.given, p.given_type, p.given_strides = inputs.C.data_ptr(), _SCALARS[inputs.C.dtype], inputs.C.stride()
+        p.given, p.given_type, p.given_strides = _memory(inputs.C), _SCALARS[inputs.C.dtype], inputs.C.stride()
     return p, kept
 
 
@@ -188,30 +244,35 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
+def _vectors(inputs: _Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a number for each point of x, and of y."""
+    sides = (inputs.x, inputs.x_starts, inputs.size_x), (inputs.y, inputs.y_starts, inputs.size_y)
+    f, g = (
+        (inputs.x_lengths.shape[0], size) if starts is None or points is None else (points.shape[0],)
+        for points, starts, size in sides
+    )
+    return f, g
+
+
 def _outputs(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     items = (inputs.x_lengths.shape[0],)
-    f, g = (
-        (*items, size) if starts is None or points is None else (points.shape[0],)
-        for points, starts, size in (
-            (inputs.x, inputs.x_starts, inputs.size_x),
-            (inputs.y, inputs.y_starts, inputs.size_y),
-        )
-    )
+    f, g = _vectors(inputs)
     distance = inputs.capacity if inputs.cost == "euclidean" else 0
     like = inputs.like()
     return (
         *(empty(like, shape, inputs.dtype) for shape in (items, items, (inputs.capacity,), f, g, items)),
         empty(like, items, torch.int32),
-        *(empty(like, shape, inputs.dtype) for shape in ((2, *f), (2, *g), (distance,))),
+        *(empty(like, shape, inputs.dtype) for shape in ((3, *f), (3, *g), (distance,))),
     )
 
 
 def _align(*arguments: Any) -> tuple[Tensor, ...]:
+    _check_inputs(_Inputs(*arguments))
     outputs = _outputs(*arguments, empty=_pooled)
     value, linear, plan, f, g, error, n_iter, of_x, of_y, distance = outputs
     p, _kept = _struct(_Inputs(*arguments), _Saved(plan, f, g, error, of_x, of_y, distance))
-    p.value, p.linear, p.n_iter = value.data_ptr(), linear.data_ptr(), n_iter.data_ptr()
+    p.value, p.linear, p.n_iter = _memory(value), _memory(linear), _memory(n_iter)
     backends.extension().cpu_forward(p)
     return outputs
 
@@ -224,33 +285,48 @@ def _gradients(*arguments: Any, empty: Any = _new_empty) -> tuple[Tensor, ...]:
 
 
 def _align_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    outputs = _gradients(*arguments, empty=_pooled)
     count = 3 + len(_Inputs._fields)
-    incoming, inputs, saved, wanted = arguments[:3], arguments[3:count], arguments[count:-1], arguments[-1]
-    p, kept = _struct(_Inputs(*inputs), _Saved(*saved))
+    incoming, wanted = arguments[:3], arguments[-1]
+    inputs, saved = _Inputs(*arguments[3:count]), _Saved(*arguments[count:-1])
+    _check_inputs(inputs)
+    _check_saved(inputs, saved)
+    outputs = _gradients(*arguments, empty=_pooled)
+    p, kept = _struct(inputs, saved)
     gradients = backends.extension().Gradients()
-    for name, grad in zip(("value", "linear", "plan"), incoming, strict=True):
+    items = (p.items,)
+    shapes = (items, items, (p.capacity,))
+    for name, grad, shape in zip(("value", "linear", "plan"), incoming, shapes, strict=True):
         if grad is not None:
+            _expect(f"grad_{name}", grad, inputs.dtype, shape)
             kept.append(grad.contiguous())
-            setattr(gradients, name, kept[-1].data_ptr())
+            setattr(gradients, name, _memory(kept[-1]))
     for name, output, want in zip(("x", "y", "given", "a", "b"), outputs, wanted, strict=True):
-        setattr(gradients, name, output.data_ptr() if want else 0)
+        setattr(gradients, name, _memory(output) if want else (0, 0))
     backends.extension().cpu_backward(p, gradients)
     return outputs
 
 
-def _plans(x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int, packed: Tensor) -> Any:
+def _plans(packed: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int) -> tuple[Any, list[Tensor]]:
+    """What the engine has to know of plans one behind the other, and the tensors to keep as long."""
+    items = tuple(x_lengths.shape)
+    if len(items) != 1 or packed.dim() != 1 or packed.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"plan: expected a vector of float32 or float64 and lengths (B,), got {packed.dtype} and {items}"
+        )
+    _expect("x_lengths", x_lengths, torch.int64, items)
+    _expect("y_lengths", y_lengths, torch.int64, items)
+    kept = [packed, x_lengths.contiguous(), y_lengths.contiguous()]
     p = backends.extension().Problem()
-    p.items, p.is_double, p.capacity = x_lengths.shape[0], packed.dtype == torch.float64, packed.shape[0]
-    p.x.lengths, p.y.lengths, p.x.size, p.y.size = x_lengths.data_ptr(), y_lengths.data_ptr(), size_x, size_y
-    return p
+    p.items, p.is_double, p.capacity = items[0], packed.dtype == torch.float64, packed.shape[0]
+    p.plan, p.x.lengths, p.y.lengths = map(_memory, kept)
+    p.x.size, p.y.size, p.x.rows, p.y.rows = size_x, size_y, items[0] * size_x, items[0] * size_y
+    return p, kept
 
 
 def _unpack(plan: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int) -> Tensor:
-    plan, x_lengths, y_lengths = plan.contiguous(), x_lengths.contiguous(), y_lengths.contiguous()
+    problem, _kept = _plans(plan.contiguous(), x_lengths, y_lengths, size_x, size_y)
     dense = _empty_dense(plan, x_lengths, y_lengths, size_x, size_y)
-    problem = _plans(x_lengths, y_lengths, size_x, size_y, plan)
-    backends.extension().cpu_unpack(problem, plan.data_ptr(), dense.data_ptr())
+    backends.extension().cpu_unpack(problem, _memory(dense))
     return dense
 
 
@@ -259,10 +335,13 @@ def _empty_dense(plan: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int
 
 
 def _pack(dense: Tensor, x_lengths: Tensor, y_lengths: Tensor, capacity: int) -> Tensor:
-    dense, x_lengths, y_lengths = dense.contiguous(), x_lengths.contiguous(), y_lengths.contiguous()
-    plan = dense.new_empty((capacity,))
-    problem = _plans(x_lengths, y_lengths, dense.shape[1], dense.shape[2], plan)
-    backends.extension().cpu_pack(problem, dense.data_ptr(), plan.data_ptr())
+    if dense.dim() != 3 or dense.shape[:1] != x_lengths.shape:
+        raise ValueError(
+            f"dense: expected (B, N, M) and lengths (B,), got {tuple(dense.shape)}, {tuple(x_lengths.shape)}"
+        )
+    dense, plan = dense.contiguous(), dense.new_empty((capacity,))
+    problem, _kept = _plans(plan, x_lengths, y_lengths, dense.shape[1], dense.shape[2])
+    backends.extension().cpu_pack(problem, _memory(dense))
     return plan
 
 

@@ -296,9 +296,10 @@ def _reg(reg: float | Tensor, items: int, dtype: torch.dtype, device: torch.devi
         return _expect_reg(reg, dtype)
     if reg.dim() > 0 and tuple(reg.shape) != (items,):
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
+    reg = reg.detach().clone()  # what is checked is kept, whatever becomes of the caller's tensor
     _expect_reg_tensor(reg, dtype)
     looked_at = checks_values(reg)
-    reg = reg.detach().to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
+    reg = reg.to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
     if looked_at:
         return reg
     least = torch.finfo(dtype).tiny

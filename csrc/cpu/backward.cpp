@@ -40,8 +40,14 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   const Problem& p = batch.p;
   const int64_t b = task.item, columns = task.end - task.begin;
   T* const panel = scratch.get<T>(thread, 1);
-  const Block<T> y = read_block(batch, p.y, b, 0, it.m, task.begin, columns, scratch.get<T>(thread, 3));
+  Block<T> y = read_block(batch, p.y, b, 0, it.m, task.begin, columns, scratch.get<T>(thread, 3));
   const int64_t dx_stride = batch.product_stride(p.x, columns), dy_stride = batch.product_stride(p.y, columns);
+  const T* const exponent_x = at<T>(p.x.exponent, p.x.row(b));
+  const T* const exponent_y = at<T>(p.y.exponent, p.y.row(b));
+  const bool wild_x = any_power(exponent_x, it.n), wild_y = any_power(exponent_y, it.m);
+  const Buffer tame_x((wild_x ? std::min(kPanel, it.n) * columns : 0) * sizeof(T));
+  const Buffer tame_y((wild_y ? it.m * columns : 0) * sizeof(T));
+  if (wild_y) y = over_powers(y, it.m, columns, exponent_y, tame_y.as<T>(), columns);
   const int64_t x_element = p.x.row(b) * p.dim + task.begin, y_element = p.y.row(b) * p.dim + task.begin;
   const bool direct_x = batch.in_place(p.x, bytes_at(g.x, x_element, p.x.points_type), p.dim);
   const bool direct_y = batch.in_place(p.y, bytes_at(g.y, y_element, p.y.points_type), p.dim);
@@ -49,18 +55,21 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
   for (int64_t i = 0; i < it.n; i += kPanel) {
     const int64_t rows = std::min(kPanel, it.n - i);
-    const Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
+    Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
+    if (wild_x) x = over_powers(x, rows, columns, exponent_x + i, tame_x.as<T>(), columns);
     kernels<T>().panel(it, r, i, i + rows, panel);
     if (g.x) {
       T* const dx = direct_x ? at<T>(g.x, x_element + i * p.dim) : scratch.get<T>(thread, 4);
       kernels<T>().scale_rows(x.data, x.stride, r.diagonal_x + i, rows, columns, dx, dx_stride);
       gemm_nn_add(rows, columns, it.m, panel, it.m, y.data, y.stride, dx, dx_stride);
+      if (wild_x) over_powers<T>({dx, dx_stride}, rows, columns, exponent_x + i, dx, dx_stride);
       for (int64_t k = 0; !direct_x && k < rows; ++k)
         kernels<T>().write(p.x.points_type, dx + k * dx_stride,
                            bytes_at(g.x, x_element + (i + k) * p.dim, p.x.points_type), columns);
     }
     if (dy) gemm_tn_add(it.m, columns, rows, panel, it.m, x.data, x.stride, dy, dy_stride);
   }
+  if (dy && wild_y) over_powers<T>({dy, dy_stride}, it.m, columns, exponent_y, dy, dy_stride);
   for (int64_t k = 0; dy && !direct_y && k < it.m; ++k)
     kernels<T>().write(p.y.points_type, dy + k * dy_stride, bytes_at(g.y, y_element + k * p.dim, p.y.points_type),
                        columns);
@@ -96,8 +105,28 @@ void given_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>* it
 }
 
 template <class T>
-bool backward(const Problem& p, const Gradients& g, Poll poll) {
-  const Batch<T> batch(p);
+void check_gradients(const Batch<T>& batch, const Gradients& g) {
+  const Problem& p = batch.p;
+  need_if_any(g.value, p.items, sizeof(T), "grad_value");
+  need_if_any(g.linear, p.items, sizeof(T), "grad_linear");
+  need_if_any(g.plan, batch.total, sizeof(T), "grad_plan");
+  need_if_any(g.a, p.x.rows, sizeof(T), "gradient by a");
+  need_if_any(g.b, p.y.rows, sizeof(T), "gradient by b");
+  if (p.cost == Cost::given) {
+    check(!g.x && !g.y, "wanted: a given cost has no points");
+    need_if_any(g.given, product(product(p.items, p.x.size), p.y.size), bytes(p.given_type), "gradient by C");
+  } else {
+    check(!g.given, "wanted: there is no given cost");
+    need_if_any(g.x, product(p.x.rows, p.dim), bytes(p.x.points_type), "gradient by x");
+    need_if_any(g.y, product(p.y.rows, p.dim), bytes(p.y.points_type), "gradient by y");
+  }
+}
+
+template <class T>
+bool backward(const Problem& problem, const Gradients& g, Poll poll) {
+  const Batch<T> batch(problem);
+  const Problem& p = batch.p;
+  check_gradients(batch, g);
   const bool points = p.cost != Cost::given && (g.x || g.y), implicit = g.linear || g.plan;
   std::vector<Task> items, slices;
   std::vector<int64_t> vectors(1, 0);

@@ -6,13 +6,14 @@
 
 namespace otalign::cpu {
 
-// All throw std::invalid_argument for a malformed problem, before anything is written, and std::bad_alloc. They return
-// false if `poll`, which only the calling thread asks, wanted them to stop; outputs are then incomplete.
+// All throw std::invalid_argument for a malformed problem or memory that is too small for it, before anything is
+// written, and std::bad_alloc. They return false if `poll`, which only the calling thread asks, wanted them to stop;
+// outputs are then incomplete.
 bool forward(const Problem& problem, Poll poll);
 bool backward(const Problem& problem, const Gradients& gradients, Poll poll);
 
 // Plans from one behind the other (Problem::plan's layout) to (B, size_x, size_y), zero on the padding, and back.
-void unpack(const Problem& problem, const void* packed, void* dense);
-void pack(const Problem& problem, const void* dense, void* packed);
+void unpack(const Problem& problem, Span<void> dense);
+void pack(const Problem& problem, Span<const void> dense);
 
 }  // namespace otalign::cpu

@@ -8,45 +8,56 @@ namespace {
 constexpr int64_t kBlock = 256;  // rows of a block of the cost
 constexpr int64_t kRows = 16;    // of which a block has a multiple: whole cache lines, for any D
 
-// What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
+// Norms between whose reciprocals nothing over- or underflows: not their squares, nor the products of two.
 template <class T>
-void scales(const Problem& p, Block<T> points, int64_t rows, T* out) {
-  if (p.cost == Cost::dot) return;
-  kernels<T>().squares(points.data, rows, p.dim, points.stride, out);
-  if (p.cost != Cost::cosine) return;
-  // Shorter still, a point counts as zero where its gradient, of the order of 1 / norm, is concerned.
-  const T shortest = sizeof(T) == 4 ? T(1e-36) : T(1e-300);
-  for (int64_t i = 0; i < rows; ++i) out[i] = out[i] < shortest ? T(0) : 1 / std::sqrt(out[i]);
+constexpr T kShortest = sizeof(T) == 4 ? T(1e-15) : T(1e-140);
+
+// The exponent that brings a row's largest number to between 1/2 and 1; 0 for rows of zeros, or not of numbers.
+template <class T>
+int exponent_of(const T* row, int64_t dim) {
+  T largest = 0;
+  bool finite = true;
+  for (int64_t d = 0; d < dim; ++d) {
+    finite = finite && std::isfinite(row[d]);
+    largest = std::max(largest, std::abs(row[d]));
+  }
+  int exponent = 0;
+  if (finite && largest > 0) std::frexp(largest, &exponent);
+  return exponent;
 }
 
-// The cosine does not know lengths, but its squares do: points so long or short that they over- or underflow are
-// brought to lengths near one in a copy, in `store`. Returns whether there were any.
+// What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
+// The cosine does not know lengths, but its squares do: points too long or too short for them are over 2^exponent here
+// and wherever else they are used. Returns whether there are any.
 template <class T>
-bool tame(Block<T>& points, int64_t rows, int64_t dim, const T* scale, Buffer& store) {
-  const T least = sizeof(T) == 4 ? T(1e-15) : T(1e-140), most = 1 / least;
-  const auto largest = [&](int64_t i) {
-    T most_of_row = 0;
-    for (int64_t d = 0; d < dim; ++d) most_of_row = std::max(most_of_row, std::abs(points.data[i * points.stride + d]));
-    return most_of_row;
-  };
+bool scales(const Problem& p, Block<T> points, int64_t rows, T* out, T* exponent) {
+  if (p.cost == Cost::dot) return false;
+  kernels<T>().squares(points.data, rows, p.dim, points.stride, out);
+  if (p.cost != Cost::cosine) return false;
+  constexpr T least = kShortest<T> * kShortest<T>;
   bool wild = false;
-  for (int64_t i = 0; i < rows && !wild; ++i)
-    wild = !(scale[i] > least && scale[i] < most) && largest(i) > 0 && std::isfinite(largest(i));
-  if (!wild) return false;
-  store = Buffer(rows * dim * sizeof(T));
-  T* const out = store.as<T>();
   for (int64_t i = 0; i < rows; ++i) {
-    const T length = largest(i);
-    for (int64_t d = 0; d < dim; ++d)
-      out[i * dim + d] = length > 0 ? points.data[i * points.stride + d] / length : T(0);
+    exponent[i] = 0;
+    if (out[i] >= least && out[i] <= 1 / least) {
+      out[i] = 1 / std::sqrt(out[i]);
+      continue;
+    }
+    exponent[i] = static_cast<T>(exponent_of(points.data + i * points.stride, p.dim));
+    wild = wild || exponent[i] != 0;
+    T square = 0;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      const T z = std::scalbn(points.data[i * points.stride + d], -power(exponent[i]));
+      square += z * z;
+    }
+    out[i] = square == 0 ? T(0) : square < T(HUGE_VAL) ? 1 / std::sqrt(square) : static_cast<T>(NAN);
   }
-  points = {out, dim};
-  return true;
+  return wild;
 }
 
 // Rows [begin, end) of an item's cost; false if any is not finite.
 template <class T>
-bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer, T* y_buffer, T* scale_y) {
+bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer, T* y_buffer, T* scale_y,
+                T* exponent_y) {
   const Problem& p = batch.p;
   const int64_t rows = task.end - task.begin, b = task.item;
   T* const out = it.K + task.begin * it.m;
@@ -64,29 +75,26 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
   }
   Block<T> x = read_block(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
   Block<T> y = read_block(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
-  T* const scale_x = const_cast<T*>(it.scale_x) + task.begin;
-  scales(p, x, rows, scale_x);
-  scales(p, y, it.m, scale_y);
-  if (task.begin == 0 && p.cost != Cost::dot) std::copy(scale_y, scale_y + it.m, const_cast<T*>(it.scale_y));
+  T* const exponent_x = at<T>(p.x.exponent, p.x.row(b) + task.begin);
+  const bool wild_x = scales(p, x, rows, const_cast<T*>(it.scale_x) + task.begin, exponent_x);
+  const bool wild_y = scales(p, y, it.m, scale_y, exponent_y);
+  if (task.begin == 0 && p.cost != Cost::dot) std::copy_n(scale_y, it.m, const_cast<T*>(it.scale_y));
+  if (task.begin == 0 && p.cost == Cost::cosine) std::copy_n(exponent_y, it.m, at<T>(p.y.exponent, p.y.row(b)));
   it.scale_y = scale_y;
-  Buffer tame_x, tame_y;
-  std::vector<T> tame_scale;
-  if (p.cost == Cost::cosine) {
-    if (tame(y, it.m, p.dim, scale_y, tame_y)) scales(p, y, it.m, scale_y);
-    if (tame(x, rows, p.dim, scale_x, tame_x)) {
-      tame_scale.resize(task.end);
-      scales(p, x, rows, tame_scale.data() + task.begin);
-      it.scale_x = tame_scale.data();
-    }
-  }
+  const Buffer tame_x((wild_x ? rows * p.dim : 0) * sizeof(T)), tame_y((wild_y ? it.m * p.dim : 0) * sizeof(T));
+  if (wild_x) x = over_powers(x, rows, p.dim, exponent_x, tame_x.as<T>(), p.dim);
+  if (wild_y) y = over_powers(y, it.m, p.dim, exponent_y, tame_y.as<T>(), p.dim);
   gemm_nt(rows, it.m, p.dim, x.data, x.stride, y.data, y.stride, out, it.m);
   return kernels<T>().cost(it, task.begin, task.end, x.data, x.stride, y.data, y.stride, p.dim,
                            const_cast<T*>(it.distance));
 }
 
 template <class T>
-bool forward(const Problem& p, Poll poll) {
-  const Batch<T> batch(p);
+bool forward(const Problem& problem, Poll poll) {
+  const Batch<T> batch(problem);
+  const Problem& p = batch.p;
+  for (const Span<void>* numbers : {&p.value, &p.linear}) need(*numbers, p.items, sizeof(T), "value");
+  need(p.n_iter, p.items, sizeof(int32_t), "n_iter");
   std::vector<Task> blocks, items;
   for (int64_t b = 0; b < p.items; ++b) {
     const int64_t n = batch.n(b), m = batch.m(b);
@@ -106,14 +114,15 @@ bool forward(const Problem& p, Poll poll) {
   const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kBlock);
   const Scratch scratch(team.threads(), {batch.may_copy(p.x) ? block_rows * p.dim * sizeof(T) : 0,
                                          batch.may_copy(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
-                                         batch.most_m * sizeof(T), batch.scratch});
+                                         2 * batch.most_m * sizeof(T), batch.scratch});
   std::vector<std::atomic<bool>> broken(p.items);
   double elements = 0;
   for (const Task& item : items) elements += item.work;
   team.run(blocks.size(), elements * p.dim, [&](int64_t k, int thread, Poll) {
     const Task& task = blocks[k];
-    const bool finite = build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0),
-                                   scratch.get<T>(thread, 1), scratch.get<T>(thread, 2));
+    const bool finite =
+        build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0), scratch.get<T>(thread, 1),
+                   scratch.get<T>(thread, 2), scratch.get<T>(thread, 2) + batch.most_m);
     if (!finite) broken[task.item].store(true, std::memory_order_relaxed);
   });
   team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
@@ -126,11 +135,16 @@ bool forward(const Problem& p, Poll poll) {
       std::fill_n(at<T>(p.x.scale, p.x.row(b)), it.n, T(0));
       std::fill_n(at<T>(p.y.scale, p.y.row(b)), it.m, T(0));
     }
+    if (batch.empty(b) || p.cost != Cost::cosine) {
+      std::fill_n(at<T>(p.x.exponent, p.x.row(b)), it.n, T(0));
+      std::fill_n(at<T>(p.y.exponent, p.y.row(b)), it.m, T(0));
+    }
     if (batch.empty(b)) {
       for (T* vector : {it.f, it.mass_x}) std::fill_n(vector, it.n, T(0));
       for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
     } else if (broken[b].load(std::memory_order_relaxed) ||
-               (p.cost == Cost::given && !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr))) {
+               (p.cost == Cost::given &&
+                !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr))) {
       kernels<T>().fail(it);
     } else {
       kernels<T>().solve(it, scratch.get<char>(thread, 3), stop);
@@ -140,11 +154,12 @@ bool forward(const Problem& p, Poll poll) {
     static_cast<T*>(p.error)[b] = static_cast<T>(it.error);
     p.n_iter[b] = it.n_iter;
     for (const Side* side : {&p.x, &p.y})
-      for (void* vector : {side->potential, side->mass, side->scale})
+      for (void* vector : {side->potential.data, side->mass.data, side->scale.data, side->exponent.data})
         zero_padding(*side, p.items, b, vector, sizeof(T));
   });
   for (const Side* side : {&p.x, &p.y})
-    for (void* vector : {side->potential, side->mass, side->scale}) zero_all(*side, p.items, vector, sizeof(T));
+    for (void* vector : {side->potential.data, side->mass.data, side->scale.data, side->exponent.data})
+      zero_all(*side, p.items, vector, sizeof(T));
   return !team.stopped();
 }
 

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <cstring>
+#include <limits>
 
 #include "prior.h"
 #include "reverse.h"
@@ -124,6 +125,33 @@ T square_distance(const T* x, const T* y, int64_t dim) {
   });
 }
 
+// Squares between which a distance is their root; the shorter distances have no gradient, which is their reciprocal.
+template <class T>
+constexpr T kLeastSquare = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
+template <class T>
+constexpr T kLeastDistance = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
+
+// |x - y|, also where its square leaves the range of T.
+template <class T>
+T wide_distance(const T* x, const T* y, int64_t dim) {
+  const T square = square_distance(x, y, dim);
+  if (square > kLeastSquare<T> && square < 1 / kLeastSquare<T>) return std::sqrt(square);
+  T largest = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const T apart = std::abs(x[d] - y[d]);
+    if (!(apart <= std::numeric_limits<T>::max())) return static_cast<T>(NAN);
+    if (apart > largest) largest = apart;
+  }
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  T sum = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const T apart = std::scalbn(x[d] - y[d], -exponent);
+    sum += apart * apart;
+  }
+  return std::scalbn(std::sqrt(sum), exponent);
+}
+
 // A squared distance below this share of the squared norms has lost too many digits in the product.
 constexpr double kCancelled = 1.0 / 64;
 
@@ -147,15 +175,24 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
         for (int64_t j = 0; j < m; ++j) row[j] = -row[j];
         break;
       case Cost::sqeuclidean:
-      case Cost::euclidean:
         for (int64_t j = 0; j < m; ++j) {
           T square = scale + scale_y[j] - 2 * row[j];
-          if (square < T(kCancelled) * (scale + scale_y[j]))
+          if (!(square - T(kCancelled) * (scale + scale_y[j]) >= 0))  // norms whose squares overflow have no difference
             square = square_distance(x + (i - begin) * x_stride, y + j * y_stride, dim);
           row[j] = square;
         }
-        if (it.cost == Cost::euclidean)
-          for (int64_t j = 0; j < m; ++j) distance[i * m + j] = row[j] = std::sqrt(row[j]);
+        break;
+      case Cost::euclidean:
+        for (int64_t j = 0; j < m; ++j) {
+          const T square = scale + scale_y[j] - 2 * row[j], least = T(kCancelled) * (scale + scale_y[j]);
+          const bool held =
+              square >= (least > kLeastSquare<T> ? least : kLeastSquare<T>) && square < 1 / kLeastSquare<T>;
+          row[j] = held ? square : T(-1);
+        }
+        for (int64_t j = 0; j < m; ++j) {
+          row[j] = row[j] >= 0 ? std::sqrt(row[j]) : wide_distance(x + (i - begin) * x_stride, y + j * y_stride, dim);
+          distance[i * m + j] = row[j] < kLeastDistance<T> ? T(0) : row[j];
+        }
         break;
       case Cost::given:
         break;

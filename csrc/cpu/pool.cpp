@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -45,6 +46,7 @@ size_t pool_idle() {
 }
 
 Block::Block(size_t size) : size_(size), capacity_((size + kPage - 1) / kPage * kPage) {
+  if (size > SIZE_MAX / 2) throw std::bad_alloc();
   {
     // The block that fits best, unless more than a quarter of it would be wasted.
     const std::lock_guard<std::mutex> lock(pool().mutex);
@@ -77,8 +79,12 @@ Block::~Block() {
     pool().bytes -= blocks.front().capacity;
     blocks.erase(blocks.begin());
   }
-  blocks.push_back({data_, capacity_});
-  pool().bytes += capacity_;
+  try {
+    blocks.push_back({data_, capacity_});
+    pool().bytes += capacity_;
+  } catch (const std::bad_alloc&) {  // there is no memory to remember it in
+    give_back(data_);
+  }
 }
 
 }  // namespace otalign
