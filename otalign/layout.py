@@ -107,9 +107,9 @@ class Segments:
         return torch.nn.functional.pad(sums, (0, 1))[index]
 
     def item_maxima(self, vector: Tensor) -> Tensor:
-        """As `item_sums`, the largest of every item; of numbers >= 0."""
+        """The largest of every item, of numbers >= 0: `(B, 1)`, or for every row of a packed batch."""
         if not self.packed:
-            return torch.nn.functional.pad(vector, (0, 1)).amax(-1, keepdim=True).expand_as(vector)
+            return vector.amax(-1, keepdim=True) if self.size else vector.new_zeros(self.items, 1)
         index = self.item_of_row()
         return vector.new_zeros(self.items + 1).scatter_reduce(0, index, vector, "amax")[index]
 

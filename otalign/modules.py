@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .convergence import Convergence, last_of
+from .convergence import KeepsLast
 from .functional import solved_loss
 from .prior import Prior
 from .problem import Unbalanced, checked_options
 
 
-class SinkhornLoss(nn.Module):
+class SinkhornLoss(KeepsLast, nn.Module):
     """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
 
     Arguments are the keywords of `sinkhorn_loss`, which see. They are checked when the module is made.
@@ -32,8 +32,6 @@ class SinkhornLoss(nn.Module):
         >>> criterion.last.converged
         tensor([True, True])
     """
-
-    last: Convergence | None = None
 
     def __init__(
         self,
@@ -88,9 +86,7 @@ class SinkhornLoss(nn.Module):
             max_seqlen_y=max_seqlen_y,
             **self.options,
         )
-        last = last_of(solution.n_iter, solution.error, problem.tol)
-        if last is not None:
-            self.last = last
+        self.keep_last(solution.n_iter, solution.error, problem.tol)
         return loss
 
     def extra_repr(self) -> str:

@@ -378,11 +378,14 @@ def normalized_weights(
         weights = checks.valid_or_nan(weights, ~(weights < 0), f"{name}: expected non-negative weights")
     largest = segments.item_maxima(weights.detach())
     only_zeros = f"{name}: expected some positive weight in every item, got an item of only zeros"
-    if looked_at and bool((mask & (largest == 0)).any()):
-        raise ValueError(only_zeros)
+    no_mass = largest == 0  # of empty items as well, and on the padding of packed ones
     if not looked_at:
-        largest = checks.valid_or_nan(largest, ~mask | (largest != 0), only_zeros)
-    weights = weights / torch.where(mask, largest, 1)
+        largest = checks.valid_or_nan(torch.where(no_mass, 1, largest), ~(mask & no_mass), only_zeros)
+    elif bool(no_mass.any()):
+        if bool((mask & no_mass).any()):
+            raise ValueError(only_zeros)
+        largest = torch.where(no_mass, 1, largest)
+    weights = weights / largest
     return (weights / torch.where(mask, segments.item_sums(weights), 1)).to(dtype)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import flag, whole_number
-from ..convergence import Convergence, last_of
+from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses, solve
 from ..layout import expect_dense, padded_segments
 from ..prior import Prior
@@ -66,7 +66,7 @@ def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
     return UniqueTokens(torch.where(kept, index, 0), first.sum(1), torch.where(kept, counts.gather(1, index), 0))
 
 
-class OTRegLoss(nn.Module):
+class OTRegLoss(KeepsLast, nn.Module):
     r"""OTReg's regulariser for spoken language models (Xu et al., arXiv 2508.08131).
 
     What is known from the paper: in each training iteration the transport plan between the speech embeddings (the adapter's
@@ -118,7 +118,6 @@ class OTRegLoss(nn.Module):
     """
 
     step: Tensor
-    last: Convergence | None = None
 
     def __init__(
         self,
@@ -221,7 +220,7 @@ class OTRegLoss(nn.Module):
         return self._kept(ItemLosses(terms.sum((1, 2)), result.n_iter, result.error))
 
     def _kept(self, losses: ItemLosses) -> ItemLosses:
-        self.last = last_of(losses.n_iter, losses.error, self.options["tol"]) or self.last
+        self.keep_last(losses.n_iter, losses.error, self.options["tol"])
         return losses
 
     def current_weight(self) -> Tensor:
