@@ -2,10 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
+# The demo needs few packages and the CPU engine, all else every package and whatever kernels can be built.
+DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+BUILT_FROM = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests/shim tests/engine -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+# Python compiles what is imported by itself: compiling all of torch at once takes longer than fetching it.
+INSTALL := $(PIP) install -q --no-compile
+DEMO_PACKAGES = $(shell sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 # The plain torch of some indexes drags in gigabytes of CUDA; what is installed first, the package leaves in place.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+# Processes for all cores. Their threads wait without spinning, on cores that another process needs.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 
 RESULTS_DIR ?= out/gpu
 WHEELS ?=
@@ -14,23 +23,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo study test test-all sanitize lint docs bench gpu wheel clean
+.PHONY: help demo study test test-all sanitize aarch64 lint docs bench gpu wheel clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## train a small aligner on real speech, end with a picture and its errors
+demo: $(DEMO)  ## train a small aligner on real speech, end with a picture and its errors
 	$(PY) examples/demo.py
 
 study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, the better part of an hour; needs espeak-ng and flite
 	$(PY) -m examples.study
 
-test: $(READY)  ## the tests and doctests of a few minutes
-	$(PY) -m pytest --doctest-modules -m "not slow and not gpu" tests otalign
+test: $(READY)  ## the tests and doctests that take up to five minutes on two cores
+	$(PYTEST) --doctest-modules -m "not slow and not gpu" tests otalign
 
-test-all: $(READY)  ## every test that needs no GPU, and the engine's under sanitizers
-	$(PY) -m pytest --doctest-modules -m "not gpu" tests otalign
+test-all: $(READY)  ## every test that needs no GPU, the engine's under sanitizers, and whether planted faults are found
+	$(PYTEST) --doctest-modules -m "not gpu" tests otalign
 	$(MAKE) sanitize
+	$(PY) tests/plant_faults.py
 
 # The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
 sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan
@@ -39,7 +49,10 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 	  $(PIP) install -q --no-deps --target build/sanitize .
 	OTALIGN_EXT_DIR=build/sanitize/otalign ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
+	  $(PYTEST) -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
+
+aarch64:  ## the engine compiled for aarch64, under an emulator; needs Debian's g++-aarch64-linux-gnu and qemu-user
+	tests/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 lint: $(READY)  ## ruff, mypy and clang-format
 	$(PY) -m ruff check .
@@ -76,8 +89,20 @@ clean:  ## remove whatever these targets made
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+define VENV_WITH_TORCH
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))" || $(PIP) install -q $(TORCH)
-	$(PIP) install -q -e ".[dev]"
+	$(PY) -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))" || $(INSTALL) $(TORCH)
+endef
+
+# Without the package's own dependencies: these have Triton, a gigabyte that only GPUs use, where torch brings it.
+$(DEMO): $(BUILT_FROM)
+	$(VENV_WITH_TORCH)
+	$(INSTALL) $(DEMO_PACKAGES)
+	OTALIGN_BUILD_CUDA=0 $(INSTALL) --no-deps -e .
 	touch $@
+
+# What it builds serves the demo as well; the other way round the stamp of this one stays old.
+$(READY): $(BUILT_FROM)
+	$(VENV_WITH_TORCH)
+	$(INSTALL) -e ".[dev]"
+	touch $@ $(DEMO)

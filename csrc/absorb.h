@@ -7,9 +7,12 @@
 // made exactly in the log domain, its potential is absorbed, and exponents that came back are entries again. What an
 // iteration leaves out is below exp(2 kNear - kFar) of a sum, far under rounding.
 //
-// Entries above exp(kFar) occur only in columns without mass, where nothing bounds them: -1 / exponent.
+// Entries above exp(kFar) are kept as -1 / exponent, and read as zero as well. They occur in rows and columns without
+// mass, where nothing bounds them and nothing asks for them. Between points with mass they can occur for an iteration,
+// where relaxed marginals meet costs far from zero; while there are any, iterations are made in the log domain.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -45,7 +48,16 @@ OTALIGN_ANYWHERE bool should_stop(T error, T tol, int64_t n_iter, int64_t max_it
   return (tol > 0 && error <= tol) || n_iter >= max_iter || error != error;
 }
 
+OTALIGN_ANYWHERE bool is_strict(double rho) { return rho > 1.7e308; }
+
 // rho / (rho + reg), the exponent of a relaxed update; 1 where the marginal is strict (rho infinite).
-OTALIGN_ANYWHERE double damping(double reg, double rho) { return rho > 1.7e308 ? 1.0 : rho / (rho + reg); }
+OTALIGN_ANYWHERE double damping(double reg, double rho) { return is_strict(rho) ? 1.0 : rho / (rho + reg); }
+
+// What a potential adds to the dual per unit of mass.
+OTALIGN_ANYWHERE double dual_term(double f, double rho) { return is_strict(rho) ? f : -rho * expm1(-f / rho); }
+
+// What stands for the infinite potential of a point that nothing with mass reaches: its dual term is 0 if the marginal
+// is strict, and the price rho of carrying nothing if it is relaxed.
+OTALIGN_ANYWHERE double unreached_potential(double rho) { return is_strict(rho) ? 0.0 : 40 * rho; }
 
 }  // namespace otalign

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("rho_y", &Problem::rho_y)
       .def_readwrite("max_iter", &Problem::max_iter)
       .def_readwrite("tol", &Problem::tol)
+      .def_readwrite("symmetric", &Problem::symmetric)
       .def_readwrite("capacity", &Problem::capacity)
       .def_readwrite("threads", &Problem::threads)
       .def_readwrite("reg_of_all", &Problem::reg_of_all)
@@ -147,9 +148,10 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("pool_idle", &pool_idle);
 
-  module.def("use_blas", [](const std::string& name, uintptr_t sgemm, uintptr_t dgemm, uintptr_t limit) {
+  module.def("use_blas", [](const std::string& name, uintptr_t sgemm, uintptr_t dgemm, uintptr_t limit,
+                            uintptr_t threads, uintptr_t set_threads) {
     use_blas(name.c_str(), reinterpret_cast<void*>(sgemm), reinterpret_cast<void*>(dgemm),
-             reinterpret_cast<void*>(limit));
+             reinterpret_cast<void*>(limit), reinterpret_cast<void*>(threads), reinterpret_cast<void*>(set_threads));
   });
   module.def("blas", [] { return std::string(blas_name()); });
   module.attr("simd") = isa().name;

@@ -50,6 +50,7 @@ struct Problem {
   const void* init;  // T, g to start from; null = zero
   int64_t max_iter;
   double tol;
+  bool symmetric;  // both sides are the same points with the same weights: solved by one potential, f = g
 
   void* plan;      // T, the plans one behind the other, see plan_stride
   void* distance;  // T, the same layout: distances, kept for the Euclidean cost; else null

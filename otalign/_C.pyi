@@ -41,6 +41,7 @@ class Problem:
     init: int
     max_iter: int
     tol: float
+    symmetric: bool
     plan: int
     distance: int
     capacity: int

@@ -8,9 +8,11 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -25,15 +27,20 @@ NAMES = BACKENDS
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that will compute a problem on `device`; raises if the one asked for cannot.
 
-    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs, else "reference". It is not "cuda" anywhere yet: the rule is that
-    a measurement in benchmarks/results has to show the sizes for which that is faster, and none has been made.
+    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs; where that is missing, a warning says why, once, and it is "reference".
+    It is not "cuda" anywhere yet: the rule is that a measurement in benchmarks/results has to show the sizes for which that is
+    faster, and none has been made.
     """
     one_of("backend", backend, NAMES)
     if backend == "auto":
         if device.type == "meta":
             raise ValueError("x: expected numbers, got a tensor on the meta device, which has none")
         best = "cpu" if device.type == "cpu" else "triton"
-        return best if reason_missing(best) is None else "reference"
+        reason = reason_missing(best)
+        if reason is None:
+            return best
+        _warn_of_reference(best, device.type, reason)
+        return "reference"
     reason = reason_missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
@@ -50,6 +57,16 @@ def resolve(backend: str, device: torch.device) -> str:
 
 # What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and triton with it.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # once for each cause, whatever the filters of warnings are
+def _warn_of_reference(best: str, device_type: str, reason: str) -> None:
+    warnings.warn(
+        f'backend="auto": tensors on {device_type} are solved by the slow reference, since {best!r} is not available: {reason}. '
+        'backend="reference" is the same without this warning.',
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def launcher(name: str) -> Callable[[Problem], Solution]:
@@ -138,7 +155,7 @@ def _extension() -> tuple[ModuleType | None, str | None]:
         module = _load()
     except ImportError as error:
         return None, _why_not_built(error)
-    module.use_blas(*_torch_blas())
+    module.use_blas(*_blas())
     return module, None
 
 
@@ -166,8 +183,49 @@ def _why_not_built(error: ImportError) -> str:
     return f"otalign._C was not built: {EXTENSION}" if EXTENSION != "built" else f"otalign._C does not load: {error}"
 
 
-def _torch_blas() -> tuple[str, int, int, int]:
-    """Addresses of the BLAS that torch itself has loaded: its name, sgemm_, dgemm_, and the per-thread limit (or 0).
+class Blas(NamedTuple):
+    """A name, and the addresses of what the engine calls in a BLAS: 0 where there is no such function."""
+
+    name: str = "built-in"
+    sgemm: int = 0
+    dgemm: int = 0
+    limit: int = 0  # MKL's number of threads of the calling thread
+    threads: int = 0  # OpenBLAS's numbers of threads of the process
+    set_threads: int = 0
+
+
+def _blas() -> Blas:
+    """The BLAS that OTALIGN_BLAS names: "built-in", or the file of a library with 32-bit integers; if unset, torch's own."""
+    wanted = os.environ.get("OTALIGN_BLAS")
+    if not wanted:
+        return _torch_blas()
+    if wanted == "built-in":
+        return Blas()
+    try:
+        library = ctypes.CDLL(wanted)
+    except OSError as error:
+        raise ValueError(
+            f"OTALIGN_BLAS: expected 'built-in' or the file of a library, got {wanted!r}: {error}"
+        ) from None
+    # SciPy's OpenBLAS has a prefix, so that it can be loaded beside another.
+    for prefix in ("", "scipy_"):
+        blas = _functions(library, Path(wanted).name, prefix)
+        if blas is not None:
+            return blas
+    raise ValueError(f"OTALIGN_BLAS: expected a library with sgemm_ and dgemm_, which {wanted!r} has not")
+
+
+def _functions(library: ctypes.CDLL, name: str, prefix: str = "") -> Blas | None:
+    sgemm, dgemm = (_address(library, f"{prefix}{letter}gemm_") for letter in "sd")
+    if not (sgemm and dgemm):
+        return None
+    threads, set_threads = (_address(library, f"{prefix}openblas_{verb}_num_threads") for verb in ("get", "set"))
+    limit = _address(library, "MKL_Set_Num_Threads_Local")
+    return Blas(name, sgemm, dgemm, limit, threads, set_threads if threads else 0)
+
+
+def _torch_blas() -> Blas:
+    """The BLAS that torch itself has loaded.
 
     libtorch_cpu exports the MKL that it is linked to; where it is linked to OpenBLAS or Accelerate the same names are
     found through it. One BLAS in the process means one thread pool, and speed equal to torch.matmul's.
@@ -175,13 +233,10 @@ def _torch_blas() -> tuple[str, int, int, int]:
     pattern = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / pattern))
-        sgemm, dgemm = _address(library, "sgemm_"), _address(library, "dgemm_")
     except OSError:
-        return "built-in", 0, 0, 0
-    if not (sgemm and dgemm):
-        return "built-in", 0, 0, 0
-    limit = _address(library, "MKL_Set_Num_Threads_Local")
-    return ("MKL of torch" if limit else "BLAS of torch"), sgemm, dgemm, limit
+        return Blas()
+    blas = _functions(library, "BLAS of torch") or Blas()
+    return blas._replace(name="MKL of torch") if blas.limit else blas
 
 
 def _address(library: ctypes.CDLL, symbol: str) -> int:

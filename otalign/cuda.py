@@ -1,6 +1,7 @@
 """The compiled CUDA kernels: Sinkhorn's iterations and the implicit system, on a matrix that stays on the chip.
 
-Costs, and what is made of a solution, are the business of the Triton kernels, which hand batches over to this module.
+Costs, and what is made of a solution, are the business of the Triton kernels, which hand batches over to this module. So
+are symmetric problems, the self terms of a divergence, whose iteration differs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from . import backends
 from .convergence import warn_unconverged
 from .groups import has_groups, solve_groups
 from .prior import Prior
-from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, one_of
+from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, is_start, one_of
 from .result import OTResult
 
 
@@ -269,7 +269,8 @@ def _result(problem: Problem, backend: str) -> OTResult:
     )
 
 
-def _solve(problem: Problem, backend: str) -> Solution:
+def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Solution:
+    """Solve a batch; `accepted` is the error that needs no warning, `tol` unless given."""
     name = backends.resolve(backend, problem.device)
     if name != "cpu" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -277,7 +278,7 @@ def _solve(problem: Problem, backend: str) -> Solution:
         )
     launch = backends.launcher(name)
     solution = solve_groups(problem, launch) if has_groups(problem) else launch(problem)
-    warn_unconverged(solution.error, problem.tol, problem.max_iter)
+    warn_unconverged(solution.error, problem.tol if accepted is None else accepted, problem.max_iter)
     return solution
 
 
@@ -287,17 +288,42 @@ def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, 
         a, b = (None if w is None else w.detach() for w in (problem.a, problem.b))
         solution = _solve(dataclasses.replace(problem, a=a, b=b), backend)
         return solution.plan_cost(), solution
+    if objective == "divergence":
+        return _divergence(problem, backend)
     solution = _solve(problem, backend)
-    if objective == "value":
-        return solution.value, solution
-    if objective == "transport":
-        return solution.value_linear, solution
+    return (solution.value if objective == "value" else solution.value_linear), solution
+
+
+def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
+    """v(x, y) - (v(x, x) + v(y, y)) / 2 of every item, `(B,)`, and the solution of the first.
+
+    The potential of y with itself starts the first solve. So that is done at once where x and y are the same points, and
+    the gradient is zero there up to rounding.
+    """
     p = problem
-    xx = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]))
-    yy = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]))
-    self_terms = _solve(xx, backend).value + _solve(yy, backend).value
-    empty = ~_filled(problem)
-    return torch.where(empty, 0, solution.value - self_terms / 2), solution
+    x_alone = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]), symmetric=True)
+    y_alone = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]), symmetric=True)
+    (x_term, _), (y_term, start) = _self_term(x_alone, backend), _self_term(y_alone, backend)
+    start = torch.where(is_start(start, p.reg, p.y_segments), start, 0)
+    solution = _solve(dataclasses.replace(p, init=start), backend)
+    return torch.where(_filled(p), solution.value - (x_term + y_term) / 2, 0), solution
+
+
+def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """The value of a symmetric problem, `(B,)`, and its potential.
+
+    Both sides have the same gradient, since the plan is symmetric: one is computed, and counts twice.
+    """
+
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach()
+
+    # Averaged updates converge fast, and what they leave is what the gradient is where both sides are the same.
+    tol = max(problem.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if problem.tol > 0 else 0.0
+    fixed = dataclasses.replace(problem, y=constant(problem.y), b=constant(problem.b), tol=tol)
+    solution = _solve(fixed, backend, accepted=problem.tol)
+    value = solution.value
+    return 2 * value - value.detach(), solution.g
 
 
 def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:

@@ -23,7 +23,7 @@ from .triton_kernels import rule
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor? a, Tensor? b, Tensor? x_layout, Tensor? y_layout, Tensor? reg_items, "
     "float reg, str cost, str prior, float[] prior_parameters, float rho_x, float rho_y, bool x_packed, bool y_packed, "
-    "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype, str engine"
+    "SymInt items, SymInt size_x, SymInt size_y, ScalarType dtype, str engine, bool symmetric"
 )
 _SAVED = "Tensor f, Tensor g, Tensor costs, Tensor x_scale, Tensor y_scale"
 
@@ -69,6 +69,7 @@ class _Inputs(NamedTuple):
     size_y: int
     dtype: torch.dtype
     engine: str  # who iterates: "triton" or "cuda"
+    symmetric: bool  # as in Problem
 
     def like(self) -> Tensor:
         tensor = self.C if self.x is None else self.x
@@ -94,7 +95,7 @@ def launch(problem: Problem, engine: str = "triton") -> Solution:
     reg, reg_items = (0.0, p.reg) if isinstance(p.reg, Tensor) else (p.reg, None)
     inputs = (
         p.x, p.y, p.C, p.a, p.b, xs.layout, ys.layout, reg_items, reg, p.cost, prior, parameters,
-        p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype, engine,
+        p.rho[0], p.rho[1], xs.packed, ys.packed, p.items, xs.size, ys.size, p.dtype, engine, p.symmetric,
     )  # fmt: skip
     if _eager(inputs):
         outputs = _Align.apply(*inputs[:5], inputs[5:], p.init, p.max_iter, p.tol)
@@ -165,6 +166,7 @@ def _batch(inputs: _Inputs) -> Any:
         dtype=p.dtype,
         device=p.like().device,
         engine=cuda if p.engine == "cuda" else None,
+        symmetric=p.symmetric,
     )
 
 

@@ -22,7 +22,7 @@ from .problem import COSTS, Problem, Solution, fixed_plan_cost
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor x_lengths, Tensor y_lengths, Tensor? x_starts, Tensor? y_starts, "
     "Tensor? a, Tensor? b, Tensor? init, Tensor reg, str cost, str prior, float[] prior_parameters, float rho_x, "
-    "float rho_y, int max_iter, float tol, SymInt size_x, SymInt size_y, SymInt capacity, ScalarType dtype"
+    "float rho_y, int max_iter, float tol, bool symmetric, SymInt size_x, SymInt size_y, SymInt capacity, ScalarType dtype"
 )
 _SAVED = "Tensor plan, Tensor f, Tensor g, Tensor error, Tensor of_x, Tensor of_y, Tensor distance"
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -58,7 +58,7 @@ def launch(problem: Problem) -> Solution:
         align = _TransformedAlign.apply if _transformed() else _Align.apply
     value, linear, plan, f, g, error, n_iter, _, _, _ = align(
         p.x, p.y, p.C, x_lengths, y_lengths, xs.starts, ys.starts, p.a, p.b, p.init, p.regs, p.cost,
-        prior, parameters, p.rho[0], p.rho[1], p.max_iter, p.tol, xs.size, ys.size, _capacity(p), p.dtype,
+        prior, parameters, p.rho[0], p.rho[1], p.max_iter, p.tol, p.symmetric, xs.size, ys.size, _capacity(p), p.dtype,
     )  # fmt: skip
     return Solution(
         value=value,
@@ -109,6 +109,7 @@ class _Inputs(NamedTuple):
     rho_y: float
     max_iter: int
     tol: float
+    symmetric: bool
     size_x: int
     size_y: int
     capacity: int
@@ -150,6 +151,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     p.cost, p.prior = _COSTS[inputs.cost], _PRIORS[inputs.prior]
     p.prior_parameters = (*inputs.prior_parameters, 0.0, 0.0)[:2]
     p.rho_x, p.rho_y, p.max_iter, p.tol = inputs.rho_x, inputs.rho_y, inputs.max_iter, inputs.tol
+    p.symmetric = inputs.symmetric
     p.reg, p.init = address(inputs.reg), address(inputs.init)
     p.capacity, p.threads = inputs.capacity, torch.get_num_threads()
     p.plan, p.error, p.distance = saved.plan.data_ptr(), saved.error.data_ptr(), saved.distance.data_ptr()

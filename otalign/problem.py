@@ -48,6 +48,7 @@ class Problem:
     max_iter: int
     tol: float
     dtype: torch.dtype  # what is computed in: float64 for float64 input, else float32
+    symmetric: bool = False  # both sides are the same points with the same weights: f = g
 
     @property
     def items(self) -> int:
@@ -456,14 +457,18 @@ def _init(
         torch.where(segments.mask(), potential.detach(), 0)
         for potential, segments in zip(init, (x_segments, y_segments), strict=True)
     )
-    most = _spread(reg, y_segments) * LARGEST_START[dtype]
-    usable = g.abs() <= most  # False for NaN
+    usable = is_start(g.to(dtype), reg, y_segments)
     expected = f"init: expected finite potentials, |g| / reg at most {LARGEST_START[dtype]:g} in {_name(dtype)}"
     if checks_values(g):
         if not bool(usable.all() & f.isfinite().all()):
             raise ValueError(f"{expected}, got |f| up to {float(f.abs().max())}, |g| up to {float(g.abs().max())}")
         return g.to(dtype).contiguous()
     return checks.valid_or_nan(g.to(dtype), usable, expected).contiguous()
+
+
+def is_start(g: Tensor, reg: float | Tensor, segments: Segments) -> Tensor:
+    """Whether each potential of y is a number that the solver can start from; NaN is none."""
+    return g.abs() <= _spread(reg, segments) * LARGEST_START[g.dtype]
 
 
 def _spread(reg: float | Tensor, segments: Segments) -> float | Tensor:

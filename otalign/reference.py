@@ -72,41 +72,106 @@ def sinkhorn(
     The error is sum_i a_i |exp((f_i - f'_i) / reg) - 1| with f' the update that would come next: in the balanced
     case, the L1 distance of the plan's row sums from a (the column sums have just been made exact).
     """
-    damp_x, damp_y = damping(reg, rho)
-    log_a, log_b = a.log()[:, None], b.log()
-    g = torch.zeros_like(b) if g is None else g
-
-    def row_update(g: Tensor) -> Tensor:
-        return -damp_x * reg * torch.logsumexp(log_b + (g - C) / reg, dim=1)
-
-    f = row_update(g)
+    f = update(C, b, torch.zeros_like(b) if g is None else g, reg, rho[0])
     n_iter, error = 0, math.nan
     for n_iter in range(1, max_iter + 1):
-        g = -damp_y * reg * torch.logsumexp(log_a + (f[:, None] - C) / reg, dim=0)
-        f_next = row_update(g)
-        error = float((a * ((f - f_next) / reg).expm1().abs()).sum())
+        g = update(C.T, a, f, reg, rho[1])
+        f_next = update(C, b, g, reg, rho[0])
+        error = residual(a, f, f_next, reg)
         if (tol > 0 and error <= tol) or math.isnan(error) or n_iter == max_iter:
             break
         f = f_next
-    return f, g, n_iter, error
+    assert g is not None
+    return torch.where(a > 0, f, f_next), g, n_iter, error
 
 
-def damping(reg: float, rho: tuple[float, float]) -> tuple[float, float]:
-    """The exponents rho / (rho + reg) of the two updates; 1 where the marginal is strict."""
-    return tuple(1.0 if math.isinf(r) else r / (r + reg) for r in rho)  # type: ignore[return-value]
+def symmetric_sinkhorn(
+    C: Tensor, a: Tensor, reg: float, rho: float, max_iter: int, tol: float
+) -> tuple[Tensor, int, float]:
+    """The potential f = g of points with themselves, `C` (n, n) symmetric, by f <- (f + T f) / 2: f, n_iter, error.
+
+    T is the update of `sinkhorn`. Averaging keeps the plan symmetric, and converges in a few iterations where alternating
+    updates need many (Feydy et al. 2019, section 3.1).
+    """
+    f = torch.zeros_like(a)
+    f_next = update(C, a, f, reg, rho)
+    n_iter, error = 0, math.inf
+    while n_iter < max_iter and not ((tol > 0 and error <= tol) or math.isnan(error)):
+        f = (f + f_next) / 2
+        f_next = update(C, a, f, reg, rho)
+        error = residual(a, f, f_next, reg)
+        n_iter += 1
+    return torch.where(a > 0, f, f_next), n_iter, error
+
+
+def update(C: Tensor, across: Tensor, g: Tensor, reg: float, rho: float) -> Tensor:
+    """The potentials (n,) that follow from `g` (m,) of the points across, which have the weights `across` (m,).
+
+    A point is unreached if all points across that carry mass are at infinite cost. It carries no mass. Its potential would
+    be infinite; in its place stands what gives the same value: 0 if the marginal is strict, 40 rho if it is relaxed, where
+    -rho (exp(-f / rho) - 1) is rho to the last digit, the price of giving nothing.
+    """
+    sums = log_sum(across.log() + (g - C) / reg)
+    return torch.where(sums == -math.inf, 0.0 if math.isinf(rho) else 40 * rho, -damping(reg, rho) * reg * sums)
+
+
+def residual(a: Tensor, f: Tensor, f_next: Tensor, reg: float) -> float:
+    """sum_i a_i |exp((f_i - f'_i) / reg) - 1|; points without mass have no part in it."""
+    return float(torch.where(a > 0, a * ((f - f_next) / reg).expm1().abs(), 0).sum())
+
+
+def reached(C: Tensor, across: Tensor) -> Tensor:
+    """Which points (n,) have a finite cost to a point across that has weight."""
+    return (~C.isposinf() & (across > 0)).any(1)
+
+
+def log_sum(exponents: Tensor) -> Tensor:
+    """log sum_j exp(exponents_ij): (n,); -inf for rows without terms, whose derivative is then zero, not NaN."""
+    top = exponents.detach().amax(1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    sums = (exponents - top).exp().sum(1)
+    return torch.where(sums == 0, -math.inf, top[:, 0] + torch.where(sums == 0, 1, sums).log())
+
+
+def damping(reg: float, rho: float) -> float:
+    """The exponent rho / (rho + reg) of an update; 1 where the marginal is strict."""
+    return 1.0 if math.isinf(rho) else rho / (rho + reg)
 
 
 def density(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float) -> Tensor:
     """P / (a b^T): exp((f + g - C) / reg), (n, m); 0 where neither point has mass, since nothing bounds it there."""
     massless = (a == 0)[:, None] & (b == 0)
-    return ((f[:, None] + g - C) / reg).masked_fill(massless, -math.inf).exp()
+    exponents = ((f[:, None] + g - C) / reg).masked_fill(massless, -math.inf)
+    return exponents.clamp(max=math.log(torch.finfo(C.dtype).max) - 1).exp()
+
+
+def transition(C: Tensor, weights: Tensor, across: Tensor, reg: float) -> tuple[Tensor, Tensor]:
+    """Of every point, how its mass is shared among those across: (n, m), rows sum to 1, and the same over `weights` (m,).
+
+    Rows of points that nothing reaches are 0. What a first bit of weight would get may be beyond every number: the
+    second is bounded, at the square root of the largest.
+    """
+    exponents = (across - C) / reg
+    sums = log_sum(weights.log() + exponents)[:, None]
+    exponents = exponents - sums.masked_fill(sums == -math.inf, 0)
+    per_weight = exponents.clamp(max=math.log(torch.finfo(C.dtype).max) / 2).exp()
+    shares = weights * exponents.masked_fill(weights == 0, -math.inf).exp()
+    reached = sums > -math.inf
+    return torch.where(reached, shares, 0), torch.where(reached, per_weight, 0)
+
+
+def transport_plan(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float) -> Tensor:
+    """P (n, m), 0 wherever one of the two points has no mass; without a derivative by these zeros."""
+    both = (a > 0)[:, None] & (b > 0)
+    exponents = ((f[:, None] + g - C) / reg).masked_fill(~both, -math.inf)
+    return a[:, None] * b * exponents.exp()
 
 
 class ImplicitPotentials(torch.autograd.Function):
     """The identity on converged potentials, with the derivative of the fixed point that they solve.
 
     f_i = -damp_x reg log sum_j b_j exp((g_j - C_ij) / reg), and g_j likewise, so with the row-stochastic pi = P / P 1
-    and the column-stochastic omega = P / 1^T P, taken from the plan as it is,
+    and the column-stochastic omega = P / 1^T P, taken from the plan as it is (`transition`),
 
         df = damp_x (sum_j pi_ij dC_ij - pi dg - reg (pi / b) db),   dg = damp_y (...),
 
@@ -133,11 +198,10 @@ class ImplicitPotentials(torch.autograd.Function):
             return (None,) * 7
         grad_f = torch.zeros_like(f) if grad_f is None else grad_f
         grad_g = torch.zeros_like(g) if grad_g is None else grad_g
-        reg, (damp_x, damp_y) = ctx.reg, damping(ctx.reg, ctx.rho)
-        E = density(C, a, b, f, g, reg)
-        pi_b = E / (E @ b)[:, None]  # pi / b
-        omega_a = E / (a @ E)  # omega / a
-        pi, omega = pi_b * b, omega_a * a[:, None]
+        reg = ctx.reg
+        damp_x, damp_y = (damping(reg, rho) for rho in ctx.rho)
+        pi, pi_b = transition(C, b, g, reg)  # the second is pi / b
+        omega, omega_a = (t.T for t in transition(C.T, a, f, reg))
         schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
         noise = 10 * len(b) * torch.finfo(b.dtype).eps  # of a matrix whose natural scale is one
         q = torch.linalg.pinv(schur, atol=noise, rtol=0) @ (grad_g - damp_x * pi.T @ grad_f)
@@ -160,16 +224,17 @@ class Value(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(C, a, b, f, g)
         ctx.reg, ctx.rho = reg, rho
-        mass = a @ density(C, a, b, f, g, reg) @ b
-        return a @ relaxed(f, rho[0]) + b @ relaxed(g, rho[1]) - reg * (mass - 1)
+        mass = transport_plan(C, a, b, f, g, reg).sum()
+        return weighted_sum(a, relaxed(f, rho[0])) + weighted_sum(b, relaxed(g, rho[1])) - reg * (mass - 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         C, a, b, f, g = ctx.saved_tensors
         E = density(C, a, b, f, g, ctx.reg)
-        grad_C = grad * a[:, None] * b * E
-        grad_a = grad * (relaxed(f, ctx.rho[0]) + ctx.reg * (1 - E @ b))
-        grad_b = grad * (relaxed(g, ctx.rho[1]) + ctx.reg * (1 - a @ E))
+        grad_C = grad * transport_plan(C, a, b, f, g, ctx.reg)
+        most = torch.finfo(C.dtype).max
+        grad_a = grad * (relaxed(f, ctx.rho[0]) + ctx.reg * (1 - E @ b)).clamp(-most, most)
+        grad_b = grad * (relaxed(g, ctx.rho[1]) + ctx.reg * (1 - a @ E)).clamp(-most, most)
         return grad_C, grad_a, grad_b, None, None, None, None
 
 
@@ -178,25 +243,53 @@ def relaxed(f: Tensor, rho: float) -> Tensor:
     return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
 
 
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_i weights_i values_i; what has no weight counts 0, whatever its value."""
+    return torch.where(weights > 0, weights * values, 0).sum()
+
+
 def solve_item(
-    C: Tensor, a: Tensor, b: Tensor, reg: float, rho: tuple[float, float], max_iter: int, tol: float, g: Tensor | None
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    reg: float,
+    rho: tuple[float, float],
+    max_iter: int,
+    tol: float,
+    g: Tensor | None = None,
+    *,
+    symmetric: bool = False,
 ) -> Item:
-    """Solve one item: `C` (n, m) with any prior added, `a` (n,), `b` (m,) summing to one, `g` (m,) to start from."""
+    """Solve one item: `C` (n, m) with any prior added, `a` (n,), `b` (m,) summing to one, `g` (m,) to start from.
+
+    `symmetric`: both sides are the same points, so that C is symmetric and a is b; solved by `symmetric_sinkhorn`.
+    """
     n, m = C.shape
     if n == 0 or m == 0:
         zero = C.sum() + a[:0].sum() + b[:0].sum()  # attached to the graph
         return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
+    reached_x, reached_y = reached(C, b), reached(C.T, a)
+    given_a, given_b = a, b
+    a, b = torch.where(reached_x, a, 0), torch.where(reached_y, b, 0)
     with torch.no_grad():
-        f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
-    if math.isnan(error):
+        if symmetric:
+            f, n_iter, error = symmetric_sinkhorn(C, a, reg, rho[0], max_iter, tol)
+            g = f
+        else:
+            f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
+        # Weight that a strict marginal asks for and that nothing can serve.
+        for weights, served, r in ((given_a, a, rho[0]), (given_b, b, rho[1])):
+            error += float((weights - served).sum()) if math.isinf(r) else 0.0
+        representable = bool(transport_plan(C, a, b, f, g, reg).sum().isfinite())
+    if math.isnan(error) or not representable:
         nan = (C.sum() + a.sum() + b.sum()) * math.nan
-        return Item(nan, nan, nan, C * math.nan + nan, f * math.nan, g * math.nan, 0, error)
+        return Item(nan, nan, nan, C * math.nan + nan, f * math.nan, g * math.nan, 0, math.nan)
     f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
-    if math.isinf(rho[0]) and math.isinf(rho[1]):
+    if math.isinf(rho[0]) and math.isinf(rho[1]) and not symmetric:
         shift = b @ g  # the gauge <b, g> = 0
-        f, g = f + shift, g - shift
+        f, g = torch.where(reached_x, f + shift, f), torch.where(reached_y, g - shift, g)
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
-    value = Value.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
+    value = Value.apply(C, given_a, given_b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     C = C.masked_fill(C.isposinf(), 0)  # where a band forbids mass; the plan is zero there
     return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
 
@@ -252,10 +345,12 @@ def _items(p: Problem) -> Iterator[Item]:
             assert p.x is not None and p.y is not None
             C = cost_matrix(p.x[xs].to(p.dtype), p.y[ys].to(p.dtype), p.cost)
         n, m = C.shape
-        finite = bool(C.isfinite().all())
+        # Infinity in a given cost forbids a pair; a cost of points that is infinite has overflown.
+        valid = not bool((C.isnan() | C.isneginf()).any()) if p.cost == "given" else bool(C.isfinite().all())
         if p.prior is not None:
             C = C + p.prior.matrix(n, m, reg, dtype=p.dtype, device=C.device)
         a = C.new_full((n,), 1 / max(n, 1)) if p.a is None else p.a[xs]
         b = C.new_full((m,), 1 / max(m, 1)) if p.b is None else p.b[ys]
         g = None if p.init is None else p.init[ys]
-        yield solve_item(C if finite else C * math.nan, a, b, reg, p.rho, p.max_iter, p.tol, g)
+        C = C if valid else C * math.nan
+        yield solve_item(C, a, b, reg, p.rho, p.max_iter, p.tol, g, symmetric=p.symmetric)

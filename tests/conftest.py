@@ -10,6 +10,8 @@ import torch
 
 import otalign.backends
 
+from .combinations import covering
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -61,8 +63,8 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
     return block
 
 
-# Through the interpreter a solve takes seconds. In these modules it makes part of `make test`, elsewhere of `make test-all`,
-# and so do divergences, which are three solves.
+# Through Triton's interpreter a solve takes a second. Of the tests with it that are marked `quick`, and of those in these
+# modules, `make test` runs as many as hold every pair of parameters' values, `make test-all` all; elsewhere all are slow.
 QUICK_WITH_TRITON = (
     "test_agreement",
     "test_agreement_gradients",
@@ -71,6 +73,7 @@ QUICK_WITH_TRITON = (
     "test_odd_input",
     "test_ops",
 )
+IN_PAIRS = ("test_cuda", "test_triton")  # whose programs run together, as fibers and threads
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,13 +81,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if refused:
         config.hook.pytest_deselected(items=refused)
         items[:] = [item for item in items if item not in refused]
+    dear: dict[str, list[pytest.Item]] = {}
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("backend") != "triton":
-            continue
-        thrice = parameters.get("objective") == "divergence" and item.path.stem != "test_layouts"
-        if thrice or item.path.stem not in QUICK_WITH_TRITON:
+        if takes_triton(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
+        elif takes_triton(item) or item.path.stem in IN_PAIRS:
+            dear.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for variants in dear.values():
+        leave_pairs(variants)
+
+
+def takes_triton(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
+
+
+def leave_pairs(variants: list[pytest.Item]) -> None:
+    """Mark those of one test's variants as slow whose pairs of parameters' values are all in others."""
+    quick = [item for item in variants if not item.get_closest_marker("slow")]
+    parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in quick]
+    # Values need no hash; one that stands in several combinations is the same object in each.
+    needed = covering([{name: id(value) for name, value in p.items() if name != "backend"} for p in parameters])
+    for place in set(range(len(quick))).difference(needed):
+        quick[place].add_marker(pytest.mark.slow)
 
 
 def is_refused(item: pytest.Item) -> bool:
@@ -94,7 +112,16 @@ def is_refused(item: pytest.Item) -> bool:
     return parameters.get("gpu_backend") == "cuda" and left_out
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many processes as cores that this one may use (taskset, containers); more than eight only use memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(2)  # the cores are shared, but what several threads do is to be tested
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
         from .interpreter import make_quicker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -60,14 +61,20 @@ def library() -> ctypes.CDLL:
     """Built once for a state of the sources."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"otalign-host-cuda-{os.getuid()}-{digest}.so"
-    if not path.exists():
-        new = path.with_suffix(f".{os.getpid()}")
-        subprocess.run(compile_command(ROOT / "tests/shim/host.cpp", new, "-shared", "-fPIC"), check=True)
-        new.rename(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of tests, one builds
+        if not path.exists():
+            build(path)
     loaded = ctypes.CDLL(str(path))
     loaded.host_run.restype = ctypes.c_bool
     loaded.host_scratch.restype = ctypes.c_int64
     return loaded
+
+
+def build(path: Path) -> None:
+    new = path.with_suffix(f".{os.getpid()}")
+    subprocess.run(compile_command(ROOT / "tests/shim/host.cpp", new, "-shared", "-fPIC"), check=True)
+    new.rename(path)
 
 
 class Engine:

@@ -1,12 +1,14 @@
 """Triton's interpreter for the tests: made quicker, and with programs that run together.
 
 The interpreter replaces the functions of triton.language by its own whenever a kernel calls a function, which takes it
-most of its time: here it does so once a launch. And it runs the programs of a launch one after the other, so that one
+most of its time: here it does so once a launch. It looks for overflows of integers at each addition, and does nothing with
+what it finds: here it does not look. What it works out of types again and again is kept. And it runs the programs of a launch one after the other, so that one
 waiting for another would wait for ever: `together` runs them as threads that hand on a baton, in an order drawn at random.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 import threading
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 
@@ -42,8 +45,66 @@ def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patch_lang
 
 
+def kept(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`_get_np_dtype`, which makes a table of all types at every call."""
+    known: dict[str, Any] = {}
+
+    def get(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in known:
+            known[name] = np_dtype(of)
+        return known[name]
+
+    return get
+
+
+def broadcast_unless_equal(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """`broadcast_impl_value`, which has nothing to do for blocks of one shape and for scalars."""
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        of_lhs, of_rhs = ([*side.type.get_block_shapes()] if side.type.is_block() else None for side in (lhs, rhs))
+        return (lhs, rhs) if of_lhs == of_rhs else broadcast(self, lhs, rhs)
+
+    return broadcast_impl_value
+
+
+def parts_kept(init: Callable[..., None]) -> Callable[..., None]:
+    """`tensor.__init__`, most of which is the same for all tensors of a type."""
+
+    def __init__(self: Any, handle: Any, type: Any) -> None:
+        parts = type.__dict__.setdefault("_parts_of_tensors", {})
+        if parts:
+            self.__dict__.update(parts, handle=handle, type=type)
+        else:
+            init(self, handle, type)
+            parts.update((name, part) for name, part in self.__dict__.items() if name not in ("handle", "type"))
+
+    return __init__
+
+
+def shapes_kept(init: Callable[..., None]) -> Callable[..., None]:
+    """`block_type.__init__`, for the few types that there are."""
+    known: dict[Any, dict[str, Any]] = {}
+
+    def __init__(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in known or element_ty.is_ptr():
+            init(self, element_ty, shape)
+            known[key] = self.__dict__ | {"_parts_of_tensors": {}}
+        else:
+            self.__dict__.update(known[key])
+
+    return __init__
+
+
 def make_quicker() -> None:
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = kept(interpreter._get_np_dtype)
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_unless_equal(semantic.TritonSemantic.broadcast_impl_value)
+    tl.tensor.__init__ = parts_kept(tl.tensor.__init__)
+    tl.block_type.__init__ = shapes_kept(tl.block_type.__init__)
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 class Baton:

@@ -22,7 +22,7 @@ from otalign.cli.arguments import device_of, prior, relaxation
 from otalign.cli.errors import InputError
 from otalign.speech import alignment_path_score, sequence_similarity
 
-from .problems import close, identical
+from .problems import close, rounded
 
 CHECKED = {"reference": None, "cpu": None}  # Triton's interpreter is for the subprocesses of other tests
 
@@ -165,7 +165,7 @@ def test_align_agrees_with_the_library(folder, capsys):
     options = {"prior": Prior.quadratic(1.5), "unbalanced": (math.inf, 0.5), "backend": "reference"}
     result = otalign.solve(speech[None], text[None], reg=0.2, cost="sqeuclidean", tol=1e-5, max_iter=400, **options)
     held = np.load("out.npz")
-    identical(torch.tensor(held["plan"]), result.plan()[0])
+    rounded(torch.tensor(held["plan"]), result.plan()[0])  # a file lies elsewhere in memory
     assert held["frame"].tolist() == result.assign_y()[0].tolist()
     assert held["share"].sum() == pytest.approx(1)
     assert held["mass"] == pytest.approx(float(result.plan().sum()), rel=1e-5)
@@ -375,18 +375,23 @@ def test_score_agrees_with_the_library(folder, capsys, metric):
     expected = alignment_path_score(list(speech), list(text), n, m, metric=metric)
     similarity = sequence_similarity(list(speech), list(text), n, m, metric=metric)
     assert held["items"] == 3
-    assert held["item_scores"] == [*expected.score[:2].tolist(), None]
-    assert held["score"] == float(expected.score.nanmean())
+    # To rounding: a file lies elsewhere in memory, and torch's products may round by address.
+    assert held["item_scores"][2] is None
+    assert held["item_scores"][:2] == pytest.approx(expected.score[:2].tolist(), rel=1e-5)
+    assert held["score"] == pytest.approx(float(expected.score.nanmean()), rel=1e-5)
     assert [layer["layer"] for layer in held["layers"]] == list(range(12))
     columns = expected.per_layer, expected.monotonicity, expected.consistency, similarity
     for name, values in zip(("score", "monotonicity", "consistency", "sequence_similarity"), columns, strict=True):
-        assert [layer[name] for layer in held["layers"]] == values.nanmean(1).tolist()
+        assert [layer[name] for layer in held["layers"]] == pytest.approx(
+            values.nanmean(1).tolist(), rel=1e-5, abs=1e-6
+        )
     assert main(["score", *argv]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-1] == {"cosine": "similarity", "euclidean": "distance"}[metric]
-    row = [f"{float(values[11].nanmean()):.4f}" for values in columns]
-    assert lines[12].split() == ["11", *row]
-    assert lines[-1].startswith(f"score {held['score']:.4f} (mean ")
+    printed = [float(number) for number in lines[12].split()]
+    assert printed == pytest.approx([11, *(float(values[11].nanmean()) for values in columns)], abs=1e-4)
+    assert lines[-1].startswith("score ")
+    assert float(lines[-1].split()[1]) == pytest.approx(held["score"], abs=1e-4)
     assert lines[-1].endswith("mean of 3 items)")
 
 

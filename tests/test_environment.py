@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_auto_on_the_cpu_is_the_engine():
     identical(otalign.sinkhorn_loss(*batch), otalign.sinkhorn_loss(*batch, backend="cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:backend=:RuntimeWarning")
 def test_auto_without_the_engine_is_the_reference(not_built):
     assert backends.resolve("auto", torch.device("cpu")) == "reference"
     batch = draw()
@@ -118,9 +120,39 @@ def test_auto_on_a_gpu_is_triton(monkeypatch):
     device = torch.device("cuda", 1)
     assert backends.resolve("auto", device) == "triton"
     monkeypatch.setattr(backends, "_why_no_triton", lambda: "not today")
-    assert backends.resolve("auto", device) == "reference"
+    backends._warn_of_reference.cache_clear()
+    with pytest.warns(RuntimeWarning, match="tensors on cuda are solved by the slow reference, .* not today"):
+        assert backends.resolve("auto", device) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", device) == "reference"
     with pytest.raises(RuntimeError, match="backend 'triton' is not available: not today"):
         backends.resolve("triton", device)
+
+
+@pytest.mark.parametrize("loss", ["otalign.sinkhorn_loss", "torch.compile(otalign.sinkhorn_loss, backend='eager')"])
+def test_auto_warns_once_of_the_reference_and_says_why(tmp_path, loss):
+    """In a process of its own, where nothing was resolved before. A call that asks for the reference does not warn."""
+    code = (
+        "import torch, otalign; x = torch.rand(1, 3, 2); expected = otalign.sinkhorn_loss(x, x, backend='reference'); "
+        f"loss = {loss}; print(all(torch.equal(loss(x, x), expected) for _ in range(3)))"
+    )
+    done = python("-W", "always", "-c", code, OTALIGN_EXT_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+    (warned,) = [line for line in done.stderr.splitlines() if "RuntimeWarning: backend=" in line]
+    assert "tensors on cpu are solved by the slow reference, since 'cpu' is not available: " in warned
+    assert f"no _C*.so in OTALIGN_EXT_DIR={tmp_path}" in warned
+
+
+def test_auto_warns_of_nothing_where_the_engine_is():
+    done = python(
+        "-W",
+        "error::RuntimeWarning",
+        "-c",
+        "import torch, otalign; x = torch.rand(1, 3, 2); otalign.sinkhorn_loss(x, x)",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_needs_a_gpu_or_its_interpreter():

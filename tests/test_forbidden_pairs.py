@@ -11,9 +11,6 @@ import otalign
 
 from .problems import close, identical, kl, leaf
 
-# Until the solvers take infinite costs, these items are NaN. Remove the mark then.
-pytestmark = pytest.mark.xfail(reason="the solvers refuse infinite costs so far", strict=False)
-
 REG = 0.3
 EXACT = {"reg": REG, "tol": 1e-12, "max_iter": 50_000}
 torch.manual_seed(0)

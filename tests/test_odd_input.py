@@ -8,7 +8,7 @@ import torch
 import otalign
 from otalign import Prior
 
-from .problems import Batch, close, draw, draw_weights, identical, leaf
+from .problems import Batch, close, draw, draw_weights, leaf, same_on
 
 INF = math.inf
 OBJECTIVES = ["value", "plan_cost", "transport", "divergence"]
@@ -29,6 +29,7 @@ def loss_and_gradients(batch: Batch, **options):
 @pytest.mark.parametrize("side", ["x", "y"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_bad_item_is_nan_and_alone(backend, side, bad, cost, objective, dtype):
+    same = same_on(backend)
     batch = draw(dtype=dtype)
     spoilt = batch._replace(**{side: getattr(batch, side).clone()})
     getattr(spoilt, side)[2, 1, 0] = bad
@@ -36,7 +37,7 @@ def test_a_bad_item_is_nan_and_alone(backend, side, bad, cost, objective, dtype)
     clean, results = loss_and_gradients(batch, **options), loss_and_gradients(spoilt, **options)
     others = [0, 1, 3]
     for ours, expected in zip(results, clean, strict=True):
-        identical(ours[others], expected[others])
+        same(ours[others], expected[others])
     losses, dx, dy = results
     assert losses[2].isnan()
     assert dx[2, :5].isnan().all()
@@ -48,6 +49,7 @@ def test_a_bad_item_is_nan_and_alone(backend, side, bad, cost, objective, dtype)
 @pytest.mark.parametrize("bad", [math.nan, INF])
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_a_bad_item_in_a_result(backend, bad, rho):
+    same = same_on(backend)
     batch = draw()
     spoilt = batch._replace(x=batch.x.clone())
     spoilt.x[2, 1, 0] = bad
@@ -56,23 +58,24 @@ def test_a_bad_item_in_a_result(backend, bad, rho):
     others = [0, 1, 3]
     assert result.converged.tolist() == [True, True, False, True]
     for name in ("value", "value_linear", "n_iter", "error"):
-        identical(getattr(result, name)[others], getattr(clean, name)[others])
+        same(getattr(result, name)[others], getattr(clean, name)[others])
     assert result.value[2].isnan()
     assert result.value_linear[2].isnan()
     assert result.plan()[2, :5, :6].isnan().all()
     assert not result.plan()[2, 5:].any()
-    identical(result.plan()[others], clean.plan()[others])
+    same(result.plan()[others], clean.plan()[others])
     assert result.assign_y()[2].tolist() == [-1] * 8
-    identical(result.barycentric_y()[others], clean.barycentric_y()[others])
+    same(result.barycentric_y()[others], clean.barycentric_y()[others])
 
 
-@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("bad", [math.nan, -INF])
 def test_a_bad_given_cost(backend, bad):
+    same = same_on(backend)
     C = torch.rand(3, 5, 4, dtype=torch.float64)
     spoilt = C.clone()
     spoilt[1, 2, 3] = bad
     clean, result = (otalign.solve_cost(c, reg=0.1, backend=backend) for c in (C, spoilt))
-    identical(result.value[[0, 2]], clean.value[[0, 2]])
+    same(result.value[[0, 2]], clean.value[[0, 2]])
     assert result.value[1].isnan()
     assert result.converged.tolist() == [True, False, True]
 

@@ -279,12 +279,21 @@ def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program may have
 
 
-@pytest.mark.parametrize("arch", ["90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100"))])
-def test_kernel_matrix_stays_in_registers(tmp_path, arch):
+WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # of each width the variant with the most rows
+
+
+@pytest.mark.parametrize(
+    "arch, which, fewest",
+    [
+        ("90", WIDEST, 4),
+        *(pytest.param(arch, "GROUPS=[1-9]", 12, marks=pytest.mark.slow) for arch in ("80", "90", "100")),
+    ],
+)
+def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
     """Every variant that keeps the kernel matrix in registers, on every NVIDIA generation since Ampere: no spills."""
-    rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", "sinkhorn.*GROUPS=[1-9]")
+    rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", f"sinkhorn.*{which}")
     assert {row["arch"] for row in rows} == {arch}
-    assert len(rows) >= 12
+    assert len(rows) >= fewest
     for row in rows:
         assert int(row["spills"]) == 0, row
         assert int(row["registers"]) <= 255, row
@@ -294,8 +303,8 @@ def test_kernel_matrix_stays_in_registers(tmp_path, arch):
 @pytest.mark.parametrize(
     "arch, every",
     [
-        ("90", 50),
-        ("gfx942", 50),
+        ("90", 120),
+        ("gfx942", 200),
         *(pytest.param(arch, 1, marks=pytest.mark.slow) for arch in ("80", "90", "100", "gfx942")),
     ],
 )

@@ -1,4 +1,4 @@
-"""The place of the Triton kernels, installed as `otalign.triton_kernels`.
+"""The Triton kernels of `backend="triton"`, installed as `otalign.triton_kernels`: costs, iterations, plans, gradients.
 
-This version has none: `backend="triton"` raises a `RuntimeError` that says so.
+`launch.py` is what the package calls. Importing this folder loads no Triton; its modules do.
 """

@@ -77,9 +77,17 @@ def load_weights(weights, given, rows, inside, length):
 
 @triton.jit
 def load_reg(reg, reg_items, per_item, item, T: tl.constexpr):
-    """The regularisation of an item, from the number or the vector."""
+    """The regularisation of an item, from the number or the vector; NaN, and so is the item, where it is none.
+
+    Below the smallest normal number its reciprocal is infinite.
+    """
     loaded = tl.load(reg_items + item, mask=per_item != 0, other=1)
-    return tl.where(per_item != 0, loaded.to(T), tl.full([], reg, T))
+    epsilon = tl.where(per_item != 0, loaded.to(T), tl.full([], reg, T))
+    if T == tl.float64:
+        least = 2.2250738585072014e-308
+    else:
+        least = 1.1754943508222875e-38
+    return tl.where((epsilon >= least) & (epsilon < INFINITY), epsilon, float("nan"))
 
 
 @triton.jit
@@ -124,6 +132,25 @@ def worth(potential, rho, UNBALANCED: tl.constexpr):
         return tl.where(strict, potential, -relaxed * expm1(-potential / relaxed))
     else:
         return potential
+
+
+@triton.jit
+def bounded(density):
+    """P / (a b), with the largest number for infinity: where a b is too small for a number, there is no mass either."""
+    if density.dtype == tl.float64:
+        most = 1.7976931348623157e308
+    else:
+        most = 3.4028234663852886e38
+    return tl.where(density == INFINITY, most, density)
+
+
+@triton.jit
+def unreached_potential(rho, per_reg):
+    """What stands, over reg, for the infinite potential of a point that nothing reaches: see reference.py.
+
+    (Bounded, so that it can be added to others.)
+    """
+    return tl.where(rho == INFINITY, 0, tl.minimum(40 * rho * per_reg, 1e30))
 
 
 @triton.jit

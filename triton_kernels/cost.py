@@ -88,8 +88,9 @@ def cost_kernel(
     """C (rows of x, ld) of points x (rows of x, dim), y (rows of y, dim) with any strides, or of a given cost x.
 
     For a given cost, x is (B, N, M) with strides x_item, x_row, x_dim, and y is not read. `x_scale` (rows of x,) and
-    `y_scale` (rows of y,) get the reciprocal norms for the cosine. Entries that are not finite become NaN, before the
-    prior adds its own infinities. The first program sets `counters` to zero for the solver.
+    `y_scale` (rows of y,) get the reciprocal norms for the cosine. Entries that are not finite, or not so over reg,
+    become NaN, except for infinities that are given or that the prior adds: these forbid pairs. The first program sets
+    `counters` to zero for the solver.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
@@ -152,10 +153,13 @@ def cost_kernel(
                     cost = tl.where(cost < total * 0.015625, exact, cost)
                 if COST == "euclidean":
                     cost = tl.sqrt(cost)
-        cost = tl.where(tl.abs(cost) < INFINITY, cost, float("nan"))
+        epsilon = load_reg(reg, reg_items, per_item, item, T)
+        valid = tl.abs(cost * (1 / epsilon)) < INFINITY
+        if COST == "given":
+            valid |= cost == INFINITY
+        cost = tl.where(valid, cost, float("nan"))
         if PRIOR != "none":
             i, j = rows[:, None], columns[None, :]
-            epsilon = load_reg(reg, reg_items, per_item, item, T)
             cost += prior_tile(i, j, n, m, epsilon, prior_first, prior_second, PRIOR, T)
         # Rows end with zeros up to the next multiple of four: the CUDA kernels read four numbers at once.
         ends = columns < (m + 3) // 4 * 4

@@ -76,10 +76,15 @@ class Batch:
         dtype: torch.dtype,
         device: torch.device,
         engine: Any = None,
+        symmetric: bool = False,
     ) -> None:
-        """`engine` iterates, and solves implicit systems, instead of the kernels here: otalign.cuda, if anybody."""
+        """`engine` iterates, and solves implicit systems, instead of the kernels here: otalign.cuda, if anybody.
+
+        (Not on `symmetric` problems, whose sides are the same: their iteration is here only.)
+        """
         self.x, self.y, self.items, self.engine = x, y, items, engine
         self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
+        self.symmetric = symmetric
         self.relaxed = rho != (INFINITE, INFINITE)
         self.ld = rule.leading_dimension(y.size)
         self.empty = not (items and x.size and y.size and x.rows and y.rows)
@@ -223,7 +228,8 @@ class Solved(NamedTuple):
 
 
 def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int, tol: float) -> Solved:
-    """Two launches: the costs of all pairs, and the iterations of all items."""
+    """Two launches: the costs of all pairs, and the iterations of all items. A symmetric problem starts at zero."""
+    init = None if batch.symmetric else init
     items, empty = batch.items, batch.empty_tensor
     cosine = batch.cost == "cosine"
     out = Solved(
@@ -241,7 +247,7 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
         for tensor in out:
             tensor.zero_()
         return out
-    if batch.engine is not None:
+    if batch.engine is not None and not batch.symmetric:
         fill_costs(batch, Saved(*out[4:]), given, batch.prior, empty(0, dtype=torch.int32))
         batch.engine.iterate(batch, out, init, max_iter, tol)
         return out
@@ -256,6 +262,7 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
         "GROUPS": choice.groups,
         "PEERS": choice.peers,
         "UNBALANCED": batch.relaxed,
+        "SYMMETRIC": batch.symmetric,
         "STAGES": choice.stages,
     }
     others = out._asdict() | {

@@ -12,6 +12,7 @@ import triton.language as tl
 from .common import (
     EXCHANGE_TAIL,
     INFINITY,
+    bounded,
     damping,
     kernel,
     load_reg,
@@ -29,7 +30,7 @@ from .common import (
 def density_tile(cost, inside, f, g, a, b, per_reg):
     """P / (a b) of a tile: exp((f + g - C) / reg), 0 outside and between points that both have no mass."""
     some = inside & ((a > 0) | (b > 0))
-    return tl.exp(tl.where(some, (f - cost + g) * per_reg, -INFINITY))
+    return bounded(tl.exp(tl.where(some, (f - cost + g) * per_reg, -INFINITY)))
 
 
 @triton.jit

@@ -12,6 +12,14 @@ every item is such a one. So the result is that of the log domain, at the price 
 An item belongs to one program, or is split by rows among several that run at the same time and exchange column sums.
 K stays in registers for all iterations if a program's rows fit; else an iteration passes once over K in memory.
 Every item stops by itself: when its marginal error is at most `tol`, at `max_iter`, or when it is not a number.
+
+If both sides are the same points with the same weights, so that C is symmetric, so is the iteration: v = w and the next v is
+sqrt(v / (K^T (a v))), the mean of the potential and its update. Then only column sums are made, half of the work.
+
+Points without mass, and points that nothing reaches (all that have mass across are at infinite cost), take no part: their
+rows and columns of K are zero, and their sums count as one. While the iterations last, the potential of a row that nothing
+reaches is infinite; the last pass puts in its place what stands for it (`unreached_potential`), and finds the potentials of
+points without mass from those across.
 """
 
 import triton
@@ -22,6 +30,7 @@ from .common import (
     INFINITY,
     NEAR_HIGH,
     NEAR_LOW,
+    bounded,
     damping,
     finite_top,
     kernel,
@@ -33,6 +42,7 @@ from .common import (
     reciprocal,
     segment,
     sum_over_programs,
+    unreached_potential,
     worth,
 )
 
@@ -41,10 +51,11 @@ from .common import (
 
 @triton.jit
 def exact_rows(cost, inside, G, log_b, per_reg, keep):
-    """The row update in the log domain: potentials (N,) over reg from `cost` (N, M) and `G` (M,)."""
+    """The row update in the log domain: potentials (N,) over reg from `cost` (N, M) and `G` (M,); inf if unreached."""
     H = tl.where(inside, (G + log_b)[None, :] - cost * per_reg, -INFINITY)
     top = finite_top(tl.max(H, 1))
-    return -keep * (top + logarithm(tl.sum(tl.exp(H - top[:, None]), 1)))
+    sums = tl.sum(tl.exp(H - top[:, None]), 1)
+    return tl.where(sums == 0, INFINITY, -keep * (top + logarithm(sums)))
 
 
 @triton.jit
@@ -57,7 +68,7 @@ def exact_columns(cost, inside, F, log_a, per_reg):
 
 @triton.jit
 def kernel_tile(cost, inside, F, G, per_reg):
-    """exp(F + G - C / reg), 0 outside. (Between points that both have no mass nothing bounds it: leave them out.)"""
+    """exp(F + G - C / reg), 0 outside. (Where one of the points has no mass nothing bounds it: leave it out.)"""
     return tl.exp(tl.where(inside, G[None, :] - (cost * per_reg - F[:, None]), -INFINITY))
 
 
@@ -93,8 +104,20 @@ def in_range(sums, scalings, UNBALANCED: tl.constexpr):
 
 @triton.jit
 def row_errors(a, ratio):
-    """a |u / u' - 1| of every row."""
+    """a |u / u' - 1| of every row, 0 for rows without mass."""
     return tl.where(a > 0, a * tl.abs(ratio - 1), a)
+
+
+@triton.jit
+def or_unreached(potentials, unreached):
+    """The potentials, with `unreached` where they are infinite."""
+    return tl.where(potentials == INFINITY, unreached, potentials)
+
+
+@triton.jit
+def lost(weights, unreached, rho):
+    """The weight of points that have to give or take it, but that nothing reaches."""
+    return tl.where(rho == INFINITY, tl.sum(tl.where((weights > 0) & unreached, weights, 0)), 0)
 
 
 @triton.jit
@@ -118,9 +141,9 @@ def verdict(error, reached, made, tol, max_iter, columns_near):
 
 
 @triton.jit
-def gauge(G, b, UNBALANCED: tl.constexpr):
-    """What moves from G to F, so that <b, g> = 0 if the problem is balanced."""
-    if UNBALANCED:
+def gauge(G, b, FIXED: tl.constexpr):
+    """What moves from G to F, so that <b, g> = 0 if the problem is balanced; nothing if FIXED."""
+    if FIXED:
         return tl.sum(b * 0)
     else:
         return tl.sum(tl.where(b > 0, b * G, 0))
@@ -171,14 +194,18 @@ def clear_rows(f, x_start, begin, end, rank, programs, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def exact_pass(
-    at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, log_b, per_reg, keep_x, made,
+    at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, log_b, per_reg, keep_x, relax_x, made,
     columns, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One row update in the log domain: its part of the column sums as (top, sums), and of the marginal error."""
+    """One row update in the log domain: its part of the column sums as (top, sums), of the marginal error, of what is lost.
+
+    The error is NaN if any number of the item is, be it at a point without mass.
+    """
     T: tl.constexpr = at.dtype.element_ty
     top = tl.full([BLOCK_M], -INFINITY, T)
     sums = tl.zeros([BLOCK_M], T)
     error = tl.zeros([BLOCK_N], T)
+    missing = tl.sum(error)
     for first in range(begin, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         mine = rows < end
@@ -187,26 +214,59 @@ def exact_pass(
         a_i = load_weights(a, has_a, x_start + rows, mine, n)
         F = tl.where(mine, exact_rows(cost, inside, gamma, log_b, per_reg, keep_x), 0)
         tl.store(state + x_rows + rows, F, mask=mine)
-        error += row_errors(a_i, tl.exp(load_potentials(state, x_rows, turn, rows, only_if(made, mine)) - F))
-        tile_top, tile_sums = exact_columns(cost, inside, F, logarithm(a_i), per_reg)
-        higher = tl.maximum(top, tile_top)
-        base = finite_top(higher)
-        sums = sums * tl.exp(top - base) + tile_sums * tl.exp(tile_top - base)
-        top = higher
-    return top, sums, tl.sum(error)
+        before = load_potentials(state, x_rows, turn, rows, only_if(made, mine))
+        ratio = tl.where(F == INFINITY, 1, tl.exp(before - F))
+        error += tl.where(F == F, row_errors(a_i, ratio), F)
+        missing += lost(a_i, F == INFINITY, relax_x)
+        tile_top, tile_sums = exact_columns(cost, inside, or_unreached(F, 0), logarithm(a_i), per_reg)
+        top, sums = more_columns(top, sums, tile_top, tile_sums)
+    return top, sums, tl.sum(error), missing
+
+
+@triton.jit
+def more_columns(top, sums, tile_top, tile_sums):
+    """Column sums with those of a tile."""
+    higher = tl.maximum(top, tile_top)
+    base = finite_top(higher)
+    return higher, sums * tl.exp(top - base) + tile_sums * tl.exp(tile_top - base)
 
 
 @triton.jit
 def load_potentials(state, x_rows, turn, rows, known):
-    """The potentials of rows: those absorbed and the logarithms of the scalings since; 0 unless `known`."""
+    """The potentials of rows: those absorbed and the logarithms of the scalings since; 0 unless `known`.
+
+    (A scaling of zero marks a row that takes no part.)
+    """
     absorbed = tl.load(state + rows, mask=known, other=0)
-    return absorbed + logarithm(tl.load(state + (2 + turn) * x_rows + rows, mask=known, other=1))
+    scalings = tl.load(state + (2 + turn) * x_rows + rows, mask=known, other=1)
+    return absorbed + tl.where(scalings == 0, 0, logarithm(scalings))
+
+
+@triton.jit
+def late_columns(
+    at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, unreached, per_reg,
+    columns, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the column sums with the last potentials of its rows, as (top, sums)."""
+    T: tl.constexpr = at.dtype.element_ty
+    top = tl.full([BLOCK_M], -INFINITY, T)
+    sums = tl.zeros([BLOCK_M], T)
+    for first in range(begin, end, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        inside = mine[:, None] & (columns < m)[None, :]
+        cost = tl.load(at + rows.to(tl.int64)[:, None] * ld + columns[None, :], mask=inside, other=0)
+        a_i = load_weights(a, has_a, x_start + rows, mine, n)
+        F = or_unreached(load_potentials(state, x_rows, turn, rows, mine), unreached)
+        tile_top, tile_sums = exact_columns(cost, inside, F, logarithm(a_i), per_reg)
+        top, sums = more_columns(top, sums, tile_top, tile_sums)
+    return top, sums
 
 
 @triton.jit
 def last_pass(
-    at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, relax_x, filled, broken,
-    f, columns, BLOCK_N: tl.constexpr, UNBALANCED: tl.constexpr,
+    at, ld, state, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, keep_x, relax_x, filled,
+    broken, f, columns, BLOCK_N: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Write f; sum the mass of the plan, its transport cost, and what the potentials of x are worth."""
     T: tl.constexpr = at.dtype.element_ty
@@ -219,10 +279,13 @@ def last_pass(
         rows = first + tl.arange(0, BLOCK_N)
         mine = rows < end
         a_i = load_weights(a, has_a, x_start + rows, mine, n)
-        inside = (a_i > 0)[:, None] & ((columns < m) & (b_j > 0))[None, :]
+        inside = mine[:, None] & ((columns < m) & (b_j > 0))[None, :]
         cost = tl.load(at + rows.to(tl.int64)[:, None] * ld + columns[None, :], mask=inside, other=0)
         F = load_potentials(state, x_rows, turn, rows, only_if(filled.to(tl.int32), mine))
-        P = (a_i[:, None] * b_j[None, :]) * kernel_tile(cost, inside, F, G, per_reg)
+        if not SYMMETRIC and tl.min(tl.where(mine, a_i, 1)) == 0:
+            F = tl.where(mine & (a_i == 0), exact_rows(cost, inside, G, logarithm(b_j), per_reg, keep_x), F)
+        F = or_unreached(F, unreached_potential(relax_x, per_reg))
+        P = (a_i[:, None] * b_j[None, :]) * bounded(kernel_tile(cost, inside & (a_i > 0)[:, None], F, G, per_reg))
         mass += tl.sum(P, 1)
         transport += tl.sum(tl.where(P > 0, P * cost, 0), 1)
         potential = epsilon * (F + shift)
@@ -246,10 +309,10 @@ def build_pass(
         cost = tl.load(at + place, mask=inside, other=0)
         a_i = load_weights(a, has_a, x_start + rows, mine, n)
         phi = tl.load(state + x_rows + rows, mask=mine, other=0)
+        part = (a_i > 0) & (phi < INFINITY)
         tl.store(state + rows, phi, mask=mine)
-        tl.store(state + (2 + turn) * x_rows + rows, tl.zeros([BLOCK_N], T) + 1, mask=mine)
-        some = inside & ((a_i > 0)[:, None] | (b_j > 0)[None, :])
-        tile = kernel_tile(cost, some, phi, gamma, per_reg)
+        tl.store(state + (2 + turn) * x_rows + rows, tl.where(part, tl.full([BLOCK_N], 1, T), 0), mask=mine)
+        tile = kernel_tile(cost, part[:, None] & (b_j > 0)[None, :], phi, gamma, per_reg)
         tl.store(kernel_at + place, tile, mask=mine[:, None] & (columns < ld)[None, :])
     tl.debug_barrier()
 
@@ -269,14 +332,16 @@ def scaling_pass(
         place = rows.to(tl.int64)[:, None] * ld + columns[None, :]
         tile = tl.load(kernel_at + place, mask=mine[:, None] & (columns < ld)[None, :], other=0)
         a_i = load_weights(a, has_a, x_start + rows, mine, n)
-        u = tl.load(state + (2 + turn) * x_rows + rows, mask=mine, other=1)
+        u = tl.load(state + (2 + turn) * x_rows + rows, mask=mine, other=0)
+        part = u > 0
         if UNBALANCED:
-            phi = tl.load(state + rows, mask=mine, other=0)
+            phi = tl.load(state + rows, mask=part, other=0)
         else:
             phi = u  # not used
-        row_sums = tl.where(mine, tl.sum(tile * w[None, :], 1), 1)
+        row_sums = tl.where(part, tl.sum(tile * w[None, :], 1), 1)
         u_next, ratio, near = row_scaling(row_sums, u, phi, keep_x, UNBALANCED)
-        error += tl.where(near, row_errors(a_i, ratio), INFINITY)
+        error += tl.where(part, tl.where(near, row_errors(a_i, ratio), INFINITY), 0)
+        u_next = tl.where(part, u_next, 0)
         tl.store(state + (3 - turn) * x_rows + rows, u_next, mask=mine)
         partial += tile * (a_i * u_next)[:, None]
     return tl.sum(partial, 0), tl.sum(error)
@@ -293,13 +358,18 @@ def build_patches(
     at, ld, state, x_rows, a, has_a, x_start, n, begin, end, b, has_b, y_start, m, desk, per_reg,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """Absorb what the exact pass has made, and build K: weights, absorbed potentials and scalings of both sides, K."""
+    """Absorb what the exact pass has made, and build K: weights, absorbed potentials and scalings of both sides, K.
+
+    The weights are zero, and the potentials, of points that take no part; on the desk such a column has -inf.
+    """
     T: tl.constexpr = at.dtype.element_ty
     weights_x, absorbed_x, u, weights_y, absorbed_y, v, kernel = (), (), (), (), (), (), ()
     for s in tl.static_range(SLABS):
         columns = s * SLAB + tl.arange(0, SLAB)
-        weights_y = weights_y + (load_weights(b, has_b, y_start + columns, columns < m, m),)
-        absorbed_y = absorbed_y + (tl.load(desk + columns),)
+        gamma = tl.load(desk + columns)
+        part = gamma > -INFINITY
+        weights_y = weights_y + (load_weights(b, has_b, y_start + columns, part, m),)
+        absorbed_y = absorbed_y + (tl.where(part, gamma, 0),)
         v = v + (tl.zeros([SLAB], T) + 1,)
     for r in tl.static_range(GROUPS):
         rows = begin + r * ROWS + tl.arange(0, ROWS)
@@ -307,12 +377,14 @@ def build_patches(
         a_i = load_weights(a, has_a, x_start + rows, mine, n)
         phi = tl.load(state + x_rows + rows, mask=mine, other=0)
         tl.store(state + rows, phi, mask=mine)
+        a_i = tl.where(phi < INFINITY, a_i, 0)
+        phi = tl.where(a_i > 0, phi, 0)
         for s in tl.static_range(SLABS):
             columns = s * SLAB + tl.arange(0, SLAB)
             inside = mine[:, None] & (columns < m)[None, :]
             cost = tl.load(at + rows[:, None] * ld + columns[None, :], mask=inside, other=0)
-            some = inside & ((a_i > 0)[:, None] | (weights_y[s] > 0)[None, :])
-            kernel = kernel + (kernel_tile(cost, some, phi, absorbed_y[s], per_reg),)
+            both = (a_i > 0)[:, None] & (weights_y[s] > 0)[None, :]
+            kernel = kernel + (kernel_tile(cost, both, phi, absorbed_y[s], per_reg),)
         weights_x = weights_x + (a_i,)
         absorbed_x = absorbed_x + (phi,)
         u = u + (tl.zeros([ROWS], T) + 1,)
@@ -321,8 +393,7 @@ def build_patches(
 
 @triton.jit
 def patch_pass(
-    kernel, a, phi, u, b, v, keep_x, begin, end,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr, UNBALANCED: tl.constexpr,
+    kernel, a, phi, u, b, v, keep_x, GROUPS: tl.constexpr, SLABS: tl.constexpr, UNBALANCED: tl.constexpr,
 ):  # fmt: skip
     """One row update by multiply-adds: the next scalings, and this program's part of column sums and marginal error."""
     u_next, column_sums = (), ()
@@ -331,8 +402,7 @@ def patch_pass(
         products = kernel[r * SLABS] * (b[0] * v[0])[None, :]
         for s in tl.static_range(1, SLABS):
             products += kernel[r * SLABS + s] * (b[s] * v[s])[None, :]
-        rows = begin + r * ROWS + tl.arange(0, ROWS)
-        row_sums = tl.where(rows < end, tl.sum(products, 1), 1)
+        row_sums = tl.where(a[r] > 0, tl.sum(products, 1), 1)
         scaled, ratio, near = row_scaling(row_sums, u[r], phi[r], keep_x, UNBALANCED)
         error += tl.where(near, row_errors(a[r], ratio), INFINITY)
         u_next = u_next + (scaled,)
@@ -345,17 +415,86 @@ def patch_pass(
 
 
 @triton.jit
-def column_scaling(column_sums, gamma, m, keep_y, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr):
+def column_scaling(column_sums, b, gamma, keep_y, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr):
     """The next scalings of columns, a tuple of vectors, and whether they stay in range."""
     v_next = ()
     far = tl.zeros([WIDTH], tl.int32)
     for s in tl.static_range(COUNT):
-        columns = s * WIDTH + tl.arange(0, WIDTH)
-        sums = tl.where(columns < m, column_sums[s], 1)
+        sums = tl.where(b[s] > 0, column_sums[s], 1)
         scaled = scaling(sums, gamma[s], keep_y, UNBALANCED)
         far += tl.where(in_range(sums, scaled, UNBALANCED), 0, 1)
         v_next = v_next + (scaled,)
     return v_next, tl.max(far) == 0
+
+
+# Symmetric problems ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def put_rows(desk, state, x_rows, turn, begin, end, BLOCK_N: tl.constexpr):
+    """Give a program's rows the potentials on its desk, as absorbed ones; -inf there marks a point that nothing reaches."""
+    T: tl.constexpr = desk.dtype.element_ty
+    tl.debug_barrier()
+    for first in range(begin, end, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        F = tl.load(desk + rows, mask=mine, other=0)
+        F = tl.where(F == -INFINITY, INFINITY, F)
+        tl.store(state + rows, F, mask=mine)
+        tl.store(state + x_rows + rows, F, mask=mine)
+        tl.store(state + (2 + turn) * x_rows + rows, tl.full([BLOCK_N], 1, T), mask=mine)
+    tl.debug_barrier()
+
+
+@triton.jit
+def symmetric_patches(kernel, a, u, GROUPS: tl.constexpr, SLABS: tl.constexpr):
+    """K^T (a u) of the patches: this program's part of the column sums."""
+    column_sums = ()
+    for s in tl.static_range(SLABS):
+        products = kernel[s] * (a[0] * u[0])[:, None]
+        for r in tl.static_range(1, GROUPS):
+            products += kernel[r * SLABS + s] * (a[r] * u[r])[:, None]
+        column_sums = column_sums + (tl.sum(products, 0),)
+    return column_sums
+
+
+@triton.jit
+def symmetric_pass(
+    kernel_at, ld, desk, a, has_a, x_start, n, begin, end, columns,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """K^T (a u) with K in memory and u on the desk: this program's part of the column sums."""
+    T: tl.constexpr = kernel_at.dtype.element_ty
+    partial = tl.zeros([BLOCK_N, BLOCK_M], T)
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        rows = first + tl.arange(0, BLOCK_N)
+        mine = rows < end
+        place = rows.to(tl.int64)[:, None] * ld + columns[None, :]
+        tile = tl.load(kernel_at + place, mask=mine[:, None] & (columns < ld)[None, :], other=0)
+        a_i = load_weights(a, has_a, x_start + rows, mine, n)
+        partial += tile * (a_i * tl.load(desk + rows, mask=mine, other=0))[:, None]
+    return tl.sum(partial, 0)
+
+
+@triton.jit
+def symmetric_scaling(
+    column_sums, b, v, gamma, keep, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr
+):
+    """The next scalings, a tuple of vectors, and the marginal error of those before, infinite if the next leave the range."""
+    v_next = ()
+    error = tl.zeros_like(b[0])
+    for s in tl.static_range(COUNT):
+        sums = tl.where(b[s] > 0, column_sums[s], 1)
+        updated = scaling(sums, gamma[s], keep, UNBALANCED)
+        if UNBALANCED:
+            ratio = v[s] / updated
+        else:
+            ratio = v[s] * sums
+        scaled = tl.sqrt(v[s] * updated)
+        near = in_range(sums, updated, UNBALANCED) & in_range(scaled, scaled, False)
+        error += tl.where(near, row_errors(b[s], ratio), INFINITY)
+        v_next = v_next + (scaled,)
+    return v_next, tl.sum(error)
 
 
 # The kernel ------------------------------------------------------------------------------------------------------------
@@ -367,7 +506,7 @@ def sinkhorn_kernel(
     items, x_mode, x_size, x_rows, y_mode, y_size, y_rows, has_a, has_b, has_init, per_item, max_iter,
     reg_items, reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, tol: tl.float64, ld16,
     programs, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PEERS: tl.constexpr,
-    UNBALANCED: tl.constexpr, STAGES: tl.constexpr,
+    UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Solve a batch: C (rows of x, ld) costs; f, a (rows of x,), g, b, init (rows of y,); the others (B,).
 
@@ -409,6 +548,13 @@ def sinkhorn_kernel(
         rows_at = state + x_start
 
         gamma = tl.load(init + y_start + columns, mask=only_if(has_init, real), other=0) * per_reg
+        if T == tl.float64:
+            farthest = 1e13
+        else:
+            farthest = 1e5
+        gamma = tl.where(tl.abs(gamma) <= farthest, gamma, float("nan"))
+        part_b = b_j  # the weights of columns that take part
+        missing_y = tl.sum(b_j * 0)
         v = tl.zeros([BLOCK_M], T) + 1
         made = item * 0
         turn = made.to(tl.int64)  # which of the two vectors of scalings is the last
@@ -424,36 +570,80 @@ def sinkhorn_kernel(
             y_start += zero
             gamma += logarithm(v)
             v = tl.zeros([BLOCK_M], T) + 1
-            top, sums, off = exact_pass(
-                cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, logarithm(b_j),
-                per_reg, keep_x, tl.minimum(made, 1), columns, BLOCK_N, BLOCK_M,
-            )  # fmt: skip
-            column_logs, reached, epoch = log_sum_over_programs(
-                top, sums, off, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
-            )
-            ahead = tl.where((ahead == 2) | (should_stop(reached, made, tolerance, max_iter) == 0), 1, 0)
+            if SYMMETRIC:
+                tl.store(desk + columns, gamma)
+                put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+                top, sums = late_columns(
+                    cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, 0, per_reg,
+                    columns, BLOCK_N, BLOCK_M,
+                )  # fmt: skip
+                missing = missing_y
+                column_logs, _, epoch = log_sum_over_programs(
+                    top, sums, per_reg, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
+                )
+                ratio = tl.where(column_logs == -INFINITY, 1, tl.exp(gamma + keep_y * column_logs))
+                off = tl.where(column_logs == column_logs, row_errors(b_j, ratio), column_logs)
+                reached = tl.sum(tl.where(real, off, 0)) + missing
+            else:
+                top, sums, off, missing = exact_pass(
+                    cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, logarithm(b_j),
+                    per_reg, keep_x, relax_x, tl.minimum(made, 1), columns, BLOCK_N, BLOCK_M,
+                )  # fmt: skip
+                column_logs, reached, epoch = log_sum_over_programs(
+                    top, sums, off + missing + missing_y, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
+                )
+            goes_on = (ahead == 2) & (reached == reached)
+            ahead = tl.where(goes_on | (should_stop(reached, made, tolerance, max_iter) == 0), 1, 0)
             if ahead > 0:
-                gamma = tl.where(real, -keep_y * column_logs, 0)
+                part_b = tl.where(column_logs > -INFINITY, b_j, 0)
+                missing_y = lost(b_j, column_logs == -INFINITY, relax_y)
+                if SYMMETRIC:
+                    missing_y *= 2
+                    missing = missing_y
+                    gamma = tl.where(part_b > 0, (gamma - keep_y * column_logs) / 2, 0)
+                    tl.store(desk + columns, tl.where((part_b > 0) | (b_j == 0), gamma, -INFINITY))
+                    put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+                else:
+                    missing_y = tl.where(rank == 0, missing_y, 0)
+                    missing += missing_y
+                    gamma = tl.where(part_b > 0, -keep_y * column_logs, 0)
                 made += 1
                 near = ahead
                 if GROUPS > 0:
-                    tl.store(desk + columns, gamma)
+                    tl.store(desk + columns, tl.where(part_b > 0, gamma, -INFINITY))
                     tl.debug_barrier()
                     weights_x, absorbed_x, u, weights_y, absorbed_y, slab_v, kernel = build_patches(
                         cost_at, ld, rows_at, x_rows, a, has_a, x_start, n, begin, end, b, has_b, y_start, m, desk,
                         per_reg, ROWS, GROUPS, SLAB, SLABS,
                     )  # fmt: skip
                     while near > 0:
-                        u_next, column_sums, off = patch_pass(
-                            kernel, weights_x, absorbed_x, u, weights_y, slab_v, keep_x, begin, end,
-                            ROWS, GROUPS, SLABS, UNBALANCED,
-                        )  # fmt: skip
-                        column_sums, off, epoch = sum_over_programs(
-                            column_sums, off, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS
-                        )
-                        v_next, columns_near = column_scaling(
-                            column_sums, absorbed_y, m, keep_y, SLAB, SLABS, UNBALANCED
-                        )
+                        if SYMMETRIC:
+                            u_next = ()
+                            for s in tl.static_range(SLABS):
+                                tl.store(desk + s * SLAB + tl.arange(0, SLAB), slab_v[s])
+                            tl.debug_barrier()
+                            for r in tl.static_range(GROUPS):
+                                rows = begin + r * ROWS + tl.arange(0, ROWS)
+                                u_next = u_next + (tl.load(desk + rows, mask=rows < end, other=1),)
+                            column_sums, _, epoch = sum_over_programs(
+                                symmetric_patches(kernel, weights_x, u_next, GROUPS, SLABS),
+                                per_reg, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS,
+                            )  # fmt: skip
+                            v_next, off = symmetric_scaling(
+                                column_sums, weights_y, slab_v, absorbed_y, keep_y, SLAB, SLABS, UNBALANCED
+                            )
+                            off += missing
+                            columns_near = near > 0
+                        else:
+                            u_next, column_sums, off = patch_pass(
+                                kernel, weights_x, absorbed_x, u, weights_y, slab_v, keep_x, GROUPS, SLABS, UNBALANCED
+                            )
+                            column_sums, off, epoch = sum_over_programs(
+                                column_sums, off + missing, parts, counter, epoch, rank, programs, SLAB, BLOCK_M, PEERS
+                            )
+                            v_next, columns_near = column_scaling(
+                                column_sums, weights_y, absorbed_y, keep_y, SLAB, SLABS, UNBALANCED
+                            )
                         ahead, reached, accept = verdict(off, reached, made, tolerance, max_iter, columns_near)
                         if accept:
                             u = u_next
@@ -469,32 +659,67 @@ def sinkhorn_kernel(
                     v = tl.load(desk + columns)
                 else:
                     build_pass(
-                        cost_at, kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, b_j,
-                        per_reg, columns, BLOCK_N, BLOCK_M,
+                        cost_at, kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma,
+                        part_b, per_reg, columns, BLOCK_N, BLOCK_M,
                     )  # fmt: skip
                     while near > 0:
-                        column_sums, off = scaling_pass(
-                            kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, b_j * v, keep_x,
-                            columns, BLOCK_N, BLOCK_M, UNBALANCED, STAGES,
-                        )  # fmt: skip
-                        totals, off, epoch = sum_over_programs(
-                            (column_sums,), off, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
-                        )
-                        v_next, columns_near = column_scaling(totals, (gamma,), m, keep_y, BLOCK_M, 1, UNBALANCED)
+                        if SYMMETRIC:
+                            tl.store(desk + columns, v)
+                            tl.debug_barrier()
+                            column_sums = symmetric_pass(
+                                kernel_at, ld, desk, a, has_a, x_start, n, begin, end, columns, BLOCK_N, BLOCK_M, STAGES
+                            )
+                            totals, _, epoch = sum_over_programs(
+                                (column_sums,), per_reg, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M, PEERS
+                            )
+                            v_next, off = symmetric_scaling(
+                                totals, (part_b,), (v,), (gamma,), keep_y, BLOCK_M, 1, UNBALANCED
+                            )
+                            off += missing
+                            columns_near = near > 0
+                        else:
+                            column_sums, off = scaling_pass(
+                                kernel_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, part_b * v,
+                                keep_x, columns, BLOCK_N, BLOCK_M, UNBALANCED, STAGES,
+                            )  # fmt: skip
+                            totals, off, epoch = sum_over_programs(
+                                (column_sums,), off + missing, parts, counter, epoch, rank, programs, BLOCK_M, BLOCK_M,
+                                PEERS,
+                            )  # fmt: skip
+                            v_next, columns_near = column_scaling(
+                                totals, (part_b,), (gamma,), keep_y, BLOCK_M, 1, UNBALANCED
+                            )
                         ahead, reached, accept = verdict(off, reached, made, tolerance, max_iter, columns_near)
                         if accept:
-                            turn = 1 - turn
+                            if not SYMMETRIC:
+                                turn = 1 - turn
                             v = v_next[0]
                             made += near
                         near = accept.to(tl.int32)
                 tl.debug_barrier()
 
-        G = tl.where(real, gamma + logarithm(v), 0)
-        shift = gauge(G, b_j, UNBALANCED)
         broken = reached != reached
+        G = tl.where(part_b > 0, gamma + logarithm(v), tl.where(real, unreached_potential(relax_y, per_reg), 0))
+        if SYMMETRIC:
+            tl.store(desk + columns, G)
+            put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+        if filled & (tl.max(tl.where(real & (b_j == 0), 1, 0)) > 0):
+            top, sums = late_columns(
+                cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m,
+                unreached_potential(relax_x, per_reg), per_reg, columns, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
+            column_logs, _, epoch = log_sum_over_programs(
+                top, sums, per_reg, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
+            )
+            late = tl.where(real & (b_j == 0) & (column_logs > -INFINITY), 1, 0)
+            G = tl.where(late > 0, -keep_y * column_logs, G)
+            if SYMMETRIC:
+                tl.store(desk + columns, G)
+                put_rows(desk, rows_at, x_rows, turn, begin, end, BLOCK_N)
+        shift = gauge(G, b_j, UNBALANCED or SYMMETRIC)
         mass, transport, worth_x = last_pass(
-            cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, relax_x,
-            filled, broken, f, columns, BLOCK_N, UNBALANCED,
+            cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, G, b_j, shift, epsilon, keep_x,
+            relax_x, filled, broken, f, columns, BLOCK_N, UNBALANCED, SYMMETRIC,
         )  # fmt: skip
         clear_rows(f, x_start, n, x_slot, rank, programs, BLOCK_N)
         sums = tl.where(columns == 0, mass, tl.where(columns == 1, transport, tl.where(columns == 2, worth_x, 0)))

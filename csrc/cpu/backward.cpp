@@ -5,7 +5,7 @@
 namespace otalign::cpu {
 namespace {
 
-constexpr int64_t kPanel = 128;                    // rows of a panel of its gradient
+constexpr int64_t kPanel = 128;                    // rows of a panel of its gradient: whole cache lines, for any D
 constexpr int64_t kSlice = 256;                    // least columns of a slice of the gradient
 constexpr double kSliceWork = 64.0 * 1024 * 1024;  // multiply-adds that make a slice
 
@@ -41,10 +41,11 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   const int64_t b = task.item, columns = task.end - task.begin;
   T* const panel = scratch.get<T>(thread, 1);
   const Block<T> y = read_block(batch, p.y, b, 0, it.m, task.begin, columns, scratch.get<T>(thread, 3));
-  const bool direct_x = p.x.points_type == scalar<T>(), direct_y = p.y.points_type == scalar<T>();
+  const int64_t dx_stride = batch.product_stride(p.x, columns), dy_stride = batch.product_stride(p.y, columns);
   const int64_t x_element = p.x.row(b) * p.dim + task.begin, y_element = p.y.row(b) * p.dim + task.begin;
+  const bool direct_x = batch.in_place(p.x, bytes_at(g.x, x_element, p.x.points_type), p.dim);
+  const bool direct_y = batch.in_place(p.y, bytes_at(g.y, y_element, p.y.points_type), p.dim);
   T* const dy = !g.y ? nullptr : direct_y ? at<T>(g.y, y_element) : scratch.get<T>(thread, 5);
-  const int64_t dy_stride = direct_y ? p.dim : columns;
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
   for (int64_t i = 0; i < it.n; i += kPanel) {
     const int64_t rows = std::min(kPanel, it.n - i);
@@ -52,17 +53,16 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
     kernels<T>().panel(it, r, i, i + rows, panel);
     if (g.x) {
       T* const dx = direct_x ? at<T>(g.x, x_element + i * p.dim) : scratch.get<T>(thread, 4);
-      const int64_t dx_stride = direct_x ? p.dim : columns;
       kernels<T>().scale_rows(x.data, x.stride, r.diagonal_x + i, rows, columns, dx, dx_stride);
       gemm_nn_add(rows, columns, it.m, panel, it.m, y.data, y.stride, dx, dx_stride);
       for (int64_t k = 0; !direct_x && k < rows; ++k)
-        kernels<T>().write(p.x.points_type, dx + k * columns,
+        kernels<T>().write(p.x.points_type, dx + k * dx_stride,
                            bytes_at(g.x, x_element + (i + k) * p.dim, p.x.points_type), columns);
     }
     if (dy) gemm_tn_add(it.m, columns, rows, panel, it.m, x.data, x.stride, dy, dy_stride);
   }
   for (int64_t k = 0; dy && !direct_y && k < it.m; ++k)
-    kernels<T>().write(p.y.points_type, dy + k * columns, bytes_at(g.y, y_element + k * p.dim, p.y.points_type),
+    kernels<T>().write(p.y.points_type, dy + k * dy_stride, bytes_at(g.y, y_element + k * p.dim, p.y.points_type),
                        columns);
 }
 
@@ -122,11 +122,13 @@ bool backward(const Problem& p, const Gradients& g, Poll poll) {
 
   Team team(p.threads, poll);
   const size_t rows = std::min(batch.most_n, kPanel), number = sizeof(T);
-  const size_t x_part = batch.converts(p.x) ? rows * widest * number : 0;
-  const size_t y_part = batch.converts(p.y) ? batch.most_m * widest * number : 0;
+  const size_t x_block = rows * batch.product_stride(p.x, widest) * number;
+  const size_t y_block = batch.most_m * batch.product_stride(p.y, widest) * number;
   const size_t panel = std::max<size_t>(points ? rows * batch.most_m : 0, p.y.size + kPlanGap) * number;
-  const Scratch scratch(team.threads(), {batch.scratch, panel, x_part, y_part, x_part, y_part,
-                                         (batch.most_n + padded(batch.most_m)) * number});
+  const Scratch scratch(
+      team.threads(), {batch.scratch, panel, batch.may_copy(p.x) ? x_block : 0, batch.may_copy(p.y) ? y_block : 0,
+                       batch.may_copy_gradient(p.x, g.x) ? x_block : 0, batch.may_copy_gradient(p.y, g.y) ? y_block : 0,
+                       (batch.most_n + padded(batch.most_m)) * number});
   const Buffer store(vectors.back() * number);
 
   const auto reverse_item = [&](int64_t b) { return reverse_of(batch, g, b, store.as<T>(vectors[b] * number)); };

@@ -32,10 +32,14 @@ constexpr Scalar scalar() {
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory aligned for vectors; not initialised.
+// Bytes of a cache line.
+constexpr int64_t kLine = 64;
+inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % kLine == 0; }
+
+// Memory that starts at a cache line; not initialised.
 class Buffer {
  public:
-  explicit Buffer(size_t size) : data_(size ? ::operator new(size, std::align_val_t(64)) : nullptr) {}
+  explicit Buffer(size_t size = 0) : data_(size ? ::operator new(size, std::align_val_t(kLine)) : nullptr) {}
   template <class T>
   T* as(size_t offset = 0) const {
     return reinterpret_cast<T*>(static_cast<char*>(data_.get()) + offset);
@@ -43,7 +47,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(kLine)); }
   };
   std::unique_ptr<void, Free> data_;
 };
@@ -55,7 +59,7 @@ class Scratch {
     size_t total = 0;
     for (size_t size : parts) {
       offsets_.push_back(total);
-      total += (size + 63) / 64 * 64;
+      total += (size + kLine - 1) / kLine * kLine;
     }
     for (int t = 0; t < threads; ++t) buffers_.emplace_back(total);
   }
@@ -208,6 +212,7 @@ class Batch {
     it.rho_y = p.rho_y;
     it.max_iter = p.max_iter;
     it.tol = p.tol;
+    it.symmetric = p.symmetric;
     it.f = at<T>(p.x.potential, x);
     it.g = at<T>(p.y.potential, y);
     it.mass_x = at<T>(p.x.mass, x);
@@ -227,13 +232,32 @@ class Batch {
   }
   bool converts(const Side& side) const { return side.points && side.points_type != scalar<T>(); }
 
+  // A BLAS may round by where in a cache line a matrix starts, and by how far apart its rows are. So that the bits of
+  // an item are the same in every batch and layout, both depend on the item's sizes alone: the products see points,
+  // and their gradients, at the start of a line and `product_stride` apart. Where they do not lie like that, the
+  // products see a copy; `may_copy` says whether any of a side's do.
+  int64_t product_stride(const Side& side, int64_t columns) const {
+    return std::max<int64_t>(1, converts(side) ? columns : p.dim);
+  }
+  bool in_place(const Side& side, const void* points, int64_t row_stride) const {
+    return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);
+  }
+  bool may_copy(const Side& side, const void* points, int64_t item_stride, int64_t row_stride) const {
+    const auto in_lines = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; };
+    return points && !(in_place(side, points, row_stride) && in_lines(row_stride) && in_lines(item_stride));
+  }
+  bool may_copy(const Side& side) const {
+    return may_copy(side, side.points, side.starts ? 0 : side.item_stride, side.row_stride);
+  }
+  bool may_copy_gradient(const Side& side, const void* gradient) const { return may_copy(side, gradient, 0, p.dim); }
+
   const Problem& p;
   std::vector<int64_t> offsets;
   int64_t most_n = 0, most_m = 0;
   size_t scratch = 0;
 };
 
-// A block of an item's points as T: where they lie if they are T, else converted into `buffer`.
+// A block of an item's points as T, as the products want them: in place, or copied into `buffer`.
 template <class T>
 struct Block {
   const T* data;
@@ -242,10 +266,12 @@ struct Block {
 template <class T>
 Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
                     int64_t columns, T* buffer) {
-  if (!batch.converts(side)) return {reinterpret_cast<const T*>(batch.points(side, b, row, column)), side.row_stride};
+  const int64_t stride = batch.product_stride(side, columns);
+  const char* const points = batch.points(side, b, row, column);
+  if (batch.in_place(side, points, side.row_stride)) return {reinterpret_cast<const T*>(points), stride};
   for (int64_t i = 0; i < rows; ++i)
-    kernels<T>().read(side.points_type, batch.points(side, b, row + i, column), buffer + i * columns, columns);
-  return {buffer, columns};
+    kernels<T>().read(side.points_type, batch.points(side, b, row + i, column), buffer + i * stride, columns);
+  return {buffer, stride};
 }
 
 }  // namespace otalign::cpu

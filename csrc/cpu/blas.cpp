@@ -1,5 +1,6 @@
 #include "blas.h"
 
+#include <mutex>
 #include <string>
 
 namespace otalign {
@@ -9,13 +10,21 @@ template <class T>
 using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
                       const T*, const int*, const T*, T*, const int*);
 using Limit = int (*)(int);
+using Threads = int (*)();
+using SetThreads = void (*)(int);
 
 struct Library {
   std::string name = "built-in";
   Gemm<float> sgemm = nullptr;
   Gemm<double> dgemm = nullptr;
   Limit limit = nullptr;
+  Threads threads = nullptr;
+  SetThreads set_threads = nullptr;
 } library;
+
+// Of a library whose number of threads is of the whole process: how many want it to be one, and what it was before.
+std::mutex mutex;
+int limited = 0, before_all = 0;
 
 template <class T>
 Gemm<T> pointer();
@@ -51,9 +60,13 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 
 }  // namespace
 
-void use_blas(const char* name, void* sgemm, void* dgemm, void* limit) {
-  library = {name, reinterpret_cast<Gemm<float>>(sgemm), reinterpret_cast<Gemm<double>>(dgemm),
-             reinterpret_cast<Limit>(limit)};
+void use_blas(const char* name, void* sgemm, void* dgemm, void* limit, void* threads, void* set_threads) {
+  library = {name,
+             reinterpret_cast<Gemm<float>>(sgemm),
+             reinterpret_cast<Gemm<double>>(dgemm),
+             reinterpret_cast<Limit>(limit),
+             reinterpret_cast<Threads>(threads),
+             reinterpret_cast<SetThreads>(set_threads)};
 }
 
 const char* blas_name() { return library.name.c_str(); }
@@ -79,10 +92,22 @@ OTALIGN_INSTANTIATE(float)
 OTALIGN_INSTANTIATE(double)
 
 OneThread::OneThread() {
-  if (library.limit) before = library.limit(1);
+  if (library.limit) {
+    before = library.limit(1);
+  } else if (library.set_threads) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (limited++ > 0) return;
+    before_all = library.threads();
+    library.set_threads(1);
+  }
 }
 OneThread::~OneThread() {
-  if (library.limit) library.limit(before);
+  if (library.limit) {
+    library.limit(before);
+  } else if (library.set_threads) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (--limited == 0) library.set_threads(before_all);
+  }
 }
 
 }  // namespace otalign

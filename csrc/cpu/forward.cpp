@@ -6,6 +6,7 @@ namespace otalign::cpu {
 namespace {
 
 constexpr int64_t kBlock = 256;  // rows of a block of the cost
+constexpr int64_t kRows = 16;    // of which a block has a multiple: whole cache lines, for any D
 
 // What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
 template <class T>
@@ -21,7 +22,7 @@ void scales(const Problem& p, Block<T> points, int64_t rows, T* out) {
 // The cosine does not know lengths, but its squares do: points so long or short that they over- or underflow are
 // brought to lengths near one in a copy, in `store`. Returns whether there were any.
 template <class T>
-bool tame(Block<T>& points, int64_t rows, int64_t dim, const T* scale, std::vector<T>& store) {
+bool tame(Block<T>& points, int64_t rows, int64_t dim, const T* scale, Buffer& store) {
   const T least = sizeof(T) == 4 ? T(1e-15) : T(1e-140), most = 1 / least;
   const auto largest = [&](int64_t i) {
     T most_of_row = 0;
@@ -32,13 +33,14 @@ bool tame(Block<T>& points, int64_t rows, int64_t dim, const T* scale, std::vect
   for (int64_t i = 0; i < rows && !wild; ++i)
     wild = !(scale[i] > least && scale[i] < most) && largest(i) > 0 && std::isfinite(largest(i));
   if (!wild) return false;
-  store.resize(rows * dim);
+  store = Buffer(rows * dim * sizeof(T));
+  T* const out = store.as<T>();
   for (int64_t i = 0; i < rows; ++i) {
     const T length = largest(i);
     for (int64_t d = 0; d < dim; ++d)
-      store[i * dim + d] = length > 0 ? points.data[i * points.stride + d] / length : T(0);
+      out[i * dim + d] = length > 0 ? points.data[i * points.stride + d] / length : T(0);
   }
-  points = {store.data(), dim};
+  points = {out, dim};
   return true;
 }
 
@@ -67,7 +69,8 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
   scales(p, y, it.m, scale_y);
   if (task.begin == 0 && p.cost != Cost::dot) std::copy(scale_y, scale_y + it.m, const_cast<T*>(it.scale_y));
   it.scale_y = scale_y;
-  std::vector<T> tame_x, tame_y, tame_scale;
+  Buffer tame_x, tame_y;
+  std::vector<T> tame_scale;
   if (p.cost == Cost::cosine) {
     if (tame(y, it.m, p.dim, scale_y, tame_y)) scales(p, y, it.m, scale_y);
     if (tame(x, rows, p.dim, scale_x, tame_x)) {
@@ -89,7 +92,8 @@ bool forward(const Problem& p, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
     if (batch.empty(b) || p.cost == Cost::given) continue;
-    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock), rows = ceil_div(n, pieces);
+    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock);
+    const int64_t rows = ceil_div(ceil_div(n, pieces), kRows) * kRows;
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
       blocks.push_back({b, i, end, static_cast<double>(end - i) * m});
@@ -100,8 +104,8 @@ bool forward(const Problem& p, Poll poll) {
 
   Team team(p.threads, poll);
   const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kBlock);
-  const Scratch scratch(team.threads(), {batch.converts(p.x) ? block_rows * p.dim * sizeof(T) : 0,
-                                         batch.converts(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
+  const Scratch scratch(team.threads(), {batch.may_copy(p.x) ? block_rows * p.dim * sizeof(T) : 0,
+                                         batch.may_copy(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
                                          batch.most_m * sizeof(T), batch.scratch});
   std::vector<std::atomic<bool>> broken(p.items);
   double elements = 0;

@@ -133,7 +133,9 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
   const int64_t m = it.m;
   const T* scale_y = it.scale_y;
   const PriorRow<T> prior(it);
-  typename Simd<T>::V zeros{};  // NaN where anything is not finite
+  typename Simd<T>::V
+      zeros{};  // NaN where anything is not finite, but for an infinite given cost, which forbids a pair
+  const typename Simd<T>::V infinity = Simd<T>::splat(T(HUGE_VAL));
   for (int64_t i = begin; i < end; ++i) {
     T* row = it.K + i * m;
     const T scale = it.scale_x ? it.scale_x[i] : T(0);
@@ -158,7 +160,10 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
       case Cost::given:
         break;
     }
-    for_vectors<T>(m, [&](int64_t j, int count, auto) { zeros += load_part(row + j, count) * 0; });
+    for_vectors<T>(m, [&](int64_t j, int count, auto) {
+      const auto C = load_part(row + j, count);
+      zeros += it.cost == Cost::given ? Simd<T>::select(C == infinity, typename Simd<T>::V{}, C * 0) : C * 0;
+    });
     prior.add(i, row);
   }
   return Simd<T>::sum(zeros) == 0;

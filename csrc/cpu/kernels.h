@@ -22,6 +22,7 @@ struct Item {
   double reg, rho_x, rho_y;
   int64_t max_iter;
   double tol;
+  bool symmetric;  // both sides are the same points: f = g, by averaged updates
   T* f;
   T* g;
   T* mass_x;

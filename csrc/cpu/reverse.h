@@ -214,8 +214,9 @@ class ReversePass {
     return p * (static_cast<T>(back.linear) * C + (back.plan ? back.plan[i * m + j] : T(0)) - lift);
   }
   T weight_gradient(double f, double mass, double rho, double keep, double lift) const {
-    const double worth = rho > 1.7e308 ? f : -rho * std::expm1(-f / rho);
-    return static_cast<T>(back.value * (worth + it.reg * (1 - mass)) + lift * mass / keep);
+    const double most = std::numeric_limits<T>::max();  // nothing bounds what a first bit of weight would do
+    const double gradient = back.value * (dual_term(f, rho) + it.reg * (1 - mass)) + lift * mass / keep;
+    return static_cast<T>(gradient < -most ? -most : gradient > most ? most : gradient);
   }
 
  public:

@@ -3,6 +3,7 @@
 
 #include <cuda/port.h>
 
+#include <cfloat>
 #include <cmath>
 
 #include "layout.h"
@@ -106,6 +107,24 @@ OTALIGN_DEVICE float worth(float potential, float rho) {
   return rho == INFINITY ? potential : -rho * expm1f(-potential / rho);
 }
 
+// What stands, over reg, for the infinite potential of a point that nothing reaches: 0, or if the marginal is relaxed
+// what is worth rho to the last digit. (Bounded, so that it can be added to others.)
+OTALIGN_DEVICE float unreached_potential(float rho, float per_reg) {
+  return rho == INFINITY ? 0 : fminf(40 * rho * per_reg, 1e30f);
+}
+OTALIGN_DEVICE float or_unreached(float potential, float unreached) {
+  return potential == INFINITY ? unreached : potential;
+}
+
+// P / (a b) at an exponent. (Bounded: where a b is too small for a float, there is no mass either.)
+OTALIGN_DEVICE float density(float exponent) { return fminf(expf(exponent), FLT_MAX); }
+
+// A number that is no regularisation, or whose reciprocal is infinite, is NaN, and so is the item.
+OTALIGN_DEVICE float regularisation(double given) {
+  const float epsilon = static_cast<float>(given);
+  return epsilon >= FLT_MIN && epsilon < INFINITY ? epsilon : NAN;
+}
+
 // The four numbers of a row: in shared memory, or in L2 if its part of the matrix is there.
 template <class Pitch>
 struct RowNumbers {
@@ -121,6 +140,7 @@ struct Item {
   int64_t first;  // the block's first row, of all rows
   float epsilon, per_reg;
   int slice, per_slice;  // groups of columns that a block sums for all, and 2^16 over that, rounded up
+  float missing;         // the weight of points that have to give or take it, but that nothing reaches
 };
 static_assert(sizeof(Item) <= 4 * (kFixed - kItem));
 
@@ -285,6 +305,7 @@ class Block {
   }
 
   OTALIGN_DEVICE const Item& current() const { return *reinterpret_cast<const Item*>(shared + kItem); }
+  OTALIGN_DEVICE float& missing() const { return reinterpret_cast<Item*>(shared + kItem)->missing; }
 
   const Problem& p;
   const Choice& choice;
@@ -323,11 +344,11 @@ class Block {
     const int begin = port::rank() * share < x.length ? port::rank() * share : x.length;
     m = y.length;
     count = m == 0 ? 0 : x.length - begin < share ? x.length - begin : share;
-    const float epsilon = static_cast<float>(p.reg ? p.reg[next] : p.reg_of_all);
+    const float epsilon = regularisation(p.reg ? p.reg[next] : p.reg_of_all);
     const int slice = ((m + 3) / 4 + choice.cluster) / choice.cluster;
     if (port::thread() == 0)
-      *reinterpret_cast<Item*>(shared + kItem) = {next,    x,           y,     x.start + begin,
-                                                  epsilon, 1 / epsilon, slice, 65536 / slice + 1};
+      *reinterpret_cast<Item*>(shared + kItem) = {
+          next, x, y, x.start + begin, epsilon, 1 / epsilon, slice, 65536 / slice + 1, 0};
     port::sync_block();
   }
 

@@ -62,7 +62,7 @@ class Lift {
     return {a, a > 0 ? static_cast<const float*>(block.p.x.potential)[row] : -INFINITY};
   }
   OTALIGN_DEVICE float plan(const Bounded& x, float b, float g, float cost, float per_reg) const {
-    return x.weight * b * expf((x.potential - cost + g) * per_reg);
+    return x.weight * b * density((x.potential - cost + g) * per_reg);
   }
 
   // Q 1 into the rows' load, Q^T 1 into the residual.

@@ -1,0 +1,299 @@
+"""Does `make test` find faults? Plants them one at a time in a copy of the tree, and runs its tests until one fails.
+
+    python tests/plant_faults.py            # all, as many at a time as there are cores; part of `make test-all`
+    python tests/plant_faults.py triton     # those whose name has this in it
+
+The tests that ought to notice are run first, then whatever else `make test` runs. A fault counts as caught if a test fails that
+passes in a copy without the fault. Ends with 1 if one was missed, or cannot be planted any more since the code has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SELECTION = ["-m", "not slow and not gpu"]  # of `make test`
+COPIED = ("benchmarks", "conftest.py", "csrc", "docs", "examples", "otalign", "tests", "triton_kernels")
+COPIED += ("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md")
+COPIED += ("mkdocs.yml", "pyproject.toml", "setup.py")
+AGREEMENT = ("tests/test_agreement.py", "tests/test_agreement_gradients.py", "tests/test_layouts.py")
+
+
+class Fault(NamedTuple):
+    """In `file`, `old` (which is there once) becomes `new`; `first` are the tests that ought to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    first: tuple[str, ...]
+
+
+def reference(name: str, old: str, new: str, *first: str) -> Fault:
+    return Fault(f"reference: {name}", "otalign/reference.py", old, new, first)
+
+
+def engine(name: str, file: str, old: str, new: str, *first: str) -> Fault:
+    return Fault(f"engine: {name}", f"csrc/cpu/{file}", old, new, (*first, *AGREEMENT, "-k", "cpu"))
+
+
+def triton(name: str, file: str, old: str, new: str, *first: str) -> Fault:
+    return Fault(f"triton: {name}", f"triton_kernels/{file}.py", old, new, (*first, *AGREEMENT, "-k", "triton"))
+
+
+def cuda(name: str, file: str, old: str, new: str) -> Fault:
+    return Fault(f"cuda: {name}", f"csrc/cuda/{file}.cuh", old, new, ("tests/test_cuda.py",))
+
+
+def helper(name: str, file: str, old: str, new: str, *first: str) -> Fault:
+    return Fault(f"helper: {name}", f"otalign/{file}.py", old, new, first)
+
+
+FAULTS = (
+    reference(
+        "a wrong sign in the implicit gradient",
+        "grad_C = damp_x * p[:, None] * pi + damp_y",
+        "grad_C = damp_x * p[:, None] * pi - damp_y",
+        "tests/test_gradients.py",
+    ),
+    reference(
+        "a wrong sign in the value of a relaxed side",
+        "-rho * torch.expm1(-f / rho)",
+        "-rho * torch.expm1(f / rho)",
+        "tests/test_closed_forms.py",
+        "tests/test_properties.py",
+    ),
+    reference(
+        "the weights of the other side",
+        "1 / max(m, 1)) if p.b is None else p.b[ys]",
+        "1 / max(n, 1)) if p.b is None else p.b[ys]",
+        "tests/test_closed_forms.py",
+        "tests/test_properties.py",
+    ),
+    engine(
+        "a missing look for NaN",
+        "kernels.cpp",
+        "return Simd<T>::sum(zeros) == 0;",
+        "return true;",
+        "tests/test_odd_input.py",
+    ),
+    engine(
+        "an index of the prior that is one too low",
+        "prior.h",
+        "const double e = position - (j + 1) * step;",
+        "const double e = position - j * step;",
+    ),
+    engine(
+        "bfloat16 read as float16",
+        "kernels.cpp",
+        "to[k] = from_bf16(static_cast<const uint16_t*>(from)[k]);",
+        "to[k] = from_f16(static_cast<const uint16_t*>(from)[k]);",
+    ),
+    engine(
+        "a wrong sign in the implicit gradient",
+        "reverse.h",
+        "slope -= S::load(back.lift_y + j) + back.lift_x[i];",
+        "slope -= S::load(back.lift_y + j) - back.lift_x[i];",
+    ),
+    engine(
+        "offsets of plans that are transposed",
+        "plans.cpp",
+        "(b * p.x.size + i) * p.y.size",
+        "(b * p.y.size + i) * p.y.size",
+    ),
+    triton(
+        "a missing mask of columns",
+        "sinkhorn",
+        "H = tl.where(inside, (G + log_b)[None, :] - cost * per_reg, -INFINITY)",
+        "H = (G + log_b)[None, :] - cost * per_reg",
+    ),
+    triton(
+        "a dropped damping",
+        "sinkhorn",
+        "return -keep * (top + logarithm(",
+        "return -(top + logarithm(",
+    ),
+    triton(
+        "a wrong sign in the implicit gradient",
+        "plan",
+        "(S - own_lift - other_lift) * per_reg",
+        "(S - own_lift + other_lift) * per_reg",
+    ),
+    triton(
+        "the sides of the prior swapped",
+        "plan",
+        "cost -= prior_tile(other, own, n, m,",
+        "cost -= prior_tile(own, other, n, m,",
+    ),
+    triton(
+        "packed rows of y at the offset of x",
+        "plan",
+        "tl.where(y_mode == 2, y_start * y_row, item",
+        "tl.where(y_mode == 2, x_start * y_row, item",
+    ),
+    triton(
+        "an index of the prior that is one too low",
+        "common",
+        "e = (i + 1).to(T) / x - (j + 1).to(T) / y",
+        "e = i.to(T) / x - (j + 1).to(T) / y",
+    ),
+    triton(
+        "NaN that is not looked for",
+        "sinkhorn",
+        "bad = filled & (broken | (total != total))",
+        "bad = filled & broken & (total > 1)",
+        "tests/test_odd_input.py",
+    ),
+    cuda(
+        "a stale scaling of rows",
+        "sinkhorn",
+        "numbers(kU + 1 - turn) = next;",
+        "numbers(kU + 1 - turn) = before;",
+    ),
+    cuda(
+        "the last column without its lift",
+        "lift",
+        "if (j < block.m) t[j] = block.columns(kSolution)[j];",
+        "if (j < block.m - 1) t[j] = block.columns(kSolution)[j];",
+    ),
+    cuda(
+        "a missing mask of columns",
+        "sinkhorn",
+        "if (block.column(c) >= block.m) gamma[c] = -INFINITY;",
+        "",
+    ),
+    cuda(
+        "a dropped damping",
+        "sinkhorn",
+        "real ? -keep_y * (v(1 - turn)",
+        "real ? -(v(1 - turn)",
+    ),
+    helper(
+        "a mask of padding read as one of points",
+        "layout",
+        '~_expect_mask("padding_mask", h, padding_mask)',
+        '_expect_mask("padding_mask", h, padding_mask)',
+        "tests/test_layout_helpers.py",
+    ),
+    helper(
+        "relative lengths that are rounded down",
+        "layout",
+        "(rel * h.shape[1]).round().long()",
+        "(rel * h.shape[1]).long()",
+        "tests/test_layout_helpers.py",
+    ),
+    helper(
+        "a prior whose index of y is one too low",
+        "prior",
+        "e2 = ((i + 1) / n - (j + 1) / m).square()",
+        "e2 = ((i + 1) / n - j / m).square()",
+        "tests/test_prior.py",
+    ),
+    helper(
+        "empty items in the mean of scores",
+        "speech/metrics",
+        "torch.where(filled, found, 0).sum(2)",
+        "found.sum(2)",
+        "tests/test_speech_metrics.py",
+    ),
+    helper(
+        "ranks that are not shared",
+        "speech/path",
+        "torch.where(mask, (below + upto - 1) / 2, 0)",
+        "torch.where(mask, below, 0)",
+        "tests/test_path.py",
+    ),
+)
+
+
+def copied(folder: Path) -> Path:
+    """The tree with its built engine, in which `import otalign` gives the copy, Triton's kernels too."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "otalign/triton_kernels").symlink_to("../triton_kernels")
+    return folder
+
+
+def planted(folder: Path, fault: Fault) -> None:
+    path = folder / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} has this {text.count(fault.old)} times, not once: {fault.old}")
+    path.write_text(text.replace(fault.old, fault.new))
+    if fault.file.startswith("csrc/cpu/"):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", "build/engine", "."]
+        said = run(folder, *command, OTALIGN_BUILD_CUDA="0", OTALIGN_REQUIRE_EXT="1")
+        if said.returncode:
+            raise ValueError(f"the engine with the fault cannot be built: {said.stdout[-500:]}")
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in the copy, whose engine is the one built there if there is one."""
+    built = folder / "build/engine/otalign"
+    environment |= {"PYTHONPATH": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if built.exists():
+        environment["OTALIGN_EXT_DIR"] = str(built)
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def failing(folder: Path, *tests: str, selection: list[str] = SELECTION) -> str | None:
+    """The first of the tests that fails, or nothing."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *selection, *tests]
+    done = run(folder, *command)
+    found = re.search(r"^(?:FAILED|ERROR) ((?:tests|otalign)/\S+?\.py(?:::.*?)?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if found is None and done.returncode not in (0, 5):
+        raise ValueError(f"pytest ended with {done.returncode}: {done.stdout[-1000:]}")
+    return found and found[1]
+
+
+def caught(fault: Fault) -> str | None:
+    """The test that fails with the fault, and without it does not; nothing if there is none."""
+    with tempfile.TemporaryDirectory() as with_fault, tempfile.TemporaryDirectory() as without:
+        folder = copied(Path(with_fault))
+        planted(folder, fault)
+        test = failing(folder, *fault.first) or failing(folder, "--doctest-modules", "tests", "otalign")
+        if test is not None and failing(copied(Path(without)), test, selection=[]) is not None:
+            raise ValueError(f"{test} fails without the fault, too")
+        return test
+
+
+def outcome(fault: Fault) -> tuple[bool, str]:
+    """Whether it was caught, and a row of the table."""
+    try:
+        test = caught(fault)
+    except ValueError as error:
+        return False, f"| {fault.name} | **not tried**: {error} |"
+    return test is not None, f"| {fault.name} | {f'`{test}`' if test else '**missed**'} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", nargs="?", default="", help="part of the names of the faults to plant")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    arguments = parser.parse_args()
+    chosen = [fault for fault in FAULTS if arguments.name in fault.name]
+    print("| fault | caught by |\n|---|---|", flush=True)
+    all_caught = bool(chosen)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for good, row in pool.map(outcome, chosen):
+            print(row, flush=True)
+            all_caught &= good
+    return 0 if all_caught else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
