@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .convergence import KeepsLast
 from .functional import solved_loss
+from .layout import Lengths
 from .prior import Prior
 from .problem import Unbalanced, checked_options
 
@@ -63,13 +64,13 @@ class SinkhornLoss(KeepsLast, nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        x_lengths: Tensor | None = None,
-        y_lengths: Tensor | None = None,
+        x_lengths: Lengths | None = None,
+        y_lengths: Lengths | None = None,
         a: Tensor | str | None = None,
         b: Tensor | str | None = None,
         *,
-        cu_seqlens_x: Tensor | None = None,
-        cu_seqlens_y: Tensor | None = None,
+        cu_seqlens_x: Lengths | None = None,
+        cu_seqlens_y: Lengths | None = None,
         max_seqlen_x: int | None = None,
         max_seqlen_y: int | None = None,
     ) -> Tensor:

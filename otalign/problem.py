@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import number, whole_number
-from .layout import Segments, debugging, expect_dense, mapped, padded_segments, points
+from .layout import Lengths, Segments, debugging, expect_dense, mapped, padded_segments, points
 from .prior import Prior
 
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
@@ -99,13 +99,13 @@ def checks_values(tensor: Tensor) -> bool:
 def from_points(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     a: Tensor | str | None,
     b: Tensor | str | None,
     *,
-    cu_seqlens_x: Tensor | None,
-    cu_seqlens_y: Tensor | None,
+    cu_seqlens_x: Lengths | None,
+    cu_seqlens_y: Lengths | None,
     max_seqlen_x: int | None,
     max_seqlen_y: int | None,
     cost: str,
@@ -132,8 +132,8 @@ def from_points(
 
 def from_cost(
     C: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     a: Tensor | None,
     b: Tensor | None,
     *,

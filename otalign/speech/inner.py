@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..checks import flag
 from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses
+from ..layout import Lengths
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options
 from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
@@ -88,8 +89,8 @@ class InnerAlignmentLoss(KeepsLast, nn.Module):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
@@ -102,8 +103,8 @@ class InnerAlignmentLoss(KeepsLast, nn.Module):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
     ) -> ItemLosses:
         """The loss of every item, its mean iterations over the layers, and its largest marginal error: `(B,)`."""
         return self._items(stacked(speech_states, text_states, speech_lengths, text_lengths, self.layers))

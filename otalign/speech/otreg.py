@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import flag, whole_number
 from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses, solve
-from ..layout import expect_dense, padded_segments
+from ..layout import Lengths, expect_dense, padded_segments
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options, one_of
 from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
@@ -28,7 +28,7 @@ class UniqueTokens(NamedTuple):
     counts: Tensor  # (B, M) int64, how often each token occurs
 
 
-def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
+def unique_tokens(ids: Tensor, lengths: Lengths | None = None) -> UniqueTokens:
     """The different tokens of every item, without a loop and without waiting for the device.
 
     Args:
@@ -164,8 +164,8 @@ class OTRegLoss(KeepsLast, nn.Module):
         self,
         speech: Tensor,
         text: Tensor,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
         *,
         sample_weight: Tensor | None = None,
@@ -183,8 +183,8 @@ class OTRegLoss(KeepsLast, nn.Module):
         self,
         speech: Tensor,
         text: Tensor,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
     ) -> ItemLosses:
         """The loss of every item without the schedule's weight, and the iterations and marginal error behind it: `(B,)`."""
