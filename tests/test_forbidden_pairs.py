@@ -55,6 +55,7 @@ def test_plan_value_and_gradient(backend, rho):
 
 def test_gradient_of_the_linear_value(backend):
     """Against finite differences, and zero at the forbidden pairs."""
+
     def linear(cost):
         forbidden = cost.masked_fill(~ALLOWED, math.inf)
         return otalign.solve_cost(forbidden, unbalanced=(math.inf, 0.5), backend=backend, **EXACT).value_linear.sum()
@@ -85,7 +86,9 @@ def test_a_point_that_nothing_reaches(backend):
     cost[0, 2] = math.inf
     relaxed = otalign.solve_cost(cost, unbalanced=(0.5, 0.5), backend=backend, **EXACT)
     assert relaxed.converged.all() and (relaxed.plan()[0, 2] == 0).all()
-    nearly = otalign.solve_cost(cost[:1].masked_fill(cost[:1].isinf(), 1e4), unbalanced=(0.5, 0.5), backend=backend, **EXACT)
+    nearly = otalign.solve_cost(
+        cost[:1].masked_fill(cost[:1].isinf(), 1e4), unbalanced=(0.5, 0.5), backend=backend, **EXACT
+    )
     close(relaxed.value[0], nearly.value[0], 1e-8)
     close(relaxed.plan()[0, [0, 1, 3, 4, 5]], nearly.plan()[0, [0, 1, 3, 4, 5]], 1e-8)
     strict = otalign.solve_cost(cost, backend=backend, **EXACT | {"max_iter": 50})

@@ -112,7 +112,9 @@ OTHERS = {
     "relative": lambda: layout.from_relative_lengths(HELPED, N / HELPED.shape[1]),
     "time major": lambda: layout.from_time_major(HELPED.transpose(0, 1), N),
     "spans": lambda: layout.from_spans(HELPED[:1], [[(0, 2), (3, 5)]]),
-    "to padded": lambda: layout.to_padded(torch.cat([row[:n] for row, n in zip(HELPED, N.tolist(), strict=True)]), offsets(N)),
+    "to padded": lambda: layout.to_padded(
+        torch.cat([row[:n] for row, n in zip(HELPED, N.tolist(), strict=True)]), offsets(N)
+    ),
     "prior": lambda: [
         prior.matrix(5, 3, device="cpu")
         for prior in (Prior.band(1.0), Prior.absolute(1.0), Prior.order_preserving(1.0, 1.0), Prior.quadratic(1.0))
