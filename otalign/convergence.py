@@ -28,12 +28,23 @@ class Convergence(NamedTuple):
     converged: Tensor  # bool
 
 
-def last_of(n_iter: Tensor, error: Tensor, tol: float) -> Convergence | None:
-    """What a loss module keeps of a call; nothing of one that torch.compile or torch.func traces."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(error):
-        return None
-    error = error.detach()
-    return Convergence(n_iter, error, error <= tol)
+class KeepsLast:
+    """Of a loss module: `last`, how well its last call was solved."""
+
+    _last: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def last(self) -> Convergence | None:
+        """`n_iter`, `error` and `converged` of each item in the last call; None before the first one."""
+        if self._last is None:
+            return None
+        n_iter, error, tol = self._last
+        return Convergence(n_iter, error, error <= tol)
+
+    def keep_last(self, n_iter: Tensor, error: Tensor, tol: float) -> None:
+        """Keep this of a call, unless torch.compile or torch.func traces it."""
+        if not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(error):
+            self.__dict__["_last"] = n_iter, error.detach(), tol  # without the search of nn.Module for parameters
 
 
 def warn_unconverged(error: Tensor, tol: float, max_iter: int) -> None:
@@ -49,11 +60,10 @@ def warn_unconverged(error: Tensor, tol: float, max_iter: int) -> None:
     """
     if not tol or torch.compiler.is_compiling() or not _readable(error):
         return
-    above = error > tol
-    if bool(above.any()):
-        count, items, worst = int(above.sum()), error.numel(), float(error[above].max())
+    above = [reached for reached in error.tolist() if reached > tol]
+    if above:
         _warn(
-            f"{count} of {items} items did not converge: error {worst:.3g} after max_iter={max_iter} iterations, "
+            f"{len(above)} of {error.numel()} items did not converge: error {max(above):.3g} after max_iter={max_iter} iterations, "
             f"tol={tol:g}. Raise max_iter or reg, relax marginals that no plan can have with unbalanced=, "
             "or raise tol if this error will do."
         )

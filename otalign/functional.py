@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backends
 from .convergence import warn_unconverged
 from .groups import has_groups, solve_groups
+from .layout import Lengths
 from .prior import Prior
 from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, is_start, one_of
 from .result import OTResult
@@ -19,13 +20,13 @@ from .result import OTResult
 def sinkhorn_loss(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     a: Tensor | str | None = None,
     b: Tensor | str | None = None,
     *,
-    cu_seqlens_x: Tensor | None = None,
-    cu_seqlens_y: Tensor | None = None,
+    cu_seqlens_x: Lengths | None = None,
+    cu_seqlens_y: Lengths | None = None,
     max_seqlen_x: int | None = None,
     max_seqlen_y: int | None = None,
     cost: str = "cosine",
@@ -134,13 +135,13 @@ def solved_loss(
 def solve(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     a: Tensor | str | None = None,
     b: Tensor | str | None = None,
     *,
-    cu_seqlens_x: Tensor | None = None,
-    cu_seqlens_y: Tensor | None = None,
+    cu_seqlens_x: Lengths | None = None,
+    cu_seqlens_y: Lengths | None = None,
     max_seqlen_x: int | None = None,
     max_seqlen_y: int | None = None,
     cost: str = "cosine",
@@ -187,8 +188,8 @@ def solve(
 
 def solve_cost(
     C: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
@@ -240,8 +241,8 @@ class ItemLosses(NamedTuple):
 def item_losses(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     b: Tensor | None = None,
     *,
     objective: str,

@@ -13,6 +13,7 @@ import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from .checks import whole_number
 
 INTEGERS = (torch.int32, torch.int64)
+Lengths: TypeAlias = Tensor | Sequence[int] | numpy.ndarray  # or offsets
 
 _debug = contextvars.ContextVar("otalign_debug", default=False)
 
@@ -107,9 +109,9 @@ class Segments:
         return torch.nn.functional.pad(sums, (0, 1))[index]
 
     def item_maxima(self, vector: Tensor) -> Tensor:
-        """As `item_sums`, the largest of every item; of numbers >= 0."""
+        """The largest of every item, of numbers >= 0: `(B, 1)`, or for every row of a packed batch."""
         if not self.packed:
-            return torch.nn.functional.pad(vector, (0, 1)).amax(-1, keepdim=True).expand_as(vector)
+            return vector.amax(-1, keepdim=True) if self.size else vector.new_zeros(self.items, 1)
         index = self.item_of_row()
         return vector.new_zeros(self.items + 1).scatter_reduce(0, index, vector, "amax")[index]
 
@@ -143,7 +145,7 @@ class Segments:
 
 
 def points(
-    side: str, values: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+    side: str, values: Tensor, lengths: Lengths | None, cu_seqlens: Lengths | None, max_seqlen: int | None
 ) -> tuple[Tensor, Segments]:
     """Validate one side's points and read its layout. `side` is "x" or "y", for the messages."""
     _expect_tensor(side, values)
@@ -179,7 +181,7 @@ def points(
     return values, padded_segments(f"{side}_lengths", values, values.shape[1], lengths)
 
 
-def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None) -> Segments:
+def padded_segments(name: str, values: Tensor, size: int, lengths: Lengths | None) -> Segments:
     """Segments of padded `values` (B, ...); lengths (B,) integers in [0, size], called `name` in messages."""
     items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
@@ -191,7 +193,7 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Tensor | None
     return Segments(items, size, items * size, False, _beside(lengths, values), counts, values.device)
 
 
-def packed_segments(side: str, values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Segments:
+def packed_segments(side: str, values: Tensor, cu_seqlens: Lengths, max_seqlen: int | None) -> Segments:
     """Segments of packed `values` (total, D) from offsets (B + 1,)."""
     name, rows = f"cu_seqlens_{side}", values.shape[0]
     cu_seqlens = _integers(name, cu_seqlens, None)
@@ -270,7 +272,7 @@ def _holds_mapped(value: Tensor) -> bool:
     return False
 
 
-def _integers(name: str, lengths: Tensor | Sequence[int], shape: tuple[int, ...] | None) -> Tensor:
+def _integers(name: str, lengths: Lengths, shape: tuple[int, ...] | None) -> Tensor:
     """Lengths or offsets as an integer tensor, from one, or a list, tuple or numpy array of integers."""
     if not isinstance(lengths, Tensor):
         lengths = _from_numbers(name, lengths)
@@ -368,7 +370,7 @@ def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
     return _pack(h, _length_mask((rel * h.shape[1]).round().long(), h))
 
 
-def from_time_major(h: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def from_time_major(h: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
     """Pack time-major states `(N, B, D)` with integer `lengths` `(B,)`: `(total, D)` values, `(B + 1,)` offsets."""
     _expect_batch(h)
     h = h.transpose(0, 1)
@@ -403,7 +405,7 @@ def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[T
     return torch.cat(pieces), torch.tensor(offsets, device=h.device)
 
 
-def to_padded(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def to_padded(values: Tensor, cu_seqlens: Lengths) -> tuple[Tensor, Tensor]:
     """Packed values as a padded batch, for what takes no packed one (`otalign.speech`): the way back from the helpers above.
 
     Args:

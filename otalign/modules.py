@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .convergence import Convergence, last_of
+from .convergence import KeepsLast
 from .functional import solved_loss
+from .layout import Lengths
 from .prior import Prior
 from .problem import Unbalanced, checked_options
 
 
-class SinkhornLoss(nn.Module):
+class SinkhornLoss(KeepsLast, nn.Module):
     """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
 
     Arguments are the keywords of `sinkhorn_loss`, which see. They are checked when the module is made.
@@ -32,8 +33,6 @@ class SinkhornLoss(nn.Module):
         >>> criterion.last.converged
         tensor([True, True])
     """
-
-    last: Convergence | None = None
 
     def __init__(
         self,
@@ -65,13 +64,13 @@ class SinkhornLoss(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        x_lengths: Tensor | None = None,
-        y_lengths: Tensor | None = None,
+        x_lengths: Lengths | None = None,
+        y_lengths: Lengths | None = None,
         a: Tensor | str | None = None,
         b: Tensor | str | None = None,
         *,
-        cu_seqlens_x: Tensor | None = None,
-        cu_seqlens_y: Tensor | None = None,
+        cu_seqlens_x: Lengths | None = None,
+        cu_seqlens_y: Lengths | None = None,
         max_seqlen_x: int | None = None,
         max_seqlen_y: int | None = None,
     ) -> Tensor:
@@ -88,9 +87,7 @@ class SinkhornLoss(nn.Module):
             max_seqlen_y=max_seqlen_y,
             **self.options,
         )
-        last = last_of(solution.n_iter, solution.error, problem.tol)
-        if last is not None:
-            self.last = last
+        self.keep_last(solution.n_iter, solution.error, problem.tol)
         return loss
 
     def extra_repr(self) -> str:

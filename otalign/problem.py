@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import number, whole_number
-from .layout import Segments, debugging, expect_dense, mapped, padded_segments, points
+from .layout import Lengths, Segments, debugging, expect_dense, mapped, padded_segments, points
 from .prior import Prior
 
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
@@ -99,13 +99,13 @@ def checks_values(tensor: Tensor) -> bool:
 def from_points(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     a: Tensor | str | None,
     b: Tensor | str | None,
     *,
-    cu_seqlens_x: Tensor | None,
-    cu_seqlens_y: Tensor | None,
+    cu_seqlens_x: Lengths | None,
+    cu_seqlens_y: Lengths | None,
     max_seqlen_x: int | None,
     max_seqlen_y: int | None,
     cost: str,
@@ -132,8 +132,8 @@ def from_points(
 
 def from_cost(
     C: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     a: Tensor | None,
     b: Tensor | None,
     *,
@@ -380,11 +380,14 @@ def normalized_weights(
         weights = checks.valid_or_nan(weights, ~(weights < 0), f"{name}: expected non-negative weights")
     largest = segments.item_maxima(weights.detach())
     only_zeros = f"{name}: expected some positive weight in every item, got an item of only zeros"
-    if looked_at and bool((mask & (largest == 0)).any()):
-        raise ValueError(only_zeros)
+    no_mass = largest == 0  # of empty items as well, and on the padding of packed ones
     if not looked_at:
-        largest = checks.valid_or_nan(largest, ~mask | (largest != 0), only_zeros)
-    weights = weights / torch.where(mask, largest, 1)
+        largest = checks.valid_or_nan(torch.where(no_mass, 1, largest), ~(mask & no_mass), only_zeros)
+    elif bool(no_mass.any()):
+        if bool((mask & no_mass).any()):
+            raise ValueError(only_zeros)
+        largest = torch.where(no_mass, 1, largest)
+    weights = weights / largest
     return (weights / torch.where(mask, segments.item_sums(weights), 1)).to(dtype)
 
 

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import flag
-from ..convergence import Convergence, last_of
+from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses
+from ..layout import Lengths
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options
 from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
 
 
-class InnerAlignmentLoss(nn.Module):
+class InnerAlignmentLoss(KeepsLast, nn.Module):
     """Optimal transport between the hidden states of speech and text in selected layers (AI-STA, arXiv 2503.10211).
 
     What is known from the abstract: a discrepancy by optimal transport is minimised in layers that cross-modal retrieval
@@ -46,8 +47,6 @@ class InnerAlignmentLoss(nn.Module):
         >>> [layer.grad is not None for layer in speech]
         [True, True, False, False]
     """
-
-    last: Convergence | None = None
 
     def __init__(
         self,
@@ -90,8 +89,8 @@ class InnerAlignmentLoss(nn.Module):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
@@ -104,8 +103,8 @@ class InnerAlignmentLoss(nn.Module):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
     ) -> ItemLosses:
         """The loss of every item, its mean iterations over the layers, and its largest marginal error: `(B,)`."""
         return self._items(stacked(speech_states, text_states, speech_lengths, text_lengths, self.layers))
@@ -116,7 +115,7 @@ class InnerAlignmentLoss(nn.Module):
         losses, n_iter, error = (v.view(len(self.layers), -1) for v in item_losses(*stack, **self.options))
         weights = losses.new_tensor(self.layer_weights)
         found = ItemLosses((weights[:, None] * losses).sum(0), n_iter.double().mean(0), error.amax(0))
-        self.last = last_of(found.n_iter, found.error, self.options["tol"]) or self.last
+        self.keep_last(found.n_iter, found.error, self.options["tol"])
         return found
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..layout import Lengths
 from ..problem import one_of
 from .path import METRICS, alignment_path_score, sequence_similarity
 from .retrieval import RetrievalScores, pooled, scores_of
@@ -64,8 +65,8 @@ class AlignmentPathMetric(Metric):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
     ) -> None:
         """Add a batch; arguments as in `alignment_path_score`."""
         arguments = speech_states, text_states, speech_lengths, text_lengths
@@ -114,8 +115,8 @@ class RetrievalMetric(Metric):
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
     ) -> None:
         """Add a batch; arguments as in `retrieval_scores`. Layers have to have the same D."""
         layers = list(pooled(speech_states, text_states, speech_lengths, text_lengths).values())

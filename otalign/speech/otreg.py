@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import flag, whole_number
-from ..convergence import Convergence, last_of
+from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses, solve
-from ..layout import expect_dense, padded_segments
+from ..layout import Lengths, expect_dense, padded_segments
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options, one_of
 from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
@@ -28,7 +28,7 @@ class UniqueTokens(NamedTuple):
     counts: Tensor  # (B, M) int64, how often each token occurs
 
 
-def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
+def unique_tokens(ids: Tensor, lengths: Lengths | None = None) -> UniqueTokens:
     """The different tokens of every item, without a loop and without waiting for the device.
 
     Args:
@@ -66,7 +66,7 @@ def unique_tokens(ids: Tensor, lengths: Tensor | None = None) -> UniqueTokens:
     return UniqueTokens(torch.where(kept, index, 0), first.sum(1), torch.where(kept, counts.gather(1, index), 0))
 
 
-class OTRegLoss(nn.Module):
+class OTRegLoss(KeepsLast, nn.Module):
     r"""OTReg's regulariser for spoken language models (Xu et al., arXiv 2508.08131).
 
     What is known from the paper: in each training iteration the transport plan between the speech embeddings (the adapter's
@@ -118,7 +118,6 @@ class OTRegLoss(nn.Module):
     """
 
     step: Tensor
-    last: Convergence | None = None
 
     def __init__(
         self,
@@ -165,8 +164,8 @@ class OTRegLoss(nn.Module):
         self,
         speech: Tensor,
         text: Tensor,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
         *,
         sample_weight: Tensor | None = None,
@@ -184,8 +183,8 @@ class OTRegLoss(nn.Module):
         self,
         speech: Tensor,
         text: Tensor,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
     ) -> ItemLosses:
         """The loss of every item without the schedule's weight, and the iterations and marginal error behind it: `(B,)`."""
@@ -221,7 +220,7 @@ class OTRegLoss(nn.Module):
         return self._kept(ItemLosses(terms.sum((1, 2)), result.n_iter, result.error))
 
     def _kept(self, losses: ItemLosses) -> ItemLosses:
-        self.last = last_of(losses.n_iter, losses.error, self.options["tol"]) or self.last
+        self.keep_last(losses.n_iter, losses.error, self.options["tol"])
         return losses
 
     def current_weight(self) -> Tensor:

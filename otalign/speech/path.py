@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layout import Lengths
 from ..problem import one_of
 from .states import States, at_least_one, inside, lengths_of, means, paired, products, sides, unit, wide
 
@@ -38,8 +39,8 @@ class AlignmentPathScore(NamedTuple):
 def alignment_path(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     metric: str = "cosine",
 ) -> AlignmentPath:
@@ -73,8 +74,8 @@ def alignment_path(
 def alignment_path_score(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     metric: str = "cosine",
 ) -> AlignmentPathScore:
@@ -101,8 +102,8 @@ def alignment_path_score(
 def sequence_similarity(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     metric: str = "cosine",
 ) -> Tensor:
@@ -221,8 +222,8 @@ def length_normalize(speech: Tensor, text: Tensor) -> Tensor:
 def intervene(
     speech: Tensor,
     text: Tensor,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     kind: str = "angle",
     worst: int | None = 3,

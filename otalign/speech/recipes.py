@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import number
 from ..functional import sinkhorn_loss, solve, solve_cost
-from ..layout import padded_segments
+from ..layout import Lengths, padded_segments
 from ..prior import Prior
 from ..problem import REDUCTIONS, checked_options, normalized_weights, one_of
 from .states import (
@@ -48,8 +48,8 @@ class Recipe(NamedTuple):
 def siamese_pt(
     speech: Tensor,
     text: Tensor,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     position_weight: float = 1.0,
     blur: float = 0.05,
@@ -178,8 +178,8 @@ def _annealed_divergence(
 def zeroswot(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     layers: Sequence[int],
     layer_weight: float = 0.1285,
@@ -214,8 +214,8 @@ def zeroswot(
 def cmot(
     speech: Tensor,
     text: Tensor,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     window: float | None = 10,
     cost: str = "euclidean",
@@ -282,8 +282,8 @@ def mixup(
 def opw(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     *,
     lambda1: float = 50.0,
     reg: float = 0.1,
@@ -318,8 +318,8 @@ def opw(
 def ipot(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     *,
     beta: float = 0.5,
     steps: int = 50,
@@ -358,8 +358,8 @@ def ipot(
 def otalign(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
+    x_lengths: Lengths | None = None,
+    y_lengths: Lengths | None = None,
     *,
     kind: str = "unbalanced",
     kappa: float = 0.0,
@@ -431,8 +431,8 @@ def otalign(
 def one_sided(
     speech: Tensor,
     text: Tensor,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
     *,
     rho: float = 0.5,
     **options: Any,

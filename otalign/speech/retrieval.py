@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import flag, whole_number
 from ..distributed import gathered, processes
+from ..layout import Lengths
 from .states import States, at_least_one, inside, lengths_of, means, paired, products, unit
 
 
@@ -46,8 +47,8 @@ class RetrievalScores(_Scores):
 def retrieval_scores(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None = None,
-    text_lengths: Tensor | None = None,
+    speech_lengths: Lengths | None = None,
+    text_lengths: Lengths | None = None,
 ) -> RetrievalScores:
     """How well each item finds its partner among all items, in each layer, by the cosine of means over time.
 
@@ -95,8 +96,8 @@ class RetrievalCorpus:
         self,
         speech_states: States,
         text_states: States,
-        speech_lengths: Tensor | None = None,
-        text_lengths: Tensor | None = None,
+        speech_lengths: Lengths | None = None,
+        text_lengths: Lengths | None = None,
     ) -> None:
         """Add a batch; arguments as in `retrieval_scores`."""
         for number, vectors in pooled(speech_states, text_states, speech_lengths, text_lengths).items():
@@ -124,7 +125,7 @@ class RetrievalCorpus:
 
 @torch.no_grad()
 def pooled(
-    speech_states: States, text_states: States, speech_lengths: Tensor | None, text_lengths: Tensor | None
+    speech_states: States, text_states: States, speech_lengths: Lengths | None, text_lengths: Lengths | None
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """By layer the means over time of the items that are not empty, of length one: two tensors `(items, D)`."""
     found = {}

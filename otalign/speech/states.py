@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..layout import expect_dense, padded_segments
+from ..layout import Lengths, expect_dense, padded_segments
 from ..problem import checks_values
 from ..reference import normalize
 
@@ -57,8 +57,8 @@ def expect_pair(name: str, x: Tensor, y: Tensor) -> None:
 def sides(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
     names: tuple[str, str] = ("speech", "text"),
 ) -> tuple[Tensor, Tensor]:
     """Validated lengths of two sides that go together, `(B, N, D)` and `(B, M, D)`, as the caller calls them."""
@@ -144,8 +144,8 @@ class Stack(NamedTuple):
 def stacked(
     speech_states: States,
     text_states: States,
-    speech_lengths: Tensor | None,
-    text_lengths: Tensor | None,
+    speech_lengths: Lengths | None,
+    text_lengths: Lengths | None,
     layers: Sequence[int],
 ) -> Stack:
     """The layers that are asked for; numbers below zero count from the end of a list."""
@@ -165,7 +165,7 @@ def chosen(name: str, states: States, layers: Sequence[int]) -> list[Tensor]:
     return [found[number] for number in numbers]
 
 
-def lengths_of(name: str, values: Tensor, lengths: Tensor | None) -> Tensor:
+def lengths_of(name: str, values: Tensor, lengths: Lengths | None) -> Tensor:
     """Validated lengths `(B,)` int64 on the device of the values."""
     return padded_segments(name, values, values.shape[1], lengths).lengths
 
