@@ -166,10 +166,10 @@ FAULTS = (
         "if (j < block.m - 1) t[j] = block.columns(kSolution)[j];",
     ),
     cuda(
-        "a missing mask of columns",
+        "the relaxation of the other side",
         "sinkhorn",
-        "if (block.column(c) >= block.m) gamma[c] = -INFINITY;",
-        "",
+        "keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));",
+        "keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_x));",
     ),
     cuda(
         "a dropped damping",

@@ -303,8 +303,8 @@ def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
 @pytest.mark.parametrize(
     "arch, every",
     [
-        ("90", 120),
-        ("gfx942", 200),
+        ("90", 250),
+        ("gfx942", 400),
         *(pytest.param(arch, 1, marks=pytest.mark.slow) for arch in ("80", "90", "100", "gfx942")),
     ],
 )
