@@ -140,6 +140,7 @@ struct Item {
   int64_t first;  // the block's first row, of all rows
   float epsilon, per_reg;
   int slice, per_slice;  // groups of columns that a block sums for all, and 2^16 over that, rounded up
+  float keep_x, keep_y;  // damping of the two updates
   float missing;         // the weight of points that have to give or take it, but that nothing reaches
 };
 static_assert(sizeof(Item) <= 4 * (kFixed - kItem));
@@ -346,9 +347,10 @@ class Block {
     count = m == 0 ? 0 : x.length - begin < share ? x.length - begin : share;
     const float epsilon = regularisation(p.reg ? p.reg[next] : p.reg_of_all);
     const int slice = ((m + 3) / 4 + choice.cluster) / choice.cluster;
+    const auto keep = [&](double rho) { return static_cast<float>(damping(epsilon, rho)); };
     if (port::thread() == 0)
       *reinterpret_cast<Item*>(shared + kItem) = {
-          next, x, y, x.start + begin, epsilon, 1 / epsilon, slice, 65536 / slice + 1, 0};
+          next, x, y, x.start + begin, epsilon, 1 / epsilon, slice, 65536 / slice + 1, keep(p.rho_x), keep(p.rho_y), 0};
     port::sync_block();
   }
 

@@ -57,8 +57,6 @@ class Sinkhorn {
 
   OTALIGN_DEVICE void begin() {
     const Problem& p = block.p;
-    keep_x = static_cast<float>(damping(block.current().epsilon, p.rho_x));
-    keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));
     error = 0;
     n_iter = 0;
     turn = 0;
@@ -99,7 +97,7 @@ class Sinkhorn {
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sum += expf(w[c] - cost[c] - top);
     sum = over_lanes<L::kLanes>(sum, Sum());
-    return sum == 0 ? INFINITY : -keep_x * (top + logf(sum));
+    return sum == 0 ? INFINITY : -block.current().keep_x * (top + logf(sum));
   }
 
   // phi + log u of the next iteration, into the other u; the largest exponents of columns with it, into the other v.
@@ -165,7 +163,7 @@ class Sinkhorn {
         if (strict_y) lost += b;
         b = 0;
       }
-      block.columns(kGamma)[j] = b > 0 ? -keep_y * log_sum : 0;
+      block.columns(kGamma)[j] = b > 0 ? -block.current().keep_y * log_sum : 0;
     });
     missing += block.sum_block(lost) + block.missing();
     port::sync_block();
@@ -249,7 +247,7 @@ class Sinkhorn {
       if (!mine) return 0.0f;
       const float a = numbers(kA), before = numbers(kU + turn);
       if (!(a > 0)) sum = 1;
-      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, keep_x);
+      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, block.current().keep_x);
       const float ratio = kRelaxed ? before / next : before * sum;
       if (one) {
         off += in_range(sum, next) ? a * fabsf(ratio - 1) : INFINITY;
@@ -266,7 +264,7 @@ class Sinkhorn {
       if (kRelaxed) gamma = load4(block.columns(kGamma) + j);
       const auto next = [&](int k) {
         const float total = part(b, k) > 0 ? part(sum, k) : 1;
-        const float scaled = scaling(total, part(gamma, k), keep_y);
+        const float scaled = scaling(total, part(gamma, k), block.current().keep_y);
         columns_near = columns_near && in_range(total, scaled);
         return scaled;
       };
@@ -366,7 +364,7 @@ class Sinkhorn {
     });
     put_tops(tops, {});
     sum_columns_exactly(0, [&](int j, float log_sum) {
-      if (!(block.columns(kB)[j] > 0) && log_sum > -INFINITY) block.columns(kW)[j] = -keep_y * log_sum;
+      if (!(block.columns(kB)[j] > 0) && log_sum > -INFINITY) block.columns(kW)[j] = -block.current().keep_y * log_sum;
     });
   }
 
@@ -431,7 +429,6 @@ class Sinkhorn {
   Block<L> block;
   Matrix<L> matrix;
   const float& tol;
-  float keep_x = 1, keep_y = 1;
   float error = 0;
   int n_iter = 0, turn = 0;
 };
