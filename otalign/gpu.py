@@ -139,7 +139,7 @@ def _apply_of(inputs: Sequence[Any], saved: Sequence[Tensor], values: Tensor, by
     shape = _vectors(p)[by_y]
     nothing = values.new_zeros(()).expand(*shape, values.shape[-1])
     x, y = (values, nothing) if by_y else (nothing, values)
-    given = p._replace(x=x, y=y, C=None, cost="dot")
+    given = p._replace(x=x, y=y, C=None, cost="dot" if p.cost == "given" else p.cost)  # of which nothing is computed
     image, mass = torch.ops.otalign.gpu_barycentric(*given, *saved, by_y)
     return image * mass[..., None]
 
