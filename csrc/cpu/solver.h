@@ -100,6 +100,7 @@ class Solver {
     if (!weights_valid() || !begin()) return false;
     double error = 0;
     int64_t n_iter = 0;
+    Pace pace(poll);
     sweep<true>(true);
     while (feasible) {
       for (int64_t i = 0; i < n; ++i) u[i] = u_next[i];
@@ -107,7 +108,7 @@ class Solver {
       ++n_iter;
       error = n_iter < it.max_iter ? sweep<true>(false) : sweep<false>(false);
       if (should_stop(error, it.tol, n_iter, it.max_iter)) break;
-      if (n_iter % 16 == 0 && poll()) return false;
+      if (pace.stops(n * m + 8192)) return false;
     }
     if (!feasible || error != error) return false;
     it.n_iter = static_cast<int32_t>(n_iter);
