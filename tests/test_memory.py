@@ -89,7 +89,7 @@ def test_points_whose_storage_is_gone():
     x = batch.x * 1
     loss = otalign.sinkhorn_loss(x, *batch[1:], backend="cpu")
     x.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="x: expected .* bytes of memory"):
+    with pytest.raises(ValueError, match=r"x: expected .* bytes of memory"):
         loss.backward()
 
 
