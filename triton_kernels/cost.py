@@ -54,6 +54,43 @@ def largest(points, rows, inside, stride, dim_stride, dim, T: tl.constexpr, BLOC
 
 
 @triton.jit
+def growth(largest):
+    """1 / largest, as far as floats can hold it: enough to bring the squares of any number into their range."""
+    if largest.dtype == tl.float64:
+        limit = 4.49423283715579e307  # 2^1022
+    else:
+        limit = 8.507059173023462e37  # 2^126
+    return tl.where(largest * limit > 1, tl.where(largest < limit, 1 / largest, 1 / limit), limit)
+
+
+@triton.jit
+def kept_scale(over, grow):
+    """The reciprocal norm of a point that was `grow` times as long; where floats cannot hold it, minus `over`."""
+    if over.dtype == tl.float64:
+        limit = 4.49423283715579e307
+    else:
+        limit = 8.507059173023462e37
+    return tl.where(grow == limit, -over, over * grow)
+
+
+@triton.jit
+def split_scale(scale):
+    """A kept scale as the factor that brings a point to a length from which squares are safe, and what is left.
+
+    The factor is 1 wherever the length is so already.
+    """
+    if scale.dtype == tl.float64:
+        safe, most, limit = 1e140, 1022.0, 4.49423283715579e307
+    else:
+        safe, most, limit = 1e15, 126.0, 8.507059173023462e37
+    wild = (scale > safe) | ((scale > 0) & (scale * safe < 1))
+    power = tl.floor(tl.log2(tl.where(wild, scale, 1)))
+    power = tl.exp2(tl.minimum(tl.maximum(power, -most), most))
+    factor = tl.where(scale < 0, limit, power).to(scale.dtype)
+    return factor, tl.where(scale < 0, -scale, scale / factor)
+
+
+@triton.jit
 def square_distances(
     x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim,
     T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -128,8 +165,8 @@ def cost_kernel(
                 grow_x, grow_y = ones_x, ones_y
                 if (least < 1e-30) | (most > 1e30):
                     # The cosine does not know lengths, but their squares leave the range of floats: divide them out.
-                    grow_x = 1 / largest(x, rows, mine, x_row, x_dim, dim, T, BLOCK_N, BLOCK_D)
-                    grow_y = 1 / largest(y, columns, real, y_row, y_dim, dim, T, BLOCK_M, BLOCK_D)
+                    grow_x = growth(largest(x, rows, mine, x_row, x_dim, dim, T, BLOCK_N, BLOCK_D))
+                    grow_y = growth(largest(y, columns, real, y_row, y_dim, dim, T, BLOCK_M, BLOCK_D))
                     dots, xx, yy = products(
                         x, y, rows, columns, mine, real, x_row, x_dim, y_row, y_dim, dim, grow_x, grow_y,
                         SAME, T, True, True, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
@@ -137,9 +174,9 @@ def cost_kernel(
                 over_x, over_y = reciprocal_norm(xx), reciprocal_norm(yy)
                 cost = 1 - dots * over_x[:, None] * over_y[None, :]
                 if column == 0:
-                    tl.store(x_scale + x_start + rows, over_x * grow_x, mask=mine)
+                    tl.store(x_scale + x_start + rows, kept_scale(over_x, grow_x), mask=mine)
                 if row == 0:
-                    tl.store(y_scale + y_start + columns, over_y * grow_y, mask=real)
+                    tl.store(y_scale + y_start + columns, kept_scale(over_y, grow_y), mask=real)
             elif COST == "dot":
                 cost = -dots
             else:

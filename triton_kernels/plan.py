@@ -24,6 +24,7 @@ from .common import (
     sum_over_programs,
     worth,
 )
+from .cost import split_scale
 
 
 @triton.jit
@@ -329,7 +330,8 @@ def project_kernel(
                     cost -= prior_tile(own, other, n, m, epsilon, prior_first, prior_second, PRIOR, T)
             # What is summed on the diagonal is what is multiplied, rounding and all: where points are close, the two cancel.
             if COST == "cosine":
-                scale_j = tl.load(other_scale + other_start + others, mask=real, other=0)[None, :]
+                factor_j, unit_j = split_scale(tl.load(other_scale + other_start + others, mask=real, other=0))
+                scale_j = unit_j[None, :]
                 W = round_like(H * scale_j, other_at, SAME)
                 H = tl.where(scale_j > 0, W / tl.where(scale_j > 0, scale_j, 1), 0)
                 diagonal += tl.sum(times(H, 1 - cost), 1)
@@ -344,6 +346,9 @@ def project_kernel(
                 W = H
         other_places = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
         points = tl.load(other_at + other_places, mask=real[:, None] & (k < dim)[None, :], other=0)
+        if COST == "cosine":
+            if tl.max(tl.where(factor_j == 1, 0, 1), 0) > 0:
+                points = (points.to(T) * factor_j[:, None]).to(points.dtype)
         if SAME:
             sums = tl.dot(W.to(points.dtype), points, sums, input_precision=PRECISION, out_dtype=T)
         else:
@@ -359,8 +364,9 @@ def project_kernel(
             own_places = rows.to(tl.int64)[:, None] * own_row + k.to(tl.int64)[None, :] * own_dim
             points = tl.load(own_at + own_places, mask=mine[:, None] & (k < dim)[None, :], other=0).to(T)
             if COST == "cosine":
-                scale = tl.load(own_scale + own_start + rows, mask=mine, other=0)
-                result = (result + (diagonal * scale)[:, None] * points) * scale[:, None]
+                factor, scale = split_scale(tl.load(own_scale + own_start + rows, mask=mine, other=0))
+                points *= factor[:, None]
+                result = (result + (diagonal * scale)[:, None] * points) * scale[:, None] * factor[:, None]
             else:
                 result += diagonal[:, None] * points
         if count == 0:

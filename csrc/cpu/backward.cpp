@@ -36,7 +36,7 @@ Reverse<T> reverse_of(const Batch<T>& batch, const Gradients& g, int64_t b, T* v
 // Columns [begin, end) of the gradients by an item's points.
 template <class T>
 void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& it, const Reverse<T>& r,
-                     const Task& task, const Scratch& scratch, int thread) {
+                     const Task& task, const Scratch& scratch, int thread, Poll poll) {
   const Problem& p = batch.p;
   const int64_t b = task.item, columns = task.end - task.begin;
   T* const panel = scratch.get<T>(thread, 1);
@@ -53,7 +53,7 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   const bool direct_y = batch.in_place(p.y, bytes_at(g.y, y_element, p.y.points_type), p.dim);
   T* const dy = !g.y ? nullptr : direct_y ? at<T>(g.y, y_element) : scratch.get<T>(thread, 5);
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
-  for (int64_t i = 0; i < it.n; i += kPanel) {
+  for (int64_t i = 0; i < it.n && !poll(); i += kPanel) {
     const int64_t rows = std::min(kPanel, it.n - i);
     Block<T> x = read_block(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, 2));
     if (wild_x) x = over_powers(x, rows, columns, exponent_x + i, tame_x.as<T>(), columns);
@@ -91,11 +91,12 @@ void constant_gradient(const Batch<T>& batch, const Gradients& g, const Task& ta
 // The gradient by a given cost, padding and all.
 template <class T>
 void given_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>* it, const Reverse<T>& r, int64_t b,
-                    T number, T* row) {
+                    T number, T* row, Poll poll) {
   const Problem& p = batch.p;
   const int64_t m = batch.m(b);
   std::fill_n(row, p.y.size, T(0));
-  for (int64_t i = 0; i < p.x.size; ++i) {
+  Pace pace(poll);
+  for (int64_t i = 0; i < p.x.size && !pace.stops(p.y.size); ++i) {
     if (i < batch.n(b) && it)
       kernels<T>().panel(*it, r, i, i + 1, row);
     else
@@ -181,7 +182,7 @@ bool backward(const Problem& problem, const Gradients& g, Poll poll) {
   double elements = 0;
   for (const Task& item : items) elements += item.work;
   const double cleared = static_cast<double>(p.x.rows + p.y.rows) * p.dim / 16;
-  team.run(items.size(), elements * (implicit ? kSolveWork : 8) + cleared, [&](int64_t k, int thread, Poll) {
+  team.run(items.size(), elements * (implicit ? kSolveWork : 8) + cleared, [&](int64_t k, int thread, Poll stop) {
     const int64_t b = items[k].item;
     const Item<T> it = batch.item(b);
     Reverse<T> r = reverse_item(b);
@@ -193,19 +194,19 @@ bool backward(const Problem& problem, const Gradients& g, Poll poll) {
       }
       std::fill_n(r.term_y, padded(it.m), T(0));
       if (implicit) std::fill_n(r.lift_y, padded(it.m), T(0));
-      kernels<T>().reverse(it, r, scratch.get<char>(thread, 0));
+      kernels<T>().reverse(it, r, scratch.get<char>(thread, 0), stop);
     } else {
       if (r.a) std::fill_n(r.a, it.n, constant(b, r));
       if (r.b) std::fill_n(r.b, it.m, constant(b, r));
     }
     for (const auto& [side, out, row] : outputs) zero_padding(*side, p.items, b, out, row);
-    if (g.given) given_gradient(batch, g, works ? &it : nullptr, r, b, constant(b, r), scratch.get<T>(thread, 1));
+    if (g.given) given_gradient(batch, g, works ? &it : nullptr, r, b, constant(b, r), scratch.get<T>(thread, 1), stop);
   });
-  team.run(slices.size(), 2 * elements * p.dim, [&](int64_t k, int thread, Poll) {
+  team.run(slices.size(), 2 * elements * p.dim, [&](int64_t k, int thread, Poll stop) {
     const Task& task = slices[k];
     const Reverse<T> r = reverse_item(task.item);
     if (active(task.item, r))
-      points_gradient(batch, g, batch.item(task.item), r, task, scratch, thread);
+      points_gradient(batch, g, batch.item(task.item), r, task, scratch, thread, stop);
     else
       constant_gradient(batch, g, task, constant(task.item, r));
   });

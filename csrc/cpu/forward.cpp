@@ -57,12 +57,13 @@ bool scales(const Problem& p, Block<T> points, int64_t rows, T* out, T* exponent
 // Rows [begin, end) of an item's cost; false if any is not finite.
 template <class T>
 bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer, T* y_buffer, T* scale_y,
-                T* exponent_y) {
+                T* exponent_y, Poll poll) {
   const Problem& p = batch.p;
   const int64_t rows = task.end - task.begin, b = task.item;
   T* const out = it.K + task.begin * it.m;
   if (p.cost == Cost::given) {
-    for (int64_t i = 0; i < rows; ++i) {
+    Pace pace(poll);
+    for (int64_t i = 0; i < rows && !pace.stops(it.m); ++i) {
       const int64_t element = b * p.given_strides[0] + (task.begin + i) * p.given_strides[1];
       if (p.given_strides[2] == 1)
         kernels<T>().read(p.given_type, bytes_at(p.given, element, p.given_type), out + i * it.m, it.m);
@@ -118,11 +119,11 @@ bool forward(const Problem& problem, Poll poll) {
   std::vector<std::atomic<bool>> broken(p.items);
   double elements = 0;
   for (const Task& item : items) elements += item.work;
-  team.run(blocks.size(), elements * p.dim, [&](int64_t k, int thread, Poll) {
+  team.run(blocks.size(), elements * p.dim, [&](int64_t k, int thread, Poll stop) {
     const Task& task = blocks[k];
     const bool finite =
         build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0), scratch.get<T>(thread, 1),
-                   scratch.get<T>(thread, 2), scratch.get<T>(thread, 2) + batch.most_m);
+                   scratch.get<T>(thread, 2), scratch.get<T>(thread, 2) + batch.most_m, stop);
     if (!finite) broken[task.item].store(true, std::memory_order_relaxed);
   });
   team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
@@ -144,7 +145,7 @@ bool forward(const Problem& problem, Poll poll) {
       for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
     } else if (broken[b].load(std::memory_order_relaxed) ||
                (p.cost == Cost::given &&
-                !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr))) {
+                !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr, stop))) {
       kernels<T>().fail(it);
     } else {
       kernels<T>().solve(it, scratch.get<char>(thread, 3), stop);

@@ -229,8 +229,8 @@ void solve(Item<T>& it, void* memory, Poll poll) {
 }
 
 template <class T>
-void reverse(const Item<T>& it, Reverse<T>& back, void* memory) {
-  ReversePass<T>(it, back, memory).run();
+void reverse(const Item<T>& it, Reverse<T>& back, void* memory, Poll poll) {
+  ReversePass<T>(it, back, memory, poll).run();
 }
 
 template <class T>

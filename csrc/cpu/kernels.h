@@ -65,6 +65,25 @@ struct Poll {
   bool operator()() const { return function && function(context); }
 };
 
+// Asks a poll after every so many numbers of work that asking costs nothing.
+class Pace {
+ public:
+  explicit Pace(Poll poll) : poll_(poll) {}
+  // Whether to stop, after work on `numbers` more.
+  bool stops(int64_t numbers) {
+    done_ += numbers;
+    if (done_ < kNumbers) return stopped_;
+    done_ = 0;
+    return stopped_ = stopped_ || poll_();
+  }
+
+ private:
+  static constexpr int64_t kNumbers = 1 << 17;
+  const Poll poll_;
+  int64_t done_ = 0;
+  bool stopped_ = false;
+};
+
 template <class T>
 struct Kernels {
   // Bytes of scratch that solve and reverse need.
@@ -85,7 +104,7 @@ struct Kernels {
   void (*solve)(Item<T>& item, void* scratch, Poll poll);
   void (*fail)(Item<T>& item);  // everything NaN
 
-  void (*reverse)(const Item<T>& item, Reverse<T>& reverse, void* scratch);
+  void (*reverse)(const Item<T>& item, Reverse<T>& reverse, void* scratch, Poll poll);
   // Rows [begin, end) of the matrix A for which the gradients are A y + diag x and A^T x + diag y; with a given cost,
   // of the gradient itself. out is (end - begin, m).
   void (*panel)(const Item<T>& item, const Reverse<T>& reverse, int64_t begin, int64_t end, T* out);

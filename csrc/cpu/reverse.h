@@ -18,8 +18,8 @@ class ReversePass {
     return 3 * padded(m) * sizeof(T) + (2 * n + 6 * m) * sizeof(double) + 16 * 64;
   }
 
-  ReversePass(const Item<T>& item, Reverse<T>& reverse, void* memory)
-      : it(item), back(reverse), n(item.n), m(item.m), P(item.K) {
+  ReversePass(const Item<T>& item, Reverse<T>& reverse, void* memory, Poll poll)
+      : it(item), back(reverse), n(item.n), m(item.m), P(item.K), pace(poll) {
     Arena arena{static_cast<char*>(memory)};
     column = arena.take<T>(padded(m));
     row_buffer = arena.take<T>(padded(m));
@@ -109,7 +109,7 @@ class ReversePass {
     project();
     double now = energy(), before = 0;
     const double enough = now * tolerance * tolerance;
-    for (int64_t k = 0; k < 4 * m + 40 && now > enough; ++k) {
+    for (int64_t k = 0; k < 4 * m + 40 && now > enough && !pace.stops(0); ++k) {
       const double carry = before > 0 ? now / before : 0.0;
       for (int64_t j = 0; j < m; ++j) {
         const double step = column_mass[j] > 0 ? residual[j] / column_mass[j] : 0.0;
@@ -145,6 +145,7 @@ class ReversePass {
         product += S::select(inside, S::max(S::load(row + j), V{}) * S::load(back.lift_y + j), V{});
       });
       const T weight = static_cast<T>(per_row(i, S::sum(product)));
+      if (pace.stops(m)) return;
       for_vectors<T>(m, [&](int64_t j, int count, auto) {
         S::store(column + j, S::load(column + j) + weight * S::max(S::load(row + j), V{}), count);
       });
@@ -158,6 +159,7 @@ class ReversePass {
     const T reg = static_cast<T>(it.reg);
     for (int64_t i = 0; i < n; ++i) {
       const T* row = P + i * m;
+      if (pace.stops(m)) return;
       gradient_row(it, back, i, row_buffer);
       for (int64_t j = 0; j < m; ++j) row_prior[j] = 0;
       if (it.cost == Cost::cosine && !prior.none()) prior.add(i, row_prior);
@@ -278,6 +280,7 @@ class ReversePass {
   Reverse<T>& back;
   const int64_t n, m;
   const T* const P;
+  Pace pace;  // what is left undone when it stops, nobody reads
   T *column, *row_buffer, *row_prior;
   double *row_mass, *row_load, *column_mass, *right, *solution, *residual, *direction, *image;
 };

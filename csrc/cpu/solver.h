@@ -70,7 +70,6 @@ class Solver {
   using V = typename S::V;
   static constexpr int W = S::W;
   static constexpr int kNarrow = W < 4 ? 1 : OTALIGN_VECTOR_BYTES == 64 ? 16 : 8;  // vectors that registers can hold
-  static constexpr int64_t kPollWork = 1 << 22;                                    // numbers of K between two polls
 
  public:
   static size_t scratch(int64_t n, int64_t m) {
@@ -97,17 +96,14 @@ class Solver {
   bool run(Poll poll) {
     if (!weights_valid() || !begin()) return false;
     double error = 0;
-    int64_t n_iter = 0, since_poll = 0;
+    int64_t n_iter = 0;
+    Pace pace(poll);
     while (feasible) {
       error = n_iter < it.max_iter && !it.symmetric ? sweep<true>(n_iter == 0) : sweep<false>(n_iter == 0);
       if (!feasible || (n_iter > 0 && should_stop(error, it.tol, n_iter, it.max_iter))) break;
       update();
       ++n_iter;
-      since_poll += exact ? 16 * n * m : n * m;
-      if (since_poll >= kPollWork) {
-        if (poll()) return false;
-        since_poll = 0;
-      }
+      if (pace.stops((exact ? 16 : 1) * n * m + 8192)) return false;
     }
     if (!feasible || error != error) return false;
     it.n_iter = static_cast<int32_t>(n_iter);
