@@ -6,6 +6,8 @@ namespace otalign::cpu {
 namespace {
 
 constexpr int64_t kBlock = 256;  // rows of a block of the cost
+constexpr double kBlockWork =
+    4.0 * (1ll << 30);  // most multiply-adds of a block, since a product cannot be interrupted
 
 // Norms between whose reciprocals nothing over- or underflows: not their squares, nor the products of two.
 template <class T>
@@ -100,7 +102,9 @@ bool forward(const Problem& problem, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
     if (batch.empty(b) || p.cost == Cost::given) continue;
-    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock), rows = ceil_div(n, pieces);
+    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / kBlockWork);
+    const int64_t pieces = std::max<int64_t>({1, (n + kBlock / 2) / kBlock, std::min(n, heavy)});
+    const int64_t rows = ceil_div(n, pieces);
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
       blocks.push_back({b, i, end, static_cast<double>(end - i) * m});
