@@ -141,7 +141,7 @@ def _memory(tensor: Tensor | None) -> tuple[int, int]:
     """The address of a tensor's first number, and the bytes from there to the end of its storage."""
     if tensor is None:
         return 0, 0
-    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    return tensor.data_ptr(), int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize)
 
 
 def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

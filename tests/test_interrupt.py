@@ -23,9 +23,16 @@ otalign.solve_cost(torch.rand(1, 4, 4), reg=0.1, backend="cpu")
 # Work of many seconds each.
 CALLS = {
     "the other thread has the only long item": """
-        C = torch.rand(2, 600, 600)
-        lengths = torch.tensor([600, 599])
-        run = lambda: otalign.solve_cost(C, lengths, reg=torch.tensor([0.01, 0.5]), max_iter=50_000, **options)
+        C = torch.rand(2, 1500, 1500)
+        C[0, 0, 0] = torch.nan  # this item comes first, and is done at once
+        lengths = torch.tensor([1500, 1499])
+        run = lambda: otalign.solve_cost(C, lengths, reg=0.01, max_iter=20_000, **options)
+    """,
+    "the other thread has the only long item, the first": """
+        C = torch.rand(2, 1500, 1500)
+        C[1, 0, 0] = torch.nan
+        lengths = torch.tensor([1500, 1499])
+        run = lambda: otalign.solve_cost(C, lengths, reg=0.01, max_iter=20_000, **options)
     """,
     "one item": """
         C = torch.rand(1, 3000, 3000)
@@ -37,7 +44,7 @@ CALLS = {
         run = lambda: loss.backward()
     """,
     "products of one item": """
-        x, y = torch.randn(1, 2500, 20_000), torch.randn(1, 2500, 20_000)
+        x, y = torch.randn(1, 3000, 16_000), torch.randn(1, 3000, 16_000)
         run = lambda: otalign.sinkhorn_loss(x, y, max_iter=1, **options)
     """,
     "gradients by the points of one item": """

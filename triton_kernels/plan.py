@@ -346,7 +346,7 @@ def project_kernel(
                 W = H
         other_places = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
         points = tl.load(other_at + other_places, mask=real[:, None] & (k < dim)[None, :], other=0)
-        if COST == "cosine":
+        if COST == "cosine":  # noqa: SIM102 - other costs have no such factor
             if tl.max(tl.where(factor_j == 1, 0, 1), 0) > 0:
                 points = (points.to(T) * factor_j[:, None]).to(points.dtype)
         if SAME:

@@ -7,6 +7,8 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // rows of a block of the cost
 constexpr int64_t kRows = 16;    // of which a block has a multiple: whole cache lines, for any D
+constexpr double kBlockWork =
+    4.0 * (1ll << 30);  // most multiply-adds of a block, since a product cannot be interrupted
 
 // Norms between whose reciprocals nothing over- or underflows: not their squares, nor the products of two.
 template <class T>
@@ -101,7 +103,8 @@ bool forward(const Problem& problem, Poll poll) {
     const int64_t n = batch.n(b), m = batch.m(b);
     items.push_back({b, 0, 0, static_cast<double>(n) * m});
     if (batch.empty(b) || p.cost == Cost::given) continue;
-    const int64_t pieces = std::max<int64_t>(1, (n + kBlock / 2) / kBlock);
+    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / kBlockWork);
+    const int64_t pieces = std::max<int64_t>({1, (n + kBlock / 2) / kBlock, std::min(n, heavy)});
     const int64_t rows = ceil_div(ceil_div(n, pieces), kRows) * kRows;
     for (int64_t i = 0; i < n; i += rows) {
       const int64_t end = std::min(n, i + rows);
