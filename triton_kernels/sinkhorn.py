@@ -582,8 +582,9 @@ def sinkhorn_kernel(
                     top, sums, per_reg, parts, counter, epoch, rank, programs, BLOCK_M, PEERS
                 )
                 ratio = tl.where(column_logs == -INFINITY, 1, tl.exp(gamma + keep_y * column_logs))
-                off = tl.where(column_logs == column_logs, row_errors(b_j, ratio), column_logs)
-                reached = tl.sum(tl.where(real, off, 0)) + missing
+                errors = tl.where(column_logs == column_logs, row_errors(b_j, ratio), column_logs)
+                off = tl.sum(tl.where(real, errors, 0))
+                reached = off + missing
             else:
                 top, sums, off, missing = exact_pass(
                     cost_at, ld, rows_at, x_rows, turn, a, has_a, x_start, n, begin, end, m, gamma, logarithm(b_j),
