@@ -111,10 +111,10 @@ FAULTS = (
         "(b * p.y.size + i) * p.y.size",
     ),
     triton(
-        "a missing mask of columns",
-        "sinkhorn",
-        "H = tl.where(inside, (G + log_b)[None, :] - cost * per_reg, -INFINITY)",
-        "H = (G + log_b)[None, :] - cost * per_reg",
+        "a missing mask of dimensions",
+        "cost",
+        "mask=inside[:, None] & (k < dim)[None, :], other=0)",
+        "mask=inside[:, None], other=0)",
     ),
     triton(
         "a dropped damping",
