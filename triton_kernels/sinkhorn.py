@@ -553,7 +553,7 @@ def sinkhorn_kernel(
         else:
             farthest = 1e5
         gamma = tl.where(tl.abs(gamma) <= farthest, gamma, float("nan"))
-        part_b = b_j  # the weights of columns that take part
+        part_b = b_j  # the weights of columns that take part; all are loaded again where needed, to save registers
         missing_y = tl.sum(b_j * 0)
         v = tl.zeros([BLOCK_M], T) + 1
         made = item * 0
@@ -568,6 +568,7 @@ def sinkhorn_kernel(
             begin += zero
             m += zero
             y_start += zero
+            b_j = load_weights(b, has_b, y_start + columns, columns < m, m)
             gamma += logarithm(v)
             v = tl.zeros([BLOCK_M], T) + 1
             if SYMMETRIC:
@@ -700,6 +701,7 @@ def sinkhorn_kernel(
                 tl.debug_barrier()
 
         broken = reached != reached
+        b_j = load_weights(b, has_b, y_start + columns, real, m)
         G = tl.where(part_b > 0, gamma + logarithm(v), tl.where(real, unreached_potential(relax_y, per_reg), 0))
         if SYMMETRIC:
             tl.store(desk + columns, G)
