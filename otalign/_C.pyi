@@ -1,6 +1,11 @@
-"""The compiled engine. Pointers are integers, 0 for null; fields are those of csrc/problem.h, which documents them."""
+"""The compiled engine. Memory is a pair of its address, 0 for null, and its size in bytes.
+
+Fields are those of csrc/problem.h, which documents them.
+"""
 
 from typing import Any
+
+_Memory = tuple[int, int]
 
 simd: str
 compiler: str
@@ -8,18 +13,19 @@ openmp: bool
 cuda_reason: str
 
 class Side:
-    lengths: int
-    starts: int
+    lengths: _Memory
+    starts: _Memory
     size: int
     rows: int
-    points: int
+    points: _Memory
     points_type: int
     item_stride: int
     row_stride: int
-    weights: int
-    potential: int
-    mass: int
-    scale: int
+    weights: _Memory
+    potential: _Memory
+    mass: _Memory
+    scale: _Memory
+    exponent: _Memory
 
 class Problem:
     items: int
@@ -30,50 +36,50 @@ class Problem:
     @property
     def y(self) -> Side: ...
     cost: int
-    given: int
+    given: _Memory
     given_type: int
     given_strides: tuple[int, int, int]
     prior: int
     prior_parameters: tuple[float, float]
-    reg: int
+    reg: _Memory
     rho_x: float
     rho_y: float
-    init: int
+    init: _Memory
     max_iter: int
     tol: float
     symmetric: bool
-    plan: int
-    distance: int
+    plan: _Memory
+    distance: _Memory
     capacity: int
-    value: int
-    linear: int
-    error: int
-    n_iter: int
+    value: _Memory
+    linear: _Memory
+    error: _Memory
+    n_iter: _Memory
     threads: int
     reg_of_all: float
     pitch: int
-    scratch: int
+    scratch: _Memory
     @property
     def itself(self) -> int: ...
 
 class Lifts:
-    linear: int
+    linear: _Memory
     linear_step: int
-    plan: int
-    x: int
-    y: int
+    plan: _Memory
+    x: _Memory
+    y: _Memory
     @property
     def itself(self) -> int: ...
 
 class Gradients:
-    value: int
-    linear: int
-    plan: int
-    x: int
-    y: int
-    given: int
-    a: int
-    b: int
+    value: _Memory
+    linear: _Memory
+    plan: _Memory
+    x: _Memory
+    y: _Memory
+    given: _Memory
+    a: _Memory
+    b: _Memory
 
 class Block:
     """A block of the engine's memory pool, through the buffer protocol."""
@@ -83,8 +89,8 @@ class Block:
 
 def cpu_forward(problem: Problem, /) -> None: ...
 def cpu_backward(problem: Problem, gradients: Gradients, /) -> None: ...
-def cpu_unpack(problem: Problem, packed: int, dense: int, /) -> None: ...
-def cpu_pack(problem: Problem, dense: int, packed: int, /) -> None: ...
+def cpu_unpack(problem: Problem, dense: _Memory, /) -> None: ...
+def cpu_pack(problem: Problem, dense: _Memory, /) -> None: ...
 def pool_idle() -> int: ...
 def use_blas(name: str, sgemm: int, dgemm: int, limit: int, /) -> None: ...
 def blas() -> str: ...

@@ -205,6 +205,7 @@ class ImplicitPotentials(torch.autograd.Function):
         schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
         noise = 10 * len(b) * torch.finfo(b.dtype).eps  # of a matrix whose natural scale is one
         q = torch.linalg.pinv(schur, atol=noise, rtol=0) @ (grad_g - damp_x * pi.T @ grad_f)
+        q = torch.where(b > 0, q, 0)  # as it is without rounding: the system has a row of its own for such points
         p = grad_f - damp_y * omega @ q
         grad_C = damp_x * p[:, None] * pi + damp_y * q * omega
         return grad_C, -reg * damp_y * omega_a @ q, -reg * damp_x * p @ pi_b, None, None, None, None

@@ -147,6 +147,7 @@ def test_operators_survive_lies(backend, count):
     """Wrong lengths, capacities, sizes, types, shapes and storages end as errors, or in numbers, but never in a crash."""
     command = [sys.executable, "-m", "tests.lies", backend, str(count), "0"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:allocator_may_return_null=1"  # where a sanitizer is at work
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > count / 3

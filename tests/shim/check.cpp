@@ -55,10 +55,10 @@ struct Batch {
   Problem problem(double reg, double rho_x, double rho_y, int64_t max_iter, double tol) {
     Problem p{};
     p.items = static_cast<int64_t>(n.size());
-    p.x = {n.data(), nullptr, size_x,   p.items * size_x, nullptr, Scalar::f32,
-           0,        0,       a.data(), f.data(),         nullptr, nullptr};
-    p.y = {m.data(), nullptr, size_y,   p.items * size_y, nullptr, Scalar::f32,
-           0,        0,       b.data(), g.data(),         nullptr, nullptr};
+    p.x = {n.data(), nullptr,  size_x,   p.items * size_x, nullptr, Scalar::f32, 0,
+           0,        a.data(), f.data(), nullptr,          nullptr, nullptr};
+    p.y = {m.data(), nullptr,  size_y,   p.items * size_y, nullptr, Scalar::f32, 0,
+           0,        b.data(), g.data(), nullptr,          nullptr, nullptr};
     p.given = costs.data();
     p.pitch = pitch;
     p.reg_of_all = reg;
