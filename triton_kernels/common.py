@@ -135,13 +135,13 @@ def worth(potential, rho, UNBALANCED: tl.constexpr):
 
 
 @triton.jit
-def bounded(density):
-    """P / (a b), with the largest number for infinity: where a b is too small for a number, there is no mass either."""
-    if density.dtype == tl.float64:
+def bounded(x):
+    """`x`, with the largest number for infinity. (Of P / (a b): where a b is too small for a number, there is no mass.)"""
+    if x.dtype == tl.float64:
         most = 1.7976931348623157e308
     else:
         most = 3.4028234663852886e38
-    return tl.where(density == INFINITY, most, density)
+    return tl.where(x == INFINITY, most, x)
 
 
 @triton.jit

@@ -440,6 +440,8 @@ def weights_kernel(
             S = tl.load(G + places, mask=only_if(has_plan, inside), other=0) + tl.where(linear == 0, 0, linear * cost)
             load += tl.sum(times(E, S - lift_j[None, :]), 1)
     result = tl.where(value == 0, 0, value * (worth(f_i, relax, True) + epsilon * (1 - mass))) + load
+    # Nothing bounds what a first bit of weight would do; infinity times a weight of zero would be NaN later.
+    result = tl.where(result < 0, -bounded(-result), bounded(result))
     result = tl.where(idle, 0, tl.where(mine, result, 0))
     tl.store(out + own_start + rows, result, mask=rows < slot)
     span = tl.cdiv(size, BLOCK_R) * BLOCK_R
