@@ -87,6 +87,34 @@ FAULTS = (
         "tests/test_odd_input.py",
     ),
     engine(
+        "potentials of massless points that are stale",
+        "solver.h",
+        "if (massless_y) exact_columns(",
+        "if (false) exact_columns(",
+        "tests/test_oracle.py",
+    ),
+    engine(
+        "rows of a relaxed side that are absorbed alone",
+        "solver.h",
+        "if (keep_x != 1 || it.symmetric) {",
+        "if (it.symmetric) {",
+        "tests/test_oracle.py",
+    ),
+    engine(
+        "products of points where they lie",
+        "batch.h",
+        "return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);",
+        "return !converts(side) && row_stride == product_stride(side, 0);",
+        "tests/test_bits.py",
+    ),
+    helper(
+        "lengths that stay the caller's",
+        "layout",
+        "return integers.to(torch.int64, copy=True).contiguous()",
+        "return integers.to(torch.int64).contiguous()",
+        "tests/test_memory.py",
+    ),
+    engine(
         "an index of the prior that is one too low",
         "prior.h",
         "const double e = position - (j + 1) * step;",
@@ -119,8 +147,8 @@ FAULTS = (
     triton(
         "a dropped damping",
         "sinkhorn",
-        "return -keep * (top + logarithm(",
-        "return -(top + logarithm(",
+        "tl.where(sums == 0, INFINITY, -keep * (top + logarithm(sums)))",
+        "tl.where(sums == 0, INFINITY, -(top + logarithm(sums)))",
     ),
     triton(
         "a wrong sign in the implicit gradient",
@@ -168,14 +196,14 @@ FAULTS = (
     cuda(
         "the relaxation of the other side",
         "sinkhorn",
-        "keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));",
-        "keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_x));",
+        "scaling(total, part(gamma, k), block.current().keep_y)",
+        "scaling(total, part(gamma, k), block.current().keep_x)",
     ),
     cuda(
         "a dropped damping",
         "sinkhorn",
-        "real ? -keep_y * (v(1 - turn)",
-        "real ? -(v(1 - turn)",
+        "b > 0 ? -block.current().keep_y * log_sum : 0",
+        "b > 0 ? -log_sum : 0",
     ),
     helper(
         "a mask of padding read as one of points",
@@ -208,8 +236,8 @@ FAULTS = (
     helper(
         "ranks that are not shared",
         "speech/path",
-        "torch.where(mask, (below + upto - 1) / 2, 0)",
-        "torch.where(mask, below, 0)",
+        "torch.where(mask, (below + upto - 1).float() / 2, 0)",
+        "torch.where(mask, below.float(), 0)",
         "tests/test_path.py",
     ),
 )
