@@ -126,7 +126,7 @@ def main() -> None:
     empty = (None,) * 3
     inputs = gpu._Inputs(
         x.detach(), y.detach(), *empty, *lengths, None, 0.05, "cosine", "none", (), math.inf, math.inf,
-        False, False, 32, 75, 20, torch.float32, "triton",
+        False, False, 32, 75, 20, torch.float32, "triton", False,
     )  # fmt: skip
     grad = torch.ones(()).expand(32)
 

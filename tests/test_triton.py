@@ -361,9 +361,9 @@ def test_offsets_beyond_the_rows_stay_inside():
 
 
 def test_lengths_that_change_before_the_backward_pass():
-    """They are refused, as any tensor that autograd has saved."""
+    """They change nothing: a solve keeps its own."""
     batch = draw([5, 3], [4, 2], dtype=torch.float32).requires_grad()
+    (expected,) = torch.autograd.grad(otalign.sinkhorn_loss(*batch, backend="triton"), batch.x)
     loss = otalign.sinkhorn_loss(*batch, backend="triton")
     batch.x_lengths.fill_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    identical(torch.autograd.grad(loss, batch.x)[0], expected)

@@ -60,31 +60,33 @@ static OTALIGN_INLINE typename Simd<T>::V grown(typename Simd<T>::V k, typename 
   return S::select(held, product, entry<T>(exponent<T>(k) + shift));
 }
 
-// K_ij = exp(phi_i + gamma_j - C_ij / reg) sqrt(a_i b_j), so that points of very small weight keep K in the range of
-// floats: an entry that matters to its row or column lies within 44 nats (in float) of one. Points that carry no mass,
-// since their weight is zero or since nothing with mass reaches them, stand in K with a factor of one for their weight,
-// and have no part in the iterations: their sums count as one, and their potentials are made in the end.
+// K_ij = exp(phi_i + gamma_j - C_ij / reg) r_i r_j, with r powers of two near the roots of the weights, so
+// that points of very small weight keep K in the range of floats: an entry that matters to its row or column lies
+// within 45 nats (in float) of one. Points that carry no mass, since their weight is zero or since nothing with mass
+// reaches them, have a factor of one, and have no part in the iterations: their sums count as one, and their potentials
+// are made in the end.
 template <class T>
 class Solver {
   using S = Simd<T>;
   using V = typename S::V;
   static constexpr int W = S::W;
+  static constexpr double kLog2 = 0.69314718055994530942;
   static constexpr int kNarrow = W < 4 ? 1 : OTALIGN_VECTOR_BYTES == 64 ? 16 : 8;  // vectors that registers can hold
 
  public:
   static size_t scratch(int64_t n, int64_t m) {
     const int64_t own = small(n, m) ? n * aligned(m) : 0;
-    return (own + 6 * padded(n) + 7 * padded(m)) * sizeof(T) + (3 * n + 2 * m) * sizeof(double) + 24 * 64;
+    return (own + 6 * padded(n) + 8 * padded(m)) * sizeof(T) + (3 * n + 2 * m) * sizeof(double) + 24 * 64;
   }
 
   Solver(Item<T>& item, void* memory) : it(item), n(item.n), m(item.m) {
     Arena arena{static_cast<char*>(memory)};
     stride = small(n, m) ? aligned(m) : m;
     K = small(n, m) ? arena.take<T>(n * stride) : item.K;
-    for (T** vector : {&a, &root_a, &over_root_a, &u, &u_next, &z}) *vector = arena.take<T>(padded(n));
-    for (T** vector : {&b, &root_b, &v, &w, &column, &top, &column_log}) *vector = arena.take<T>(padded(m));
-    for (double** vector : {&phi, &half_log_a, &next_log}) *vector = arena.take<double>(n);
-    for (double** vector : {&gamma, &half_log_b}) *vector = arena.take<double>(m);
+    for (T** vector : {&a, &rest_a, &over_root_a, &u, &u_next, &z}) *vector = arena.take<T>(padded(n));
+    for (T** vector : {&b, &root_b, &rest_b, &v, &w, &column, &top, &column_log}) *vector = arena.take<T>(padded(m));
+    for (double** vector : {&phi, &log_root_a, &next_log}) *vector = arena.take<double>(n);
+    for (double** vector : {&gamma, &log_root_b}) *vector = arena.take<double>(m);
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     keep_x = damping(it.reg, it.rho_x);
     keep_y = damping(it.reg, it.rho_y);
@@ -136,14 +138,18 @@ class Solver {
     }
     take_out_columns();
     for (int64_t i = 0; i < n; ++i) {
-      half_log_a[i] = a[i] > 0 ? 0.5 * std::log(static_cast<double>(a[i])) : 0.0;
-      root_a[i] = std::sqrt(a[i]);
-      over_root_a[i] = a[i] > 0 ? 1 / root_a[i] : T(0);
+      const int exponent = root_exponent(a[i]);
+      const T root = std::ldexp(T(1), exponent);
+      log_root_a[i] = exponent * kLog2;
+      rest_a[i] = a[i] / root;
+      over_root_a[i] = a[i] > 0 ? 1 / root : T(0);
       z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
     }
     for (int64_t j = 0; j < m; ++j) {
-      half_log_b[j] = b[j] > 0 ? 0.5 * std::log(static_cast<double>(b[j])) : 0.0;
-      w[j] = root_b[j] = std::sqrt(b[j]);
+      const int exponent = root_exponent(b[j]);
+      root_b[j] = std::ldexp(T(1), exponent);
+      log_root_b[j] = exponent * kLog2;
+      w[j] = rest_b[j] = b[j] / root_b[j];
       v[j] = 1;
       massless_y |= b[j] == 0;
     }
@@ -189,24 +195,28 @@ class Solver {
 
   void build() {
     const T per_reg = static_cast<T>(1 / it.reg);
-    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(half_log_b[j]);
+    const V most = S::splat(Absorb<T>::kFar);
+    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
     V extreme{}, largest{};
     for (int64_t i = 0; i < n; ++i) {
       const T* cost = it.K + i * m;
       T* row = K + i * stride;
-      const T lowest = static_cast<T>(phi[i] * it.reg), half = static_cast<T>(half_log_a[i]);
+      const T lowest = static_cast<T>(phi[i] * it.reg), half = static_cast<T>(log_root_a[i]);
+      const T root = a[i] > 0 ? 1 / over_root_a[i] : T(1);
       const auto exponents = [&](auto make) {
         for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-          const V t = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg + (S::load(column + j) + half);
+          const V density = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
+          const V t = density + (S::load(column + j) + half);
           extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
           largest = S::select(inside, S::max(largest, t), largest);
-          S::store(row + j, make(t), count);
+          // Times powers of two nothing is rounded, which counts where reg is large against the cost.
+          S::store(row + j, make(t, exp<T>(density) * (S::load(root_b + j) * root), density < most), count);
         });
       };
       if (massless_y || it.symmetric)
-        exponents([](V t) { return entry<T>(t); });
+        exponents([&](V t, V product, auto held) { return S::select(held & (t >= -most), product, entry<T>(t)); });
       else  // no exponent is positive
-        exponents([](V t) { return S::select(t < S::splat(-Absorb<T>::kFar), t, exp<T>(t)); });
+        exponents([&](V t, V product, auto) { return S::select(t < -most, t, product); });
     }
     far = S::any(extreme > S::splat(Absorb<T>::kFar));
     huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kFar));
@@ -257,13 +267,13 @@ class Solver {
         for (int v = 0; v < N; ++v)
 #pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) sums[k] += S::load(rows[k] + v * W) * S::load(w + v * W);
-        const Four over = load_four(over_root_a + i), root = load_four(root_a + i);
+        const Four over = load_four(over_root_a + i), rest = load_four(rest_a + i);
         const Four sum = over > 0 ? S::sum_four(sums) * over : Four{} + 1;
         const Four next = 1 / sum;
         least = sum < least ? sum : least;
         most = sum > most ? sum : most;
         *reinterpret_cast<typename S::UnalignedFour*>(u_next + i) = next;
-        const Four weight = next * root;
+        const Four weight = next * rest;
 #pragma GCC unroll 16
         for (int v = 0; v < N; ++v)
 #pragma GCC unroll 4
@@ -333,7 +343,7 @@ class Solver {
       S::store(u_next + i, next);
       if (!Columns) continue;
       alignas(64) T weight[W];
-      S::store(weight, S::load(root_a + i) * next);
+      S::store(weight, S::load(rest_a + i) * next);
       for (int64_t j = 0; j < m; j += W) {
         V even = S::load(column + j), odd{};
 #pragma GCC unroll 16
@@ -397,7 +407,7 @@ class Solver {
     double error = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (!(a[i] > 0)) continue;
-      const double log_sum = log_row_sum(i) - half_log_a[i];
+      const double log_sum = log_row_sum(i) - log_root_a[i];
       feasible = feasible && std::isfinite(log_sum);
       next_log[i] = next_of(i, log_sum);
       if (!first) error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
@@ -407,7 +417,7 @@ class Solver {
 
   // A row whose sum floats cannot hold: made exactly, and its potential absorbed unless K is only being looked at.
   void rescue_row(int64_t i, bool absorb, bool first, T& next, T& ratio) {
-    const double log_sum = log_row_sum(i) - half_log_a[i];
+    const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
       feasible = false;
       return;
@@ -437,7 +447,7 @@ class Solver {
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const Growth by = growth(j);
       const V k = grown<T>(S::load(row + j), by.factor, by.shift);
-      if (counts) huge |= S::any(inside & (S::load(root_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
+      if (counts) huge |= S::any(inside & (S::load(rest_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
       S::store(row + j, k, count);
     });
   }
@@ -446,9 +456,9 @@ class Solver {
   void update_columns() {
     bool near = true;
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-      const V root = S::load(root_b + j);
-      const auto mass = inside & (root > 0);
-      const V sum = S::select(mass, S::load(column + j) / root, S::splat(1));
+      const V rest = S::load(rest_b + j);
+      const auto mass = inside & (rest > 0);
+      const V sum = S::select(mass, S::load(column + j) / S::load(root_b + j), S::splat(1));
       V next = 1 / sum;
       if (keep_y != 1) {
         V offset;
@@ -459,7 +469,7 @@ class Solver {
       near = near && !S::any(mass & ~(inside_range(sum) & inside_range(next)));
       next = S::select(mass, next, S::splat(1));
       S::store(v + j, next, count);
-      S::store(w + j, root * next, count);
+      S::store(w + j, rest * next, count);
     });
     if (near) return;
     // Column sums that floats cannot hold: all made exactly, and all potentials absorbed.
@@ -494,7 +504,7 @@ class Solver {
     if (!exact) {
       for (int64_t i = 0; i < n; ++i) {
         u[i] = v[i] = std::sqrt(u[i] * u_next[i]);
-        w[i] = root_b[i] * v[i];
+        w[i] = rest_b[i] * v[i];
       }
       return;
     }
@@ -506,7 +516,7 @@ class Solver {
       gamma[i] = phi[i] += shift;
       z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
       u[i] = v[i] = 1;
-      w[i] = root_b[i];
+      w[i] = rest_b[i];
     }
     for (int64_t i = 0; i < n && feasible; ++i)
       grow_row(i, [&](int64_t j) {
@@ -515,7 +525,7 @@ class Solver {
       });
   }
 
-  // log sum_i K_ij sqrt(a_i) u_i over sqrt(b_j) of every column, into column_log, with log u_i = log_u(i).
+  // log sum_i K_ij a_i u_i / (r_i r_j) of every column, into column_log, with log u_i = log_u(i).
   template <class F>
   void exact_columns(F log_u) {
     for (int64_t j = 0; j < m; ++j) {
@@ -525,7 +535,7 @@ class Solver {
     const auto terms = [&](auto use) {
       for (int64_t i = 0; i < n; ++i) {
         if (!(a[i] > 0)) continue;
-        const T weight = static_cast<T>(half_log_a[i] + log_u(i));
+        const T weight = static_cast<T>(std::log(static_cast<double>(rest_a[i])) + log_u(i));
         const T* row = K + i * stride;
         for_vectors<T>(m, [&](int64_t j, int count, auto) { use(j, count, exponent<T>(S::load(row + j)) + weight); });
       }
@@ -538,7 +548,7 @@ class Solver {
     });
     for (int64_t j = 0; j < m; ++j)
       column_log[j] = top[j] > T(-HUGE_VAL)
-                          ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - half_log_b[j])
+                          ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - log_root_b[j])
                           : T(-HUGE_VAL);
   }
 
@@ -554,7 +564,7 @@ class Solver {
       top[j] = shift;
       column_log[j] = static_cast<T>(std::exp(static_cast<double>(shift)));
       v[j] = 1;
-      w[j] = root_b[j];
+      w[j] = rest_b[j];
     }
   }
   double next_of_column(int64_t j) const { return -(1 - keep_y) * gamma[j] - keep_y * column_log[j]; }
@@ -570,7 +580,7 @@ class Solver {
         finish_massless_row(i);
     }
     const bool balanced = keep_x == 1 && keep_y == 1 && !it.symmetric;
-    double shift = 0, value = 0;
+    double shift = 0, value = 0, total_a = 0, total_b = 0;
     for (int64_t j = 0; j < m; ++j) {
       if (b[j] > 0) it.mass_y[j] = v[j] * column[j] / root_b[j];
       gamma[j] = it.reg * (gamma[j] + std::log(static_cast<double>(v[j])));
@@ -581,15 +591,19 @@ class Solver {
     };  // not of the unreached
     for (int64_t i = 0; i < n; ++i) {
       const double f = it.reg * (phi[i] + std::log(static_cast<double>(u[i]))) + gauge(a[i], it.mass_x[i]);
-      value += weighted_dual_term(it.a ? it.a[i] : T(1) / n, f, it.rho_x);
+      const T weight = it.a ? it.a[i] : T(1) / n;
+      value += weighted_dual_term(weight, f, it.rho_x);
+      total_a += weight;
       it.f[i] = static_cast<T>(f);
     }
     for (int64_t j = 0; j < m; ++j) {
       const double g = gamma[j] - gauge(b[j], it.mass_y[j]);
-      value += weighted_dual_term(it.b ? it.b[j] : T(1) / m, g, it.rho_y);
-      it.g[j] = static_cast<T>(g);
+      const T weight = it.b ? it.b[j] : T(1) / m;
+      value += weighted_dual_term(weight, g, it.rho_y);
+      total_b += weight;
+      it.g[j] = it.symmetric ? it.f[j] : static_cast<T>(g);
     }
-    it.value = value - it.reg * (sums.mass - 1);
+    it.value = value - it.reg * (sums.mass - total_a * total_b);  // one, but for the rounding of the weights
     it.linear = sums.linear;
   }
 
@@ -602,7 +616,7 @@ class Solver {
   void finish_columns() {
     if (massless_y) exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
     for (int64_t j = 0; j < m; ++j) {
-      top[j] = static_cast<T>(it.reg * (gamma[j] + half_log_b[j]));
+      top[j] = static_cast<T>(it.reg * (gamma[j] + log_root_b[j]));
       column[j] = 0;
       if (b[j] > 0) continue;
       const bool reached = column_log[j] > T(-HUGE_VAL);
@@ -616,8 +630,8 @@ class Solver {
   void finish_row(int64_t i, Sums& sums) {
     const T* row = K + i * stride;
     T* plan = it.K + i * m;
-    const T reg = static_cast<T>(it.reg), weight = root_a[i] * u[i], log_weight = std::log(weight);
-    const T potential = static_cast<T>(it.reg * (phi[i] + half_log_a[i]));
+    const T reg = static_cast<T>(it.reg), weight = rest_a[i] * u[i], log_weight = std::log(weight);
+    const T potential = static_cast<T>(it.reg * (phi[i] + log_root_a[i]));
     V sum = V{}, cost = V{};
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const V k = S::load(row + j), kept = S::max(k, V{}), wj = S::load(w + j);
@@ -656,6 +670,13 @@ class Solver {
     });
   }
 
+  // Of the power of two near the root of a weight; 0 for points that carry no mass.
+  static int root_exponent(T weight) {
+    int exponent = 0;
+    if (weight > 0) std::frexp(weight, &exponent);
+    return exponent / 2;
+  }
+
   // exp, within the range of T.
   static T bounded(double exponent) {
     return static_cast<T>(std::fmin(std::exp(exponent), static_cast<double>(std::numeric_limits<T>::max())));
@@ -674,14 +695,15 @@ class Solver {
   const int64_t n, m;
   int64_t stride;  // from row to row of K
   T* K;
-  T *a, *b;  // weights; 0 also for points that nothing with mass reaches
-  T *root_a, *over_root_a, *root_b;
+  T *a, *b;                 // weights; 0 also for points that nothing with mass reaches
+  T *over_root_a, *root_b;  // of the powers of two near the roots of weights that are in K: 1 / theirs, or 0; theirs
+  T *rest_a, *rest_b;       // weights over these powers of two
   T *u, *u_next, *v;
-  T* w;  // sqrt(b) v
+  T* w;  // weights of y in the products with K: rest_b v
   T* z;  // what a relaxed update adds to log u
   T *column, *top, *column_log;
   double *phi, *gamma;  // absorbed potentials over reg
-  double *half_log_a, *half_log_b;
+  double *log_root_a, *log_root_b;
   double* next_log;  // log u_next after exact_rows
   double keep_x, keep_y;
   double missing = 0;  // weights of points that have to carry mass and cannot
