@@ -616,7 +616,7 @@ class Solver {
   void finish_columns() {
     if (massless_y) exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
     for (int64_t j = 0; j < m; ++j) {
-      top[j] = static_cast<T>(it.reg * (gamma[j] + log_root_b[j]));
+      top[j] = static_cast<T>(it.reg * gamma[j]);
       column[j] = 0;
       if (b[j] > 0) continue;
       const bool reached = column_log[j] > T(-HUGE_VAL);
@@ -631,19 +631,21 @@ class Solver {
     const T* row = K + i * stride;
     T* plan = it.K + i * m;
     const T reg = static_cast<T>(it.reg), weight = rest_a[i] * u[i], log_weight = std::log(weight);
-    const T potential = static_cast<T>(it.reg * (phi[i] + log_root_a[i]));
+    const T potential = static_cast<T>(it.reg * phi[i]);
     V sum = V{}, cost = V{};
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const V k = S::load(row + j), kept = S::max(k, V{}), wj = S::load(w + j);
       const V p = weight * kept * wj;
-      const V C = S::load(top + j) + potential - reg * log<T>(S::select(k > 0, k, S::splat(1)));
+      const V density = kept * (over_root_a[i] / S::load(root_b + j));
+      const auto held = (density > 0) & (density < S::splat(T(1e30)));  // else the weights leave no mass
+      const V C = S::load(top + j) + potential - reg * log<T>(S::select(held, density, S::splat(1)));
       sum += kept * wj;
-      cost += S::select(inside & (p > 0), p * C, V{});
+      cost += S::select(inside & held & (p > 0), p * C, V{});
       S::store(column + j, S::load(column + j) + weight * kept, count);
       V stored = p;
       if (massless_y) {  // see Item::K
-        const V density = exp<T>(exponent<T>(k) + log_weight + S::load(column_log + j));
-        stored = S::select(S::load(b + j) == 0, V{} - density, stored);
+        const V with_one = exp<T>(exponent<T>(k) + log_weight + S::load(column_log + j));
+        stored = S::select(S::load(b + j) == 0, V{} - with_one, stored);
       }
       S::store(plan + j, stored, count);
     });
