@@ -105,7 +105,7 @@ def leave_pairs(variants: list[pytest.Item]) -> None:
     thrice = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
     once = [place for place in range(len(quick)) if place not in thrice]
     # Values need no hash; one that stands in several combinations is the same object in each.
-    keys = [{name: id(value) for name, value in rows[place].items() if name != "backend"} for place in once]
+    keys = [{name: id(value) for name, value in rows[place].items()} for place in once]
     needed = {once[place] for place in covering(keys)}.union(thrice[-1:])
     for place in set(range(len(quick))).difference(needed):
         quick[place].add_marker(pytest.mark.slow)
