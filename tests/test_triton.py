@@ -304,7 +304,6 @@ def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
     "arch, every",
     [
         ("90", 250),
-        ("gfx942", 400),
         *(pytest.param(arch, 1, marks=pytest.mark.slow) for arch in ("80", "90", "100", "gfx942")),
     ],
 )
