@@ -74,6 +74,13 @@ QUICK_WITH_TRITON = (
     "test_odd_input",
     "test_ops",
 )
+LONG = (
+    "test_triton",
+    "test_cuda",
+    "test_study",
+    "test_distributed",
+    "test_trainers",
+)  # first, or a process waits for them
 IN_PAIRS = ("test_cuda", "test_triton")  # whose programs run together, as fibers and threads
 
 
@@ -90,6 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             dear.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for variants in dear.values():
         leave_pairs(variants)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def takes_triton(item: pytest.Item) -> bool:
