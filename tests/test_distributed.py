@@ -26,7 +26,7 @@ def test_processes_give_the_gradients_of_one(processes):
         str(WORKER),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "all equal" in done.stdout
 
 
