@@ -94,10 +94,10 @@ FAULTS = (
         "tests/test_oracle.py",
     ),
     engine(
-        "rows of a relaxed side that are absorbed alone",
+        "rows of a relaxed side whose absorbed potential is forgotten",
         "solver.h",
-        "if (keep_x != 1 || it.symmetric) {",
-        "if (it.symmetric) {",
+        "if (a[i] > 0) phi[i] += next_log[i];",
+        "",
         "tests/test_oracle.py",
     ),
     engine(
