@@ -100,12 +100,12 @@ FAULTS = (
         "",
         "tests/test_oracle.py",
     ),
-    engine(
-        "products of points where they lie",
-        "batch.h",
+    Fault(
+        "engine: products of points where they lie",
+        "csrc/cpu/batch.h",
         "return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);",
         "return !converts(side) && row_stride == product_stride(side, 0);",
-        "tests/test_bits.py",
+        ("tests/test_bits.py",),
     ),
     helper(
         "lengths that stay the caller's",
