@@ -86,8 +86,19 @@ def test_opcheck(backend, run):
 def test_every_operator_is_checked():
     for backend, operators in OPERATORS.items():
         assert operators == {call[0]._opname for run in RUNS for call in calls_of(lambda run=run: run(backend))}  # noqa: B023
-    known = {name for name in dir(torch.ops.otalign) if not name.startswith("_") and name != "name"}
-    assert set.union(*OPERATORS.values()) == known
+    known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("otalign::")}
+    assert known == {f"otalign::{name}" for name in set.union({"check"}, *OPERATORS.values())}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_check_of_contents(good):
+    """The operator that looks at contents when a compiled graph runs; its output is no view of its input."""
+    operator, good = torch.ops.otalign.check.default, torch.tensor(good)
+    if good:
+        torch.library.opcheck(operator, (good, "message"))
+    else:
+        with pytest.raises(ValueError, match="^message$"):
+            operator(good, "message")
 
 
 def test_one_operator_each_way():
