@@ -50,7 +50,7 @@ def agree(actual: otalign.OTResult, expected: otalign.OTResult, tol: float) -> N
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_lengths_and_dtypes(backend, lengths, dtype):
     batch = draw(*lengths, D=24, dtype=dtype)
-    options = {"reg": 0.1, "tol": 0, "max_iter": 20}
+    options = {"reg": 0.1, "tol": 0, "max_iter": 9}
     result = otalign.solve(*batch, backend=backend, **options)
     agree(result, reference(batch, **options), TOLERANCE[dtype])
     output = torch.float64 if dtype == torch.float64 else torch.float32
@@ -63,7 +63,7 @@ def test_lengths_and_dtypes(backend, lengths, dtype):
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean", "euclidean", "dot"])
 def test_costs_and_relaxations(backend, cost, rho, dtype):
     batch = draw([9, 4], [6, 8], D=12, dtype=dtype)
-    options = {"cost": cost, "unbalanced": rho, "reg": 0.2, "tol": 0, "max_iter": 30}
+    options = {"cost": cost, "unbalanced": rho, "reg": 0.2, "tol": 0, "max_iter": 12}
     agree(otalign.solve(*batch, backend=backend, **options), reference(batch, **options), TOLERANCE[dtype])
 
 
@@ -87,7 +87,7 @@ def test_weights(backend, zeros, rho, dtype):
     batch = draw([7, 3, 5], [4, 6, 5], dtype=dtype)
     a = draw_weights(batch.x_lengths, batch.x.shape[1], zeros=zeros).to(dtype)
     b = draw_weights(batch.y_lengths, batch.y.shape[1], zeros=zeros).to(dtype)
-    options = {"a": a, "b": b, "unbalanced": rho, "reg": 0.1, "tol": 0, "max_iter": 30}
+    options = {"a": a, "b": b, "unbalanced": rho, "reg": 0.1, "tol": 0, "max_iter": 12}
     result = otalign.solve(*batch, backend=backend, **options)
     agree(result, reference(batch, **options), TOLERANCE[dtype])
     if zeros:
@@ -98,7 +98,7 @@ def test_weights(backend, zeros, rho, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_weights(backend, dtype):
     batch = draw(dtype=dtype)
-    options = {"a": "norm", "b": "norm", "cost": "sqeuclidean", "reg": 0.3, "tol": 0, "max_iter": 30}
+    options = {"a": "norm", "b": "norm", "cost": "sqeuclidean", "reg": 0.3, "tol": 0, "max_iter": 12}
     agree(otalign.solve(*batch, backend=backend, **options), reference(batch, **options), TOLERANCE[dtype])
 
 
@@ -157,7 +157,7 @@ def test_assign_y(backend):
 def test_given_cost(backend, dtype):
     C = torch.rand(3, 8, 5, dtype=torch.float64).to(dtype)
     lengths = torch.tensor([8, 3, 5]), torch.tensor([5, 5, 1])
-    options = {"reg": 0.05, "tol": 0, "max_iter": 40}
+    options = {"reg": 0.05, "tol": 0, "max_iter": 12}
     actual = otalign.solve_cost(C, *lengths, backend=backend, **options)
     expected = otalign.solve_cost(C.double(), *lengths, backend="reference", **options)
     close(actual.value, expected.value, TOLERANCE[dtype])

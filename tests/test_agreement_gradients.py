@@ -45,7 +45,7 @@ def agree(batch: Batch, backend: str, **options) -> None:
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean", "euclidean", "dot"])
 def test_costs_objectives_dtypes(backend, cost, objective, dtype):
     batch = draw([9, 1, 5], [6, 4, 7], D=24, dtype=dtype)
-    agree(batch, backend, cost=cost, objective=objective, reg=0.2, tol=0, max_iter=60)
+    agree(batch, backend, cost=cost, objective=objective, reg=0.2, tol=0, max_iter=15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -53,7 +53,7 @@ def test_costs_objectives_dtypes(backend, cost, objective, dtype):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_relaxations(backend, objective, rho, dtype):
     batch = draw([9, 1, 5], [6, 4, 7], D=24, dtype=dtype)
-    agree(batch, backend, objective=objective, unbalanced=rho, cost="sqeuclidean", reg=0.2, tol=0, max_iter=60)
+    agree(batch, backend, objective=objective, unbalanced=rho, cost="sqeuclidean", reg=0.2, tol=0, max_iter=15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -65,7 +65,7 @@ def test_relaxations(backend, objective, rho, dtype):
 )
 def test_priors(backend, prior, objective, dtype):
     batch = draw([9, 1, 5], [6, 1, 5], D=24, dtype=dtype)
-    agree(batch, backend, prior=prior, objective=objective, reg=0.2, tol=0, max_iter=100)
+    agree(batch, backend, prior=prior, objective=objective, reg=0.2, tol=0, max_iter=25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -76,7 +76,7 @@ def test_weights(backend, rho, objective, zeros, dtype):
     batch = draw([9, 2, 5], [6, 4, 7], D=24, dtype=dtype)
     a = draw_weights(batch.x_lengths, batch.x.shape[1], zeros=zeros).nan_to_num(0).to(dtype)
     b = draw_weights(batch.y_lengths, batch.y.shape[1], zeros=zeros).nan_to_num(0).to(dtype)
-    agree(batch, backend, a=a, b=b, unbalanced=rho, objective=objective, reg=0.2, tol=0, max_iter=100)
+    agree(batch, backend, a=a, b=b, unbalanced=rho, objective=objective, reg=0.2, tol=0, max_iter=25)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -62,7 +62,7 @@ RAGGED = ([40, 1, 0, 23, 31, 7], [20, 5, 3, 0, 32, 1])
 @pytest.mark.parametrize("form", ANY_FORM)
 def test_forms_and_clusters(form, cluster):
     engine = Engine(form=form, cluster=cluster, in_flight=2, scatter=form % 2, ordered=1)
-    compare(engine, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=12)
+    compare(engine, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=6)
     assert [choice.cluster for choice in engine.choices] == [cluster] * 3  # the iterations, and two implicit systems
 
 
@@ -72,7 +72,7 @@ def test_forms_and_clusters(form, cluster):
 def test_rows_beyond_registers(form, cluster, shared, scatter):
     """In shared memory, and in L2 where that is too small."""
     engine = Engine(form=form, cluster=cluster, shared=shared, scatter=scatter)
-    compare(engine, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=6)
+    compare(engine, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
 
 
 @pytest.mark.parametrize("form", [1, 3, 5, 6])

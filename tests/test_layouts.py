@@ -7,7 +7,7 @@ import otalign
 
 from .problems import close, draw, draw_weights, identical, leaf, offsets, points_mask, same_on
 
-OPTIONS = {"cost": "sqeuclidean", "reg": 0.2, "tol": 0, "max_iter": 20}
+OPTIONS = {"cost": "sqeuclidean", "reg": 0.2, "tol": 0, "max_iter": 6}
 OBJECTIVES = ["value", "plan_cost", "transport", "divergence"]
 
 

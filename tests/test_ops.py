@@ -97,7 +97,7 @@ def test_the_check_of_contents(good):
     if good:
         torch.library.opcheck(operator, (good, "message"))
     else:
-        with pytest.raises(ValueError, match="^message$"):
+        with pytest.raises(ValueError, match=r"^message$"):
             operator(good, "message")
 
 
