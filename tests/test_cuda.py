@@ -58,8 +58,15 @@ def compare(engine: Engine | None, batch: Batch, weights=(None, None), *, within
 RAGGED = ([40, 1, 0, 23, 31, 7], [20, 5, 3, 0, 32, 1])
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 4])
-@pytest.mark.parametrize("form", ANY_FORM)
+# `make test` has every form and every size of clusters; `make test-all` has them all together.
+FORMS_AND_CLUSTERS = [
+    pytest.param(form, cluster, marks=[] if form % 3 == place else pytest.mark.slow)
+    for form in ANY_FORM
+    for place, cluster in enumerate((1, 2, 4))
+]
+
+
+@pytest.mark.parametrize(("form", "cluster"), FORMS_AND_CLUSTERS)
 def test_forms_and_clusters(form, cluster):
     engine = Engine(form=form, cluster=cluster, in_flight=2, scatter=form % 2, ordered=1)
     compare(engine, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=6)

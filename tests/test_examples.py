@@ -51,6 +51,7 @@ def test_lightning(example, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_ddp():
     """By torchrun, on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

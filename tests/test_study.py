@@ -124,6 +124,7 @@ def test_arms_differ_by_the_regulariser_alone(model):
     assert strong["aps_cosine"] != none["aps_cosine"]
 
 
+@pytest.mark.slow
 def test_regularisers_close_the_gap(model):
     """What the study asks is whether errors fall; that the gap does is what the losses are for."""
     data = spelled(world.sentences(16, seed=0))
