@@ -121,22 +121,26 @@ def main() -> None:
     def full() -> None:
         torch.autograd.grad(loss(), (x, y))
 
-    from otalign import gpu
+    from otalign.backends import triton
+    from otalign.backends.autograd import flatten
+    from otalign.options import Options
 
     empty = (None,) * 3
-    inputs = gpu._Inputs(
-        x.detach(), y.detach(), *empty, *lengths, None, 0.05, "cosine", "none", (), math.inf, math.inf,
-        False, False, 32, 75, 20, torch.float32, "triton", False,
+    options = Options("cosine", None, 0.05, 200, 1e-3)
+    problem = triton._Inputs(
+        x.detach(), y.detach(), *empty, *lengths, math.inf, math.inf, False, False, 32, 75, 20, torch.float32, "triton",
+        False, options,
     )  # fmt: skip
+    inputs = flatten(problem)
     grad = torch.ones(()).expand(32)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return gpu._align(*inputs, None, 200, 1e-3)
+        return triton._align_kernel(*inputs, None)
 
     saved = forward()[4:]
 
     def backward() -> None:
-        gpu._align_backward(*inputs, *saved, grad, None, None, [True, True, False, False, False])
+        triton._align_backward_kernel(*inputs, *saved, grad, None, None, [True, True, False, False, False])
 
     backward()
     driver.launches = 0

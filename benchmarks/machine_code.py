@@ -48,7 +48,7 @@ class Loop(NamedTuple):
 
 def cuobjdump(*options: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(tool), *options, str(backends.extension().__file__)]
+    command = [str(tool), *options, str(backends.extension.module().__file__)]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
@@ -144,7 +144,7 @@ def main() -> int:
     with (ROOT / "benchmarks/results/machine_code.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, "compiler"])
         writer.writeheader()
-        writer.writerows({**row, "compiler": backends.extension().compiler} for row in found)
+        writer.writerows({**row, "compiler": backends.extension.module().compiler} for row in found)
     replace_block(ROOT / "docs/performance.md", "machine-code", "\n".join(table(found)))
     return 0
 

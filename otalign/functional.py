@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from . import backends
 from .convergence import warn_unconverged
 from .groups import has_groups, solve_groups
 from .layout import Lengths
+from .options import GIVEN, OBJECTIVES, REDUCTIONS, Options, Unbalanced, one_of
 from .prior import Prior
-from .problem import OBJECTIVES, REDUCTIONS, Problem, Solution, Unbalanced, from_cost, from_points, is_start, one_of
+from .problem import Problem, Side, SideInput, Solution, from_cost, from_points, is_start
 from .result import OTResult
 
 
@@ -98,36 +99,30 @@ def sinkhorn_loss(
         torch.Size([4, 75, 256])
     """
     loss, _, _ = solved_loss(
-        x,
-        y,
-        x_lengths,
-        y_lengths,
-        a,
-        b,
-        cu_seqlens_x=cu_seqlens_x,
-        cu_seqlens_y=cu_seqlens_y,
-        max_seqlen_x=max_seqlen_x,
-        max_seqlen_y=max_seqlen_y,
-        cost=cost,
-        prior=prior,
-        reg=reg,
-        unbalanced=unbalanced,
-        max_iter=max_iter,
-        tol=tol,
-        objective=objective,
-        reduction=reduction,
-        backend=backend,
+        SideInput(x, x_lengths, a, cu_seqlens_x, max_seqlen_x),
+        SideInput(y, y_lengths, b, cu_seqlens_y, max_seqlen_y),
+        Options(cost, prior, reg, max_iter, tol),
+        unbalanced,
+        objective,
+        reduction,
+        backend,
     )
     return loss
 
 
 def solved_loss(
-    *points: Any, objective: str, reduction: str, backend: str, **options: Any
+    x: SideInput,
+    y: SideInput,
+    options: Options,
+    unbalanced: Unbalanced,
+    objective: str,
+    reduction: str,
+    backend: str,
 ) -> tuple[Tensor, Problem, Solution]:
-    """`sinkhorn_loss`, and what it has solved; arguments are those of `from_points`."""
+    """`sinkhorn_loss`, with the problem and the solution behind it."""
     one_of("objective", objective, OBJECTIVES)
     one_of("reduction", reduction, REDUCTIONS)
-    problem = from_points(*points, **options)
+    problem = from_points(x, y, options, unbalanced)
     losses, solution = _objective(problem, objective, backend)
     return _reduce(problem, losses, reduction), problem, solution
 
@@ -165,23 +160,11 @@ def solve(
         (torch.Size([2, 50, 10]), torch.Size([2, 10]))
     """
     problem = from_points(
-        x,
-        y,
-        x_lengths,
-        y_lengths,
-        a,
-        b,
-        cu_seqlens_x=cu_seqlens_x,
-        cu_seqlens_y=cu_seqlens_y,
-        max_seqlen_x=max_seqlen_x,
-        max_seqlen_y=max_seqlen_y,
-        cost=cost,
-        prior=prior,
-        reg=reg,
-        unbalanced=unbalanced,
-        max_iter=max_iter,
-        tol=tol,
-        init=init,
+        SideInput(x, x_lengths, a, cu_seqlens_x, max_seqlen_x),
+        SideInput(y, y_lengths, b, cu_seqlens_y, max_seqlen_y),
+        Options(cost, prior, reg, max_iter, tol),
+        unbalanced,
+        init,
     )
     return _result(problem, backend)
 
@@ -214,19 +197,8 @@ def solve_cost(
         tensor([[[0.5000, 0.0000],
                  [0.0000, 0.5000]]])
     """
-    problem = from_cost(
-        C,
-        x_lengths,
-        y_lengths,
-        a,
-        b,
-        prior=prior,
-        reg=reg,
-        unbalanced=unbalanced,
-        max_iter=max_iter,
-        tol=tol,
-        init=init,
-    )
+    sides = SideInput(None, x_lengths, a), SideInput(None, y_lengths, b)
+    problem = from_cost(C, *sides, Options(GIVEN, prior, reg, max_iter, tol), unbalanced, init)
     return _result(problem, backend)
 
 
@@ -251,8 +223,8 @@ def item_losses(
 ) -> ItemLosses:
     """`sinkhorn_loss` of padded items, not reduced, for losses that say how well they were solved."""
     one_of("objective", objective, OBJECTIVES)
-    lengths: dict[str, Any] = dict.fromkeys(("cu_seqlens_x", "cu_seqlens_y", "max_seqlen_x", "max_seqlen_y"))
-    problem = from_points(x, y, x_lengths, y_lengths, None, b, **lengths, **options)
+    x_side, y_side = SideInput(x, x_lengths, None), SideInput(y, y_lengths, b)
+    problem = from_points(x_side, y_side, Options.pick(options), options["unbalanced"])
     losses, solution = _objective(problem, objective, backend)
     return ItemLosses(losses, solution.n_iter, solution.error)
 
@@ -265,7 +237,7 @@ def _result(problem: Problem, backend: str) -> OTResult:
         potentials=(solution.f, solution.g),
         n_iter=solution.n_iter,
         error=solution.error,
-        converged=solution.error <= problem.tol,
+        converged=solution.error <= problem.options.tol,
         _problem=problem,
         _solution=solution,
     )
@@ -278,17 +250,18 @@ def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Sol
         raise NotImplementedError(
             f"backend: torch.func transforms 'cpu' alone, got {name!r}; loss.backward() and torch.autograd.grad take any"
         )
-    launch = backends.launcher(name)
-    solution = solve_groups(problem, launch) if has_groups(problem) else launch(problem)
-    warn_unconverged(solution.error, problem.tol if accepted is None else accepted, problem.max_iter)
+    solver = backends.solver(name)
+    solution = solve_groups(problem, solver) if has_groups(problem) else solver(problem)
+    options = problem.options
+    warn_unconverged(solution.error, options.tol if accepted is None else accepted, options.max_iter)
     return solution
 
 
 def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, Solution]:
     """The loss of every item, `(B,)`, and the solution behind it."""
     if objective == "plan_cost":
-        a, b = (None if w is None else w.detach() for w in (problem.a, problem.b))
-        solution = _solve(dataclasses.replace(problem, a=a, b=b), backend)
+        x, y = (replace(side, weights=_constant(side.weights)) for side in (problem.x, problem.y))
+        solution = _solve(replace(problem, x=x, y=y), backend)
         return solution.plan_cost(), solution
     if objective == "divergence":
         return _divergence(problem, backend)
@@ -302,13 +275,12 @@ def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
     The potential of y with itself starts the first solve. So that is done at once where x and y are the same points, and
     the gradient is zero there up to rounding.
     """
-    p = problem
-    x_alone = dataclasses.replace(p, y=p.x, y_segments=p.x_segments, b=p.a, rho=(p.rho[0], p.rho[0]), symmetric=True)
-    y_alone = dataclasses.replace(p, x=p.y, x_segments=p.y_segments, a=p.b, rho=(p.rho[1], p.rho[1]), symmetric=True)
-    (x_term, _), (y_term, start) = _self_term(x_alone, backend), _self_term(y_alone, backend)
-    start = torch.where(is_start(start, p.reg, p.y_segments), start, 0)
-    solution = _solve(dataclasses.replace(p, init=start), backend)
-    return torch.where(_filled(p), solution.value - (x_term + y_term) / 2, 0), solution
+    x, y = problem.x, problem.y
+    x_term, _ = _self_term(replace(problem, y=x, symmetric=True), backend)
+    y_term, start = _self_term(replace(problem, x=y, symmetric=True), backend)
+    start = torch.where(is_start(start, problem.options.reg, y.segments), start, 0)
+    solution = _solve(replace(problem, init=start), backend)
+    return torch.where(_filled(problem), solution.value - (x_term + y_term) / 2, 0), solution
 
 
 def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -316,16 +288,18 @@ def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
     Both sides have the same gradient, since the plan is symmetric: one is computed, and counts twice.
     """
-
-    def constant(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach()
-
+    options = problem.options
     # Averaged updates converge fast, and what they leave is what the gradient is where both sides are the same.
-    tol = max(problem.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if problem.tol > 0 else 0.0
-    fixed = dataclasses.replace(problem, y=constant(problem.y), b=constant(problem.b), tol=tol)
-    solution = _solve(fixed, backend, accepted=problem.tol)
+    tol = max(options.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if options.tol > 0 else 0.0
+    y = problem.y
+    fixed = Side(_constant(y.points), y.segments, _constant(y.weights), y.rho)
+    solution = _solve(replace(problem, y=fixed, options=options._replace(tol=tol)), backend, accepted=options.tol)
     value = solution.value
     return 2 * value - value.detach(), solution.g
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
@@ -333,7 +307,7 @@ def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
         return losses
     if reduction == "sum":
         return losses.sum()
-    n, m = problem.x_segments.counts, problem.y_segments.counts
+    n, m = problem.x.segments.counts, problem.y.segments.counts
     if n is None or m is None:
         return losses.sum() / _filled(problem).sum().clamp(min=1)
     return losses.sum() / max(sum(bool(i and j) for i, j in zip(n, m, strict=True)), 1)
@@ -341,4 +315,4 @@ def _reduce(problem: Problem, losses: Tensor, reduction: str) -> Tensor:
 
 def _filled(problem: Problem) -> Tensor:
     """Which items are not empty: (B,)."""
-    return (problem.x_segments.lengths > 0) & (problem.y_segments.lengths > 0)
+    return (problem.x.segments.lengths > 0) & (problem.y.segments.lengths > 0)

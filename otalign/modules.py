@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .convergence import KeepsLast
 from .functional import solved_loss
 from .layout import Lengths
+from .options import Options, Unbalanced, checked_options
 from .prior import Prior
-from .problem import Unbalanced, checked_options
+from .problem import SideInput
 
 
 class SinkhornLoss(KeepsLast, nn.Module):
@@ -74,20 +75,17 @@ class SinkhornLoss(KeepsLast, nn.Module):
         max_seqlen_x: int | None = None,
         max_seqlen_y: int | None = None,
     ) -> Tensor:
+        options = self.options
         loss, problem, solution = solved_loss(
-            x,
-            y,
-            x_lengths,
-            y_lengths,
-            a,
-            b,
-            cu_seqlens_x=cu_seqlens_x,
-            cu_seqlens_y=cu_seqlens_y,
-            max_seqlen_x=max_seqlen_x,
-            max_seqlen_y=max_seqlen_y,
-            **self.options,
+            SideInput(x, x_lengths, a, cu_seqlens_x, max_seqlen_x),
+            SideInput(y, y_lengths, b, cu_seqlens_y, max_seqlen_y),
+            Options.pick(options),
+            options["unbalanced"],
+            options["objective"],
+            options["reduction"],
+            options["backend"],
         )
-        self.keep_last(solution.n_iter, solution.error, problem.tol)
+        self.keep_last(solution.n_iter, solution.error, problem.options.tol)
         return loss
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import one_of
+from .options import one_of
 from .result import OTResult
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Ax
     """
     ax = _axes(ax)
     problem = result._problem
-    sides = zip("fg", ("speech f", "text g"), result.potentials, (problem.x_segments, problem.y_segments), strict=True)
+    sides = zip("fg", ("speech f", "text g"), result.potentials, (problem.x.segments, problem.y.segments), strict=True)
     for letter, label, values, segments in sides:
         length = int(segments.lengths[item])
         start = 0 if segments.starts is None else int(segments.starts[item])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .layout import Segments, expect_dense
-from .problem import Problem, Solution, one_of
+from .options import one_of
+from .problem import Problem, Side, Solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,8 @@ class OTResult:
         if self._solution.barycentric is not None:
             return self._solution.barycentric(False)
         plan = self.plan()
-        image = _average(plan, self._problem.y_segments.to_padded(y.to(plan.dtype)))
-        return self._problem.x_segments.from_padded(image)
+        image = _average(plan, self._problem.y.segments.to_padded(y.to(plan.dtype)))
+        return self._problem.x.segments.from_padded(image)
 
     def barycentric_y(self) -> Tensor:
         """For every `y` its image under the plan, `sum_i P_ij x_i / sum_i P_ij`: `(B, M, D)`, or `(total_y, D)`."""
@@ -71,8 +72,8 @@ class OTResult:
         if self._solution.barycentric is not None:
             return self._solution.barycentric(True)
         plan = self.plan()
-        image = _average(plan.mT, self._problem.x_segments.to_padded(x.to(plan.dtype)))
-        return self._problem.y_segments.from_padded(image)
+        image = _average(plan.mT, self._problem.x.segments.to_padded(x.to(plan.dtype)))
+        return self._problem.y.segments.from_padded(image)
 
     def apply(self, values: Tensor, to: str = "x") -> Tensor:
         """The plan applied to vectors: `sum_j P_ij values_j` for every `x`, or `sum_i P_ij values_i` for every `y`.
@@ -95,7 +96,7 @@ class OTResult:
         """
         one_of("to", to, ("x", "y"))
         by_y, p = to == "y", self._problem
-        source, target = (p.x_segments, p.y_segments) if by_y else (p.y_segments, p.x_segments)
+        source, target = (p.x.segments, p.y.segments) if by_y else (p.y.segments, p.x.segments)
         values = _expect_values(values, source, p)
         vector = values.dim() == len(source.shape)
         if vector:
@@ -118,12 +119,12 @@ class OTResult:
 
     def marginal_x(self) -> Tensor:
         """The mass that every `x` gives, the row sums of the plan: `(B, N)`, or `(total_x,)`. Differentiable (implicit)."""
-        y = self._problem.y_segments
+        y = self._problem.y.segments
         return self.apply(self.value.new_ones(y.shape), to="x")
 
     def marginal_y(self) -> Tensor:
         """The mass that every `y` gets, the column sums of the plan: `(B, M)`, or `(total_y,)`. Differentiable (implicit)."""
-        x = self._problem.x_segments
+        x = self._problem.x.segments
         return self.apply(self.value.new_ones(x.shape), to="y")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,12 +145,13 @@ class OTResult:
             else:
                 mass, best = plan.max(dim=1)
                 best = torch.where(mass > 0, best, -1)
-            return self._problem.y_segments.from_padded(best, fill=-1)
+            return self._problem.y.segments.from_padded(best, fill=-1)
 
     def _points(self) -> tuple[Tensor, Tensor]:
-        if self._problem.x is None or self._problem.y is None:
+        x, y = self._problem.x.points, self._problem.y.points
+        if x is None or y is None:
             raise RuntimeError("barycentric projections need the points: use solve(x, y) instead of solve_cost(C)")
-        return self._problem.x, self._problem.y
+        return x, y
 
 
 def _expect_values(values: Tensor, side: Segments, problem: Problem) -> Tensor:
@@ -170,7 +172,7 @@ def _detached(value: Any) -> Any:
         return value.detach()
     if isinstance(value, partial):
         return partial(value.func, *map(_detached, value.args))
-    if isinstance(value, (Problem, Segments)):
+    if isinstance(value, (Problem, Side, Segments)):
         fields = dataclasses.fields(value)
         return dataclasses.replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields})
     if isinstance(value, (list, tuple)):

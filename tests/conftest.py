@@ -48,7 +48,7 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if otalign.backends.reason_missing("cpu") is None:
-        engine = otalign.backends.extension()
+        engine = otalign.backends.extension.module()
         monkeypatch.setattr(engine, "Block", poisoned(engine.Block))  # the engine's own pool, unknown to torch
     yield
     torch.use_deterministic_algorithms(False)

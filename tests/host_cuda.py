@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from otalign import backends, cuda
+from otalign import backends
+from otalign.backends import cuda_launch
 
 ROOT = Path(__file__).parents[1]
 STRICT, RELAXED, LIFT = range(3)
@@ -78,12 +79,12 @@ def build(path: Path) -> None:
 
 
 class Engine:
-    """What otalign.cuda calls. Choices are the rule's for a small chip, unless `force` tells others."""
+    """What otalign.backends.cuda_launch calls. Choices are the rule's for a small chip, unless `force` tells others."""
 
     def __init__(self, seed: int = 0, **force: int) -> None:
         self.seed, self.force = seed, force
         self.choices: list[Choice] = []
-        self.Problem, self.Lifts = backends.extension().Problem, backends.extension().Lifts
+        self.Problem, self.Lifts = backends.extension.module().Problem, backends.extension.module().Lifts
 
     def cuda_scratch(self, problem: Any, lift: bool, device: int | None) -> int:
         return library().host_scratch(ctypes.c_void_p(problem.itself), ctypes.byref(self.choice(problem)))
@@ -133,7 +134,7 @@ def emulated(engine: Engine | None = None) -> Iterator[Engine]:
         patch.setattr(backends, "CUDA_DEVICES", "cpu")
         missing = backends.reason_missing
         patch.setattr(backends, "reason_missing", lambda name: None if name == "cuda" else missing(name))
-        patch.setattr(cuda, "_engine", lambda: engine)
-        patch.setattr(cuda, "_stream", lambda device: 0)
-        patch.setattr(cuda, "_on", lambda device: contextlib.nullcontext())
+        patch.setattr(cuda_launch, "_engine", lambda: engine)
+        patch.setattr(cuda_launch, "_stream", lambda device: 0)
+        patch.setattr(cuda_launch, "_on", lambda device: contextlib.nullcontext())
         yield engine

@@ -1,4 +1,4 @@
-"""A second oracle, in numpy and float64, that shares nothing with otalign.reference: the definition as it stands.
+"""A second oracle, in numpy and float64, that shares nothing with otalign.backends.reference: the definition as it stands.
 
 Points without mass, and points that nothing reaches, are taken out; what is left is solved by plain alternating updates of
 exponents until they stand still; every number is then computed from its definition on the plan.

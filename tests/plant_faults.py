@@ -39,7 +39,7 @@ class Fault(NamedTuple):
 
 
 def reference(name: str, old: str, new: str, *first: str) -> Fault:
-    return Fault(f"reference: {name}", "otalign/reference.py", old, new, first)
+    return Fault(f"reference: {name}", "otalign/backends/reference.py", old, new, first)
 
 
 def engine(name: str, file: str, old: str, new: str, *first: str) -> Fault:

@@ -225,7 +225,7 @@ def test_nothing_is_computed_before_the_check(monkeypatch):
     def launched(name):
         raise AssertionError(f"{name} was launched")
 
-    monkeypatch.setattr(otalign.functional.backends, "launcher", launched)
+    monkeypatch.setattr(otalign.functional.backends, "solver", launched)
     for arguments in ({"objective": "what"}, {"reduction": "what"}, {"cost": "what"}, {"reg": -1.0}, {"tol": -1.0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             otalign.sinkhorn_loss(X, Y, prior=Prior.band(1), **arguments)

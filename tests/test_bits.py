@@ -50,11 +50,11 @@ def by_address(real: type):
 @pytest.fixture
 def blas_by_address():
     """Such products in the place of the BLAS."""
-    engine = backends.extension()
+    engine = backends.extension.module()
     products = by_address(ctypes.c_float), by_address(ctypes.c_double)
     engine.use_blas("by address", *(ctypes.cast(product, ctypes.c_void_p).value for product in products), 0, 0, 0)
     yield
-    engine.use_blas(*backends._blas())
+    engine.use_blas(*backends.extension._blas())
 
 
 def solve(x, y, lengths, *, packed=False, cost="cosine", objective="transport"):
@@ -180,7 +180,7 @@ SCALAR_MKL = """
         one = otalign.solve(x, y, n, m, backend="cpu").value
         two = otalign.solve(*packed, cu_seqlens_x=ends[0], cu_seqlens_y=ends[1], backend="cpu").value
         worst = max(worst, float((one - two).abs().max()))
-    print(backends.extension().blas().replace(" ", "_"), worst)
+    print(backends.extension.module().blas().replace(" ", "_"), worst)
 """
 
 

@@ -37,7 +37,7 @@ AGREES = """
                     found.append((loss, *torch.autograd.grad(loss, (x, y))))
                 for ours, true in zip(*found):
                     worst = max(worst, float((ours - true).abs().max() / true.abs().max().clamp(min=1)) / unit)
-    print(backends.extension().blas().replace(" ", "_"), worst)
+    print(backends.extension.module().blas().replace(" ", "_"), worst)
 """
 
 
@@ -66,13 +66,13 @@ def test_openblas_agrees_with_the_reference(core):
 def test_a_blas_that_is_no_library(monkeypatch):
     monkeypatch.setenv("OTALIGN_BLAS", "no-such-blas.so")
     with pytest.raises(ValueError, match="OTALIGN_BLAS: expected 'built-in' or the file of a library, got 'no-such"):
-        backends._blas()
+        backends.extension._blas()
 
 
 def test_a_library_that_is_no_blas(monkeypatch):
-    monkeypatch.setenv("OTALIGN_BLAS", backends.extension().__file__)
+    monkeypatch.setenv("OTALIGN_BLAS", backends.extension.module().__file__)
     with pytest.raises(ValueError, match="OTALIGN_BLAS: expected a library with sgemm_ and dgemm_"):
-        backends._blas()
+        backends.extension._blas()
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def counted_threads():
     get = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: now[0])
     change = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda threads: now.__setitem__(0, threads))
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in (*gemms, get, change)]
-    backends.extension().use_blas("counted", *addresses[:2], 0, *addresses[2:])
+    backends.extension.module().use_blas("counted", *addresses[:2], 0, *addresses[2:])
     yield now, seen
-    backends.extension().use_blas(*backends._blas())
+    backends.extension.module().use_blas(*backends.extension._blas())
 
 
 def test_a_blas_with_threads_of_its_own_has_one_while_the_engine_computes(counted_threads):

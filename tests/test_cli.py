@@ -75,10 +75,10 @@ def test_doctor_checks_what_is_there(quick, capsys, argv):
 
 
 def broken(monkeypatch, make):
-    """The launcher of the engine, with `make` of its solution."""
-    launcher = backends.launcher
+    """The solver of the CPU backend, with `make` of its solution."""
+    solver = backends.solver
     monkeypatch.setattr(
-        backends, "launcher", lambda name: (lambda p: make(launcher(name)(p))) if name == "cpu" else launcher(name)
+        backends, "solver", lambda name: (lambda p: make(solver(name)(p))) if name == "cpu" else solver(name)
     )
 
 

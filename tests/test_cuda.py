@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import otalign
-from otalign import Prior, backends, cuda
+from otalign import Prior, backends
+from otalign.backends import cuda
 
 from . import host_cuda
 from .host_cuda import Engine, chosen, emulated
@@ -424,7 +425,7 @@ def test_debug_waits_for_the_kernels():
 
 def test_tensors_on_the_cpu_are_refused(monkeypatch):
     monkeypatch.setattr(backends, "_why_no_cuda", lambda: None)
-    monkeypatch.setattr(backends.extension(), "cuda_reason", "")
+    monkeypatch.setattr(backends.extension.module(), "cuda_reason", "")
     with pytest.raises(ValueError, match="takes tensors on a GPU"):
         otalign.solve(torch.rand(1, 2, 3), torch.rand(1, 2, 3), backend="cuda")
 
@@ -437,7 +438,11 @@ def why_no_kernels() -> str:
     left_out = "OTALIGN_BUILD_CUDA=0"
     if shutil.which("nvcc") is None:
         return "needs nvcc, with which the extension has kernels"
-    return left_out if left_out in (backends.reason_missing("cpu") or backends.extension().cuda_reason or "") else ""
+    return (
+        left_out
+        if left_out in (backends.reason_missing("cpu") or backends.extension.module().cuda_reason or "")
+        else ""
+    )
 
 
 needs_nvcc = pytest.mark.skipif(bool(why_no_kernels()), reason=why_no_kernels() or "it is there")
@@ -507,6 +512,6 @@ FORMS_OF = {"narrow": (0, 1, 2, 3), "middle": (4, 5, 6), "wide": (7, 8)}
 def test_without_a_driver_the_error_has_its_name():
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    problem = backends.extension().Problem()
+    problem = backends.extension.module().Problem()
     with pytest.raises(RuntimeError, match=r"^cuda(ErrorInsufficientDriver|ErrorNoDevice): "):
-        backends.extension().cuda_scratch(problem, False, 0)
+        backends.extension.module().cuda_scratch(problem, False, 0)

@@ -243,7 +243,7 @@ def test_a_cost_that_is_no_number(engine, place, number):
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, nobody looks at the numbers before the kernels: bad ones are NaN."""
-    monkeypatch.setattr(otalign.problem, "checks_values", lambda tensor: False)
+    monkeypatch.setattr(otalign.weights, "checks_values", lambda tensor: False)
     monkeypatch.setattr(
         otalign.checks, "valid_or_nan", lambda values, good, message: torch.where(good, values, math.nan)
     )
@@ -284,12 +284,10 @@ def test_weights_that_are_none(engine, unchecked):
 
 
 def symmetric(engine: str, x: Tensor, w: Tensor | None, rho, reg: float, lengths: Tensor | None = None):
-    names = ("cu_seqlens_x", "cu_seqlens_y", "max_seqlen_x", "max_seqlen_y")
-    problem = otalign.problem.from_points(
-        x, x, lengths, lengths, w, w, **dict.fromkeys(names), cost="sqeuclidean", prior=None, reg=reg, unbalanced=rho,
-        max_iter=100, tol=1e-5,
-    )  # fmt: skip
-    return otalign.backends.launcher(engine)(dataclasses.replace(problem, symmetric=True))
+    side = otalign.problem.SideInput(x, lengths, w)
+    options = otalign.options.Options("sqeuclidean", prior=None, reg=reg, max_iter=100, tol=1e-5)
+    problem = otalign.problem.from_points(side, side, options, unbalanced=rho)
+    return otalign.backends.solver(engine)(dataclasses.replace(problem, symmetric=True))
 
 
 def one_side() -> Tensor:

@@ -154,7 +154,7 @@ def test_operators_survive_lies(backend, count):
 
 
 def test_the_engine_itself_asks_for_memory():
-    engine = backends.extension()
+    engine = backends.extension.module()
     problem = engine.Problem()
     problem.items, problem.dim, problem.capacity = 2, 4, 100
     problem.x.size = problem.y.size = 3

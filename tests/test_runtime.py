@@ -237,7 +237,7 @@ def test_every_instruction_set_agrees_with_the_reference(most):
                         for c, name in ((C, "cpu"), (C.double(), "reference"))
                     )
                     worst = max(worst, float((ours - true).abs().sum()) / unit)
-        print(backends.extension().simd, worst)
+        print(backends.extension.module().simd, worst)
     """
     simd, worst = run_python(code, OTALIGN_SIMD=most).split()
     order = ["baseline", "avx2", "avx512"]

@@ -138,8 +138,8 @@ def test_inner_alignment_is_a_sum_over_layers(weights):
 
 def test_inner_alignment_makes_one_solve(monkeypatch):
     calls = []
-    launcher = otalign.backends.launcher
-    monkeypatch.setattr(otalign.backends, "launcher", lambda name: lambda p: calls.append(p.items) or launcher(name)(p))
+    solver = otalign.backends.solver
+    monkeypatch.setattr(otalign.backends, "solver", lambda name: lambda p: calls.append(p.items) or solver(name)(p))
     xs, ys, n, m = states(3)
     InnerAlignmentLoss([0, 1, 2])(dict(enumerate(xs)), dict(enumerate(ys)), n, m)
     assert calls == [15]

@@ -243,23 +243,27 @@ def points(shape, kind):
     return torch.zeros(*rest, 1, d, dtype=kind).expand(*rest, n, d)
 
 import otalign
-from otalign import backends, gpu, problem
+from otalign import backends
+from otalign.backends import triton
+from otalign.options import Options
+from otalign.problem import SideInput, from_cost, from_points
 for _ in range(400):
     x, y = random.choice(kinds), random.choice(kinds)
     N, M, D = random.choice([1, 16, 40]), random.choice([1, 7, 32, 150]), random.choice([1, 16, 24, 48])
     B = random.choice([1, 3])
-    common = dict(prior=None, reg=0.1, unbalanced=random.choice([None, 1.0]), max_iter=5, tol=0.0)
+    unbalanced = random.choice([None, 1.0])
     if random.random() < 0.3:
         C = points((B, N, M), x).requires_grad_()
-        p = problem.from_cost(C, None, None, None, None, init=None, **common)
+        side = SideInput(None, None, None)
+        p = from_cost(C, side, side, Options("given", None, 0.1, 5, 0.0), unbalanced)
         leaves = [C]
     else:
         X, Y = points((B, N, D), x).requires_grad_(), points((B, M, D), y).requires_grad_()
         cost = random.choice(["cosine", "euclidean", "dot"])
-        p = problem.from_points(X, Y, None, None, None, None, cu_seqlens_x=None, cu_seqlens_y=None,
-                                max_seqlen_x=None, max_seqlen_y=None, cost=cost, **common)
+        sides = SideInput(X, None, None), SideInput(Y, None, None)
+        p = from_points(*sides, Options(cost, None, 0.1, 5, 0.0), unbalanced)
         leaves = [X, Y]
-    s = gpu.launch(p)
+    s = triton.solve(p)
     for out in (s.value.sum(), s.value_linear.sum(), s.plan().sum()):
         torch.autograd.grad(out, leaves, retain_graph=True)
     if p.C is None:

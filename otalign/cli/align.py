@@ -15,7 +15,7 @@ from torch import Tensor
 import otalign
 
 from .. import backends
-from ..problem import COSTS
+from ..options import COSTS
 from . import files
 from .arguments import PRIOR_FORMS, count, device_of, positive, prior, relaxation
 from .errors import InputError, as_input_error

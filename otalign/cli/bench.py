@@ -16,7 +16,7 @@ from torch import Tensor
 import otalign
 
 from .. import backends
-from ..problem import COSTS
+from ..options import COSTS
 from .arguments import count, positive
 from .errors import InputError, first_line
 from .table import table

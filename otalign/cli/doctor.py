@@ -135,7 +135,7 @@ def _extension() -> Iterator[tuple[str, str]]:
     if reason is not None:
         yield "extension", f"missing: {reason}"
         return
-    module = backends.extension()
+    module = backends.extension.module()
     threads = "OpenMP" if module.openmp else "one thread (built without OpenMP)"
     yield "extension", f"{module.compiler}, SIMD: {module.simd}, {threads}, BLAS: {module.blas()}"
     if not module.cuda_reason:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..distributed import joined_mean_normalizer, processes
 from ..functional import ItemLosses, item_losses
 from ..modules import SinkhornLoss
-from ..problem import one_of
+from ..options import one_of
 from ..speech import InnerAlignmentLoss, OTRegLoss
 from ..speech.states import weighted_mean
 from .configuration import Placeholder, audio_token, embedding_scale, expect_unwrapped, first_token, special_tokens

@@ -11,8 +11,8 @@ from ..checks import flag
 from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses
 from ..layout import Lengths
+from ..options import Unbalanced, checked_options
 from ..prior import Prior
-from ..problem import Unbalanced, checked_options
 from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
 
 

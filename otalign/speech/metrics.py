@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ..layout import Lengths
-from ..problem import one_of
+from ..options import one_of
 from .path import METRICS, alignment_path_score, sequence_similarity
 from .retrieval import RetrievalScores, pooled, scores_of
 from .states import States, at_least_one, device_of_buffers

@@ -12,8 +12,8 @@ from ..checks import flag, whole_number
 from ..convergence import KeepsLast
 from ..functional import ItemLosses, item_losses, solve
 from ..layout import Lengths, expect_dense, padded_segments
+from ..options import Unbalanced, checked_options, one_of
 from ..prior import Prior
-from ..problem import Unbalanced, checked_options, one_of
 from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")

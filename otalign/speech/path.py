@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import Lengths
-from ..problem import one_of
+from ..options import one_of
 from .states import States, at_least_one, inside, lengths_of, means, paired, products, sides, unit, wide
 
 METRICS = ("cosine", "euclidean")

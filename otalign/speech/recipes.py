@@ -16,8 +16,9 @@ from torch import Tensor
 from ..checks import number
 from ..functional import sinkhorn_loss, solve, solve_cost
 from ..layout import Lengths, padded_segments
+from ..options import REDUCTIONS, checked_options, one_of
 from ..prior import Prior
-from ..problem import REDUCTIONS, checked_options, normalized_weights, one_of
+from ..weights import normalized_weights
 from .states import (
     States,
     at_least_one,

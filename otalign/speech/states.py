@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.reference import normalize
 from ..layout import Lengths, expect_dense, padded_segments
-from ..problem import checks_values
-from ..reference import normalize
+from ..options import checks_values
 
 # One layer; or several, in order (None = left out) or by number.
 States: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[int, Tensor]

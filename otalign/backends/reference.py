@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Segments
-from .problem import Problem, Solution
+from ..layout import Segments
+from ..problem import Problem, Solution
 
 # The square of a difference of all pairs takes n * m * D elements; so many are built at a time.
 _PAIRS_AT_A_TIME = 2**24
@@ -295,7 +295,7 @@ def solve_item(
     return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
 
 
-def launch(problem: Problem) -> Solution:
+def solve(problem: Problem) -> Solution:
     """Solve a batch item by item, and lay the results out as the problem is."""
     with torch.autocast(problem.device.type, enabled=False):
         items = list(_items(problem))
@@ -311,8 +311,8 @@ def launch(problem: Problem) -> Solution:
         value=stack([item.value for item in items]),
         value_linear=stack([item.value_linear for item in items]),
         plan_cost=partial(stack, [item.plan_cost for item in items]),
-        f=vector([item.f for item in items], problem.x_segments),
-        g=vector([item.g for item in items], problem.y_segments),
+        f=vector([item.f for item in items], problem.x.segments),
+        g=vector([item.g for item in items], problem.y.segments),
         n_iter=torch.tensor([item.n_iter for item in items], dtype=torch.int32, device=problem.device),
         error=torch.tensor([item.error for item in items], dtype=problem.dtype, device=problem.device),
         plan=partial(_plans, problem, [item.plan for item in items]),
@@ -322,12 +322,16 @@ def launch(problem: Problem) -> Solution:
 def _stack(problem: Problem, tensors: list[Tensor]) -> Tensor:
     if tensors:
         return torch.stack(tensors)
-    inputs = (t for t in (problem.x, problem.y, problem.C, problem.a, problem.b) if t is not None)
+    inputs = (
+        t
+        for t in (problem.x.points, problem.y.points, problem.C, problem.x.weights, problem.y.weights)
+        if t is not None
+    )
     return sum(t.sum() for t in inputs).to(problem.dtype).expand(0)  # type: ignore[union-attr]
 
 
 def _plans(problem: Problem, plans: list[Tensor]) -> Tensor:
-    shape = (problem.x_segments.size, problem.y_segments.size)
+    shape = (problem.x.segments.size, problem.y.segments.size)
     return _stack(problem, [_pad(plan, shape) for plan in plans]).reshape(problem.items, *shape)
 
 
@@ -336,22 +340,23 @@ def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _items(p: Problem) -> Iterator[Item]:
-    x_spans, y_spans = p.x_segments.spans(), p.y_segments.spans()
-    x_lengths, y_lengths = p.x_segments.lengths, p.y_segments.lengths
+    x_spans, y_spans = p.x.segments.spans(), p.y.segments.spans()
+    x_lengths, y_lengths = p.x.segments.lengths, p.y.segments.lengths
+    options, rho = p.options, (p.x.rho, p.y.rho)
     for index, (xs, ys, reg) in enumerate(zip(x_spans, y_spans, p.regs.tolist(), strict=True)):
         if p.C is not None:
             n, m = int(x_lengths[index]), int(y_lengths[index])
             C = p.C[index, :n, :m].to(p.dtype)
         else:
-            assert p.x is not None and p.y is not None
-            C = cost_matrix(p.x[xs].to(p.dtype), p.y[ys].to(p.dtype), p.cost)
+            assert p.x.points is not None and p.y.points is not None
+            C = cost_matrix(p.x.points[xs].to(p.dtype), p.y.points[ys].to(p.dtype), options.cost)
         n, m = C.shape
         # Infinity in a given cost forbids a pair; a cost of points that is infinite has overflown.
-        valid = not bool((C.isnan() | C.isneginf()).any()) if p.cost == "given" else bool(C.isfinite().all())
-        if p.prior is not None:
-            C = C + p.prior.matrix(n, m, reg, dtype=p.dtype, device=C.device)
-        a = C.new_full((n,), 1 / max(n, 1)) if p.a is None else p.a[xs]
-        b = C.new_full((m,), 1 / max(m, 1)) if p.b is None else p.b[ys]
+        valid = not bool((C.isnan() | C.isneginf()).any()) if p.C is not None else bool(C.isfinite().all())
+        if options.prior is not None:
+            C = C + options.prior.matrix(n, m, reg, dtype=p.dtype, device=C.device)
+        a = C.new_full((n,), 1 / max(n, 1)) if p.x.weights is None else p.x.weights[xs]
+        b = C.new_full((m,), 1 / max(m, 1)) if p.y.weights is None else p.y.weights[ys]
         g = None if p.init is None else p.init[ys]
         C = C if valid else C * math.nan
-        yield solve_item(C, a, b, reg, p.rho, p.max_iter, p.tol, g, symmetric=p.symmetric)
+        yield solve_item(C, a, b, reg, rho, options.max_iter, options.tol, g, symmetric=p.symmetric)

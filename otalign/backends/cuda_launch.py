@@ -1,7 +1,6 @@
-"""The compiled CUDA kernels: Sinkhorn's iterations and the implicit system, on a matrix that stays on the chip.
+"""Launches of the CUDA kernels: Sinkhorn's iterations and the adjoint system, on a matrix that stays on the chip.
 
-Costs, and what is made of a solution, are the business of the Triton kernels, which hand batches over to this module. So
-are symmetric problems, the self terms of a divergence, whose iteration differs.
+The Triton kernels compute the costs before, and gradients and plans after; a batch comes here in their form.
 """
 
 from __future__ import annotations
@@ -11,28 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .layout import debugging
-from .problem import Problem, Solution
+from ..layout import debugging
+from . import extension
 
 if TYPE_CHECKING:
-    from .triton_kernels.launch import Batch, Solved
-
-LONGEST_Y = 1024  # the widest form of csrc/cuda/layout.h
-
-
-def launch(problem: Problem) -> Solution:
-    """Solve a batch with the CUDA kernels."""
-    from . import gpu
-
-    if problem.dtype != torch.float32:
-        raise ValueError("backend: 'cuda' computes in float32, but the points are float64; 'triton' takes them")
-    if problem.y_segments.size > LONGEST_Y:
-        raise ValueError(
-            f"y: backend 'cuda' takes items of up to {LONGEST_Y} points, got {problem.y_segments.size}; exchange x and y, "
-            "or use 'triton'"
-        )
-    return gpu.launch(problem, "cuda")
+    from ..triton_kernels.launch import Batch, Solved
 
 
 def iterate(batch: Batch, out: Solved, init: Tensor | None, max_iter: int, tol: float) -> None:
@@ -104,7 +86,7 @@ def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
 
 
 def _engine() -> Any:
-    return backends.extension()
+    return extension.module()
 
 
 def _stream(device: torch.device) -> int:

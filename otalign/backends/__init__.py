@@ -1,0 +1,125 @@
+"""Which backend solves a problem here, and why another is missing.
+
+A backend is a module of this folder with a function `solve(problem) -> Solution`, imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ..options import BACKENDS, one_of
+from ..problem import Problem, Solution
+from . import extension
+
+TRITON = (3, 6)  # the first version that compiles the kernels
+CUDA = (8, 0)  # the compute capability that the kernels need
+CUDA_DEVICES = "cuda"  # the type of their tensors
+NAMES = BACKENDS
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that will compute a problem on `device`; raises if the one asked for cannot.
+
+    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs; where that is missing, a warning says why, once, and it is "reference".
+    It is not "cuda" anywhere yet: the rule is that a measurement in benchmarks/results has to show the sizes for which that is
+    faster, and none has been made.
+    """
+    one_of("backend", backend, NAMES)
+    if backend == "auto":
+        if device.type == "meta":
+            raise ValueError("x: expected numbers, got a tensor on the meta device, which has none")
+        best = "cpu" if device.type == "cpu" else "triton"
+        reason = reason_missing(best)
+        if reason is None:
+            return best
+        _warn_of_reference(best, device.type, reason)
+        return "reference"
+    reason = reason_missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device}")
+    if backend == "cuda" and device.type != CUDA_DEVICES:
+        raise ValueError(f"backend: 'cuda' takes tensors on a GPU, got {device}")
+    if backend == "triton" and device.type == "cpu" and not _interpreting():
+        raise ValueError("backend: 'triton' takes tensors on a GPU, or any with TRITON_INTERPRET=1; got cpu")
+    if device.type == "meta":
+        raise ValueError(f"backend: {backend!r} takes tensors with numbers, got some on the meta device")
+    return backend
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and triton with it.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # once for each cause, whatever the filters of warnings are
+def _warn_of_reference(best: str, device_type: str, reason: str) -> None:
+    warnings.warn(
+        f'backend="auto": tensors on {device_type} are solved by the slow reference, since {best!r} is not available: {reason}. '
+        'backend="reference" is the same without this warning.',
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def solver(name: str) -> Callable[[Problem], Solution]:
+    """The function that solves problems on this backend."""
+    return importlib.import_module(f".{name}", __package__).solve
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, with None if it can be used here or else the reason why not.
+
+    Example:
+        >>> otalign.backends.available()["reference"] is None
+        True
+    """
+    return {name: reason_missing(name) for name in NAMES[1:]}
+
+
+def reason_missing(name: str) -> str | None:
+    """Why this backend cannot be used here; None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return _why_no_triton()
+    reason = extension.reason_missing()
+    if name == "cpu" or reason is not None:
+        return reason
+    if extension.module().cuda_reason:
+        return f"otalign._C was built without CUDA: {extension.module().cuda_reason}"
+    return _why_no_cuda()
+
+
+@functools.cache
+def _why_no_cuda() -> str | None:
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "no NVIDIA GPU was found"
+    if torch.cuda.get_device_capability() < CUDA:
+        return "the GPU's compute capability is below {}.{}".format(*CUDA)
+    reason = reason_missing("triton")
+    return reason and f"costs and gradients are made by Triton: {reason}"
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+        return f"triton {triton.__version__} is too old: the kernels need {'.'.join(map(str, TRITON))}"
+    if _interpreting() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return (
+        "no GPU was found (TRITON_INTERPRET=1, set before the first import of triton, runs the kernels slowly without)"
+    )
+
+
+def _interpreting() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)

@@ -1,0 +1,215 @@
+"""The operators of torch.library: schemas from annotations, and gradients, written once for all backends.
+
+An operator takes a flat list of tensors, numbers and words. The backends read it as NamedTuples, whose annotations make
+the schema: the fields of a problem, with its `Options` last, and the tensors that the forward pass saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+    Sequence[float]: "float[]",
+    Sequence[bool]: "bool[]",
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_FORWARD_MODE = (
+    "forward-mode derivatives (torch.func.jvp, jacfwd) are not supported; take torch.func.grad, vjp or jacrev"
+)
+
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+
+
+def schema(*arguments: type | str, results: type | str) -> str:
+    """An operator's schema, from NamedTuples one after the other, and declarations of single arguments between them."""
+    declared = _declared(results)
+    return f"({', '.join(map(_declared, arguments))}) -> {declared if isinstance(results, str) else f'({declared})'}"
+
+
+def _declared(fields: type | str) -> str:
+    if isinstance(fields, str):
+        return fields
+    hints = get_type_hints(fields)
+    if hints.pop("options", None) is Options:
+        hints |= Options.flat_types()
+    return ", ".join(f"{_TYPES[hint]} {name}" for name, hint in hints.items())
+
+
+def flatten(inputs: Any) -> tuple[Any, ...]:
+    """The fields of a problem, whose last are its `options`, as an operator takes them."""
+    return (*inputs[:-1], *inputs.options.flat())
+
+
+def unflatten(fields: type[Inputs], arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """The inverse of `flatten`, and the arguments that follow the problem's."""
+    first = len(fields._fields) - 1  # type: ignore[attr-defined]
+    end = first + _OPTIONS
+    return fields(*arguments[:first], Options.from_flat(*arguments[first:end])), arguments[end:]  # type: ignore[call-arg]
+
+
+_OPTIONS = len(Options.flat_types())
+
+
+class Operator:
+    """An operator with its kernel, its fake and its gradient. Calling it takes the shortest way that applies."""
+
+    def __init__(
+        self,
+        library: torch.library.Library,
+        name: str,
+        schema: str,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        devices: Sequence[str],
+    ) -> None:
+        library.define(name + schema)
+        for device in devices:
+            library.impl(name, kernel, device)
+        torch.library.register_fake(f"otalign::{name}", fake, lib=library)
+        self.library, self.name, self.kernel = library, name, kernel
+        self.traced = getattr(torch.ops.otalign, name)
+        self.inputs = self.outputs = 0  # how many of the first arguments, and of the first results, have gradients
+        self.kept = slice(0)
+        self.backward: Callable[..., Sequence[Tensor]] | None = None
+        self.transformed: Any = None
+
+    def set_gradient(
+        self, backward: Callable[..., Sequence[Tensor]], *, inputs: int, outputs: int, kept: slice = slice(0)
+    ) -> None:
+        """Give the operator gradients by its first `inputs` arguments, from those by its first `outputs` results.
+
+        Args:
+            backward: called with the arguments, the results that are `kept`, the incoming gradients (None where there
+                are none) and, for each of the inputs, whether its gradient is wanted; returns a tensor for each.
+            kept: the results that the backward pass reads.
+        """
+        self.backward, self.inputs, self.outputs, self.kept = backward, inputs, outputs, kept
+        self._register(self.derivative, self.keep)
+
+    def forbid_gradient(self, message: str) -> None:
+        """Let differentiation raise NotImplementedError: for operators that are themselves a first derivative."""
+
+        def refuse(ctx: Any, *_: Any) -> Any:
+            raise NotImplementedError(message)
+
+        self._register(refuse, lambda ctx, inputs, output: None)
+
+    def _register(self, derivative: Callable[..., Any], keep: Callable[..., None]) -> None:
+        torch.library.register_autograd(f"otalign::{self.name}", derivative, setup_context=keep, lib=self.library)
+        operator = self
+
+        class Transformed(_Mapped):
+            """The operator under torch.func, which cannot transform what torch.library registers."""
+
+            @staticmethod
+            def forward(*arguments: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator.traced(*arguments)
+
+            setup_context = staticmethod(keep)  # type: ignore[assignment]
+            backward = staticmethod(derivative)  # type: ignore[assignment]
+
+        self.transformed = Transformed
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.traced(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return (self.transformed.apply if self.transformed else self.traced)(*arguments)
+        if not _eager(arguments):
+            return self.traced(*arguments)
+        if not torch.is_grad_enabled():
+            return self.kernel(*arguments)
+        if self.backward is None:
+            return self.traced(*arguments)
+        return _Eager.apply(*arguments[: self.inputs], arguments[self.inputs :], self)
+
+    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep for the backward pass: tensors where autograd guards them, all other arguments beside them."""
+        results = (output,) if isinstance(output, Tensor) else tuple(output)
+        tensors = [argument if isinstance(argument, Tensor) else None for argument in inputs]
+        ctx.save_for_backward(*tensors, *results[self.kept])
+        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in inputs]
+        ctx.mark_non_differentiable(*results[self.outputs :])
+        ctx.set_materialize_grads(False)
+
+    def restore(self, ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+        """The arguments and the results that `keep` has kept."""
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        pairs = zip(saved[:count], ctx.others, strict=True)
+        return [other if tensor is None else tensor for tensor, other in pairs], saved[count:]
+
+    def gradients(self, ctx: Any, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients by the first `inputs` arguments; None where they are not wanted."""
+        incoming = incoming[: self.outputs]
+        if all(gradient is None for gradient in incoming):
+            return [None] * self.inputs
+        assert self.backward is not None
+        wanted = list(ctx.needs_input_grad[: self.inputs])
+        found = self.backward(*self.restore(ctx), incoming, wanted)
+        return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+
+    def derivative(self, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients, spread over all arguments."""
+        return (*self.gradients(ctx, incoming), *[None] * (len(ctx.others) - self.inputs))
+
+
+def _eager(arguments: Sequence[Any]) -> bool:
+    """True in plain eager mode: no dispatch mode, no tensor subclass."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(argument) in _PLAIN for argument in arguments if isinstance(argument, Tensor))
+
+
+class _Eager(torch.autograd.Function):
+    """An operator in plain eager mode: straight to its kernel, without the 100 us of torch.library's wrapper.
+
+    The arguments with gradients come one by one, the rest as one tuple, which autograd passes on unseen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:  # type: ignore[override]
+        *inputs, rest, operator = arguments
+        results = operator.kernel(*inputs, *rest)
+        operator.keep(ctx, (*inputs, *rest), results)
+        ctx.operator = operator
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return (*ctx.operator.gradients(ctx, incoming), None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+class _Mapped(torch.autograd.Function):
+    """A Function for torch.func: vmap solves the slices of the mapped dimension one by one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        each = []
+        for index in range(info.batch_size):
+            pairs = zip(inputs, in_dims, strict=True)
+            each.append(cls.apply(*(t.select(dim, index) if isinstance(dim, int) else t for t, dim in pairs)))
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
