@@ -69,7 +69,22 @@ def _warn_of_reference(best: str, device_type: str, reason: str) -> None:
 
 def solver(name: str) -> Callable[[Problem], Solution]:
     """The function that solves problems on this backend."""
-    return importlib.import_module(f".{name}", __package__).solve
+    # Imports, not `importlib`: torch.compile traces these.
+    if name == "cpu":
+        from . import cpu
+
+        return cpu.solve
+    if name == "triton":
+        from . import triton
+
+        return triton.solve
+    if name == "cuda":
+        from . import cuda
+
+        return cuda.solve
+    from . import reference
+
+    return reference.solve
 
 
 def available() -> dict[str, str | None]:
