@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers of any kind, and contents of tensors where Python cannot look at them."""
+"""Checks of arguments: numbers of any kind, and contents of tensors that Python cannot read at the time of the call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _library.define("check(Tensor good, str message) -> Tensor")
 
 
 def number(name: str, value: object) -> float:
-    """A real number as Python's float: of Python, of numpy, or a tensor with no dimensions (which is waited for)."""
+    """`value` as a float: a real number of Python or numpy, or a tensor without dimensions (this waits for its device)."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool and not value.is_complex():
         value = value.detach().item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -43,10 +43,10 @@ def flag(name: str, value: object) -> bool:
 
 
 def valid_or_nan(values: Tensor, good: Tensor, message: str) -> Tensor:
-    """For contents that cannot be looked at now: NaN where they are not `good`.
+    """`values`, with NaN where they are not `good`: for contents that Python cannot read at the time of the call.
 
-    On a GPU the item is NaN then. In a graph that torch.compile makes for a CPU, an operator looks when the graph runs,
-    and raises ValueError with the `message`, as the eager call does.
+    On a GPU the item becomes NaN. In a graph of torch.compile on a CPU, an operator checks when the graph runs, and raises
+    ValueError with the `message`, as the eager call does.
     """
     values = torch.where(good, values, math.nan)
     if values.device.type == "cpu" and not torch._C._are_functorch_transforms_active():

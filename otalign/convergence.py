@@ -1,4 +1,4 @@
-"""What is said of how well a batch was solved, and the warning where that was not well enough."""
+"""How well each item of a batch was solved, and the warning about items that did not converge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Convergence(NamedTuple):
 
 
 class KeepsLast:
-    """Of a loss module: `last`, how well its last call was solved."""
+    """A mixin of loss modules: `last`, how well the last call was solved."""
 
     _last: tuple[Tensor, Tensor, float] | None = None
 
@@ -42,21 +42,21 @@ class KeepsLast:
         return Convergence(n_iter, error, error <= tol)
 
     def keep_last(self, n_iter: Tensor, error: Tensor, tol: float) -> None:
-        """Keep this of a call, unless torch.compile or torch.func traces it."""
+        """Store how well a call was solved. Calls under torch.compile or torch.func store nothing."""
         if not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(error):
             self.__dict__["_last"] = n_iter, error.detach(), tol  # without the search of nn.Module for parameters
 
 
 def warn_unconverged(error: Tensor, tol: float, max_iter: int) -> None:
-    """Warn once for each line of the user's that solves items which do not converge.
+    """Warn once for each line of the user's code whose items do not converge.
 
-    Only of errors that may be looked at: not under torch.compile, and on a GPU only with otalign.debug(). Items that are
-    NaN do not count: their loss tells.
+    Errors are read where that costs nothing: not under torch.compile, and on a GPU only within otalign.debug(). Items that
+    are NaN do not count: their loss shows it.
 
     Args:
-        error: `(B,)`, that was reached.
-        tol: that was asked for; 0 asks for all iterations, and there is nothing to warn of.
-        max_iter: iterations that were allowed.
+        error: `(B,)`, the error of each item.
+        tol: the error that needs no warning; 0 = never warn, since all iterations were wanted.
+        max_iter: the limit of iterations, for the message.
     """
     if not tol or torch.compiler.is_compiling() or not _readable(error):
         return
@@ -79,8 +79,8 @@ def _readable(error: Tensor) -> bool:
 def _warn(message: str) -> None:
     """Warn at the line that called into this library.
 
-    Python keeps warnings apart by their text, and here it has numbers in it. So a line that has been warned of is
-    given the text that it had then, for Python's filters to know it by.
+    Python's filters recognise a repeated warning by its text, but the numbers in this text change. So a second warning at
+    the same line repeats the text of the first.
     """
     frame = _caller()
     names, line = frame.f_globals, frame.f_lineno
@@ -97,7 +97,7 @@ def _warn(message: str) -> None:
 
 
 def _caller() -> FrameType:
-    """The innermost frame that is neither this library's nor torch's; the outermost if there is none."""
+    """The innermost frame outside this library and torch; the outermost frame if there is none."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What is joined over the processes of torch.distributed: vectors, and means."""
+"""Collectives over the processes of torch.distributed: gathered vectors, and the normaliser of a mean."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def processes() -> int:
-    """How many there are; 1 without torch.distributed."""
+    """The number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gathered(vectors: Tensor) -> Tensor:
-    """The vectors of all processes, which may have different numbers of them."""
+    """The vectors of all processes; each process may have a different number of them."""
     counts = [torch.zeros((), dtype=torch.int64, device=vectors.device) for _ in range(processes())]
     dist.all_gather(counts, torch.tensor(len(vectors), device=vectors.device))
     longest = int(max(counts))
@@ -26,17 +26,17 @@ def gathered(vectors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def joined_mean_normalizer(weights: Tensor) -> Tensor:
-    """What this process has to divide its weighted sum of losses by, where gradients are averaged over processes (DDP, FSDP).
+    """The divisor of a process's sum of losses, where gradients are averaged over processes (DDP, FSDP).
 
-    Each process has its own number of items that are not empty, so that the mean of the processes' means is not the mean of all
-    items. Divided by the weights' sum over all processes, over the number of processes, it is. Every process has to call,
-    also one whose items are all empty.
+    Each process has its own number of non-empty items, so the mean of the processes' means is not the mean over all items.
+    A sum of losses over this divisor gives that mean: the divisor is the sum of the weights of all processes over the
+    number of processes. Every process has to call this function, even if all its items are empty.
 
     Args:
-        weights: of this process's items, any shape: 1 (or True) for those that count, 0 for empty ones.
+        weights: of this process's items, any shape: 1 (or True) for an item that counts, 0 for an empty one.
 
     Returns:
-        A scalar; 1 if there is nothing to divide.
+        A scalar; 1 if no item counts.
 
     Example:
         >>> n, m = torch.tensor([3, 0, 5]), torch.tensor([2, 1, 0])

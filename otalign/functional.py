@@ -54,24 +54,25 @@ def sinkhorn_loss(
         x: `(B, N, D)` padded; `(total_x, D)` packed, with `cu_seqlens_x`; or a jagged nested tensor. float16, bfloat16,
             float32 or float64; computed in float32, or float64 if either side is.
         y: `(B, M, D)`, `(total_y, D)` or nested, of the same `D` and device. The layouts of `x` and `y` may differ.
-        x_lengths: `(B,)` int32 or int64 in `[0, N]`, or a list of integers; None = full. What lies behind is never read.
+        x_lengths: `(B,)` int32 or int64 in `[0, N]`, or a list of integers; None = full. Rows beyond
+            an item's length are never read.
         y_lengths: likewise for `y`.
-        a: weights of the points of `x`, `(B, N)` or `(total_x,)`, non-negative, normalised here over every item; of padded
-            items also `(1, N)` or `(N,)` for all; None = uniform; `"norm"` = norms of the embeddings, detached.
+        a: weights of the points of `x`, `(B, N)` or `(total_x,)`, non-negative; normalised here over every item. Padded
+            items also take `(1, N)` or `(N,)` for all items. None = uniform; `"norm"` = norms of the embeddings, detached.
         b: likewise for `y`.
         cu_seqlens_x: `(B + 1,)` int32 or int64 offsets of packed items, or a list, rising from 0 to at most `total_x`.
         cu_seqlens_y: likewise for `y`.
-        max_seqlen_x: longest item in packed `x`; optional, spares a device synchronisation (and, under
-            `torch.compile`, memory).
+        max_seqlen_x: length of the longest item in packed `x`. Optional; it saves a device synchronisation and, under
+            `torch.compile`, memory.
         max_seqlen_y: likewise for `y`.
         cost: `"cosine"` = 1 - cos, `"sqeuclidean"` = \|x - y\|^2, `"euclidean"`, or `"dot"` = -<x, y>.
         prior: a temporal term `B` added to the cost, see `Prior`.
         reg: strength of the entropic regularisation, in the unit of the cost; a number or `(B,)`. Not differentiated.
-        unbalanced: None (both marginals strict), `rho`, or `(rho_x, rho_y)`, each may be None or `inf` (strict). A tensor
-            `(B,)` in place of a number relaxes each item by its own: Python looks at it (and waits for a GPU), and there is
-            a solve for every different one.
-        max_iter: most iterations of an item; one is a row and a column update.
-        tol: L1 marginal error at which an item stops by itself; 0 = make all `max_iter`.
+        unbalanced: marginal relaxation: None (both marginals strict), `rho`, or `(rho_x, rho_y)`; each may be None or
+            `inf` (strict). A tensor `(B,)` in place of a number gives each item its own relaxation: Python reads it (this
+            waits for a GPU), and items of equal relaxation are solved together.
+        max_iter: largest number of iterations of an item. One iteration is a row and a column update.
+        tol: an item stops when its L1 marginal error is at most `tol`; 0 = always make `max_iter` iterations.
         objective: `"value"` = the regularised optimum, gradient `P`; `"plan_cost"` = <stop_gradient(P), C + B>;
             `"transport"` = <P, C + B> with its exact gradient; `"divergence"` = the debiased
             `v(x, y) - (v(x, x) + v(y, y)) / 2` (Feydy et al. 2019).
@@ -80,16 +81,16 @@ def sinkhorn_loss(
 
     Returns:
         A scalar, or `(B,)`, in float32 (float64 for float64 input), with gradients for `x`, `y`, `a` and `b`.
-        Empty items count 0. An item with NaN or Inf among its points is NaN and leaves the others alone.
+        The loss of an empty item is 0. An item with NaN or Inf among its points gives NaN; other items do not change.
 
     Warns:
-        ConvergenceWarning: once for each line that calls, where an item reaches `max_iter` with an error above `tol`. Not
-            under `torch.compile`, and of tensors on a GPU within `otalign.debug()` only: there `SinkhornLoss.last` and the
-            result's `converged` tell.
+        ConvergenceWarning: if an item reaches `max_iter` with an error above `tol`; once for each line that calls. Not
+            under `torch.compile`, and for tensors on a GPU only within `otalign.debug()`: read `SinkhornLoss.last` or the
+            result's `converged` there.
 
     Raises:
-        ValueError, TypeError: for bad input, naming the argument, what was expected and what came.
-        RuntimeError: for a backend that is not there, with the reason.
+        ValueError, TypeError: for bad input; the message names the argument, what was expected and what came.
+        RuntimeError: if the backend is not available; the message gives the reason.
 
     Example:
         >>> speech, text = torch.randn(4, 75, 256, requires_grad=True), torch.randn(4, 20, 256)
@@ -119,7 +120,7 @@ def solved_loss(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Problem, Solution]:
-    """`sinkhorn_loss`, with the problem and the solution behind it."""
+    """`sinkhorn_loss`, together with the problem and its solution."""
     one_of("objective", objective, OBJECTIVES)
     one_of("reduction", reduction, REDUCTIONS)
     problem = from_points(x, y, options, unbalanced)
@@ -187,9 +188,9 @@ def solve_cost(
     """Solve a batch of problems whose ground cost is given. Other arguments as in `sinkhorn_loss`.
 
     Args:
-        C: `(B, N, M)` float; item b's cost is `C[b, :x_lengths[b], :y_lengths[b]]`, and what lies outside is never
+        C: `(B, N, M)` float; the cost of item b is `C[b, :x_lengths[b], :y_lengths[b]]`, and entries outside are never
             read. Differentiable. Plus infinity forbids a pair: `C.masked_fill(~allowed, math.inf)`. A point whose pairs are
-            all forbidden carries no mass; if it has to (a strict marginal), `converged` is False.
+            all forbidden carries no mass; if its marginal is strict, `converged` is False.
 
     Example:
         >>> result = otalign.solve_cost(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), reg=0.01)
@@ -203,7 +204,7 @@ def solve_cost(
 
 
 class ItemLosses(NamedTuple):
-    """A loss before its reduction, and what is known of the solve behind it: `(B,)` each."""
+    """A loss before its reduction, with the iterations and the error of its solve: `(B,)` each."""
 
     loss: Tensor
     n_iter: Tensor
@@ -221,7 +222,7 @@ def item_losses(
     backend: str = "auto",
     **options: Any,
 ) -> ItemLosses:
-    """`sinkhorn_loss` of padded items, not reduced, for losses that say how well they were solved."""
+    """`sinkhorn_loss` of padded items, not reduced, for losses that report how well they were solved."""
     one_of("objective", objective, OBJECTIVES)
     x_side, y_side = SideInput(x, x_lengths, None), SideInput(y, y_lengths, b)
     problem = from_points(x_side, y_side, Options.pick(options), options["unbalanced"])
@@ -244,7 +245,7 @@ def _result(problem: Problem, backend: str) -> OTResult:
 
 
 def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Solution:
-    """Solve a batch; `accepted` is the error that needs no warning, `tol` unless given."""
+    """Solve a batch; an error of at most `accepted` needs no warning (None = `tol`)."""
     name = backends.resolve(backend, problem.device)
     if name != "cpu" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -270,10 +271,10 @@ def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, 
 
 
 def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
-    """v(x, y) - (v(x, x) + v(y, y)) / 2 of every item, `(B,)`, and the solution of the first.
+    """v(x, y) - (v(x, x) + v(y, y)) / 2 of every item, `(B,)`, and the solution of v(x, y) (Feydy et al. 2019, eq. 3).
 
-    The potential of y with itself starts the first solve. So that is done at once where x and y are the same points, and
-    the gradient is zero there up to rounding.
+    The potential of y with itself starts the solve of v(x, y). Where x and y are the same points, this start is the solution,
+    and the gradient is zero up to rounding.
     """
     x, y = problem.x, problem.y
     x_term, _ = _self_term(replace(problem, y=x, symmetric=True), backend)
@@ -286,10 +287,10 @@ def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
 def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """The value of a symmetric problem, `(B,)`, and its potential.
 
-    Both sides have the same gradient, since the plan is symmetric: one is computed, and counts twice.
+    The plan is symmetric, so both sides have the same gradient: one is computed, and counts twice.
     """
     options = problem.options
-    # Averaged updates converge fast, and what they leave is what the gradient is where both sides are the same.
+    # Averaged updates converge fast, and their error is the error of the gradient where x and y are the same points.
     tol = max(options.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if options.tol > 0 else 0.0
     y = problem.y
     fixed = Side(_constant(y.points), y.segments, _constant(y.weights), y.rho)

@@ -1,4 +1,4 @@
-"""Relaxations that differ between the items of a batch: those that are equal are solved together."""
+"""Batches whose items have different marginal relaxations: items of equal relaxation are solved together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .problem import Problem, Side, Solution
 
 
 def has_groups(problem: Problem) -> bool:
-    """Whether the relaxation of a side is one for each item."""
+    """Whether a side has one relaxation for each item."""
     return isinstance(problem.x.rho, tuple) or isinstance(problem.y.rho, tuple)
 
 
 def solve_groups(problem: Problem, solve: Callable[[Problem], Solution]) -> Solution:
-    """Solve a batch in as many calls of a backend as it has different relaxations. Each item is what it is alone.
+    """Solve a batch with one call of a backend for each different relaxation. Items do not influence each other.
 
-    Everything is padded here, so that items can be picked by their numbers.
+    Packed sides are padded first, so that items can be picked by index.
     """
     init = problem.init if problem.init is None else problem.y.segments.to_padded(problem.init)
     p = replace(problem, x=_padded(problem.x), y=_padded(problem.y), init=init)

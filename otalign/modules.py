@@ -17,11 +17,11 @@ from .problem import SideInput
 class SinkhornLoss(KeepsLast, nn.Module):
     """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
 
-    Arguments are the keywords of `sinkhorn_loss`, which see. They are checked when the module is made.
+    The arguments are the keywords of `sinkhorn_loss`. The constructor checks them.
 
     Attributes:
         last: `n_iter`, `error` and `converged` of each item in the last call, `(B,)` each and detached; None before the
-            first one. Not in the state dict. Calls under `torch.compile` or `torch.func` leave it as it is.
+            first call. Not in the state dict. Calls under `torch.compile` or `torch.func` do not change it.
 
     Shape:
         - x: `(B, N, D)` or `(total_x, D)`; y: `(B, M, D)` or `(total_y, D)`; lengths: `(B,)`

@@ -82,14 +82,14 @@ class Options(NamedTuple):
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether the contents of this tensor may be looked at now."""
+    """Whether the contents of this tensor may be read now."""
     if torch.compiler.is_compiling() or mapped(tensor):
         return False
     return tensor.device.type == "cpu" or debugging()
 
 
 def one_of(name: str, word: object, words: tuple[str, ...]) -> None:
-    """Raise unless `word` is one of the `words` that the argument `name` knows."""
+    """Raise unless the argument `name` is one of the `words`."""
     if not isinstance(word, str):
         raise TypeError(f"{name}: expected one of {words}, got {type(word).__name__}")
     if word not in words:
@@ -120,7 +120,7 @@ def _kept_reg(reg: float | Tensor) -> float | Tensor:
 
 
 def _kept_unbalanced(unbalanced: Unbalanced) -> Unbalanced:
-    """In the form in which it was given, of Python's numbers."""
+    """`unbalanced` as it was given, with Python's numbers."""
     rho = rho_of_sides(unbalanced, None)
     if unbalanced is None:
         return None
@@ -183,7 +183,7 @@ def _reg(reg: float | Tensor, items: int, dtype: torch.dtype, device: torch.devi
         return _expect_reg(reg, dtype)
     if reg.dim() > 0 and tuple(reg.shape) != (items,):
         raise ValueError(f"reg: expected a number or shape ({items},), got {tuple(reg.shape)}")
-    reg = reg.detach().clone()  # what is checked is kept, whatever becomes of the caller's tensor
+    reg = reg.detach().clone()  # later changes of the caller's tensor do not matter
     _expect_reg_tensor(reg, dtype)
     looked_at = checks_values(reg)
     reg = reg.to(device, torch.float64, non_blocking=device.type != "cpu").expand(items).contiguous()
@@ -194,7 +194,7 @@ def _reg(reg: float | Tensor, items: int, dtype: torch.dtype, device: torch.devi
 
 
 def rho_of_sides(unbalanced: Unbalanced, items: int | None) -> tuple[Rho, Rho]:
-    """The relaxation of each side; `items` None = of any number."""
+    """The marginal relaxation of each side, for a batch of `items`; None = of any size."""
     if isinstance(unbalanced, (tuple, list)):
         if len(unbalanced) != 2:
             raise ValueError(f"unbalanced: expected None, a number or (rho_x, rho_y), got {len(unbalanced)} numbers")

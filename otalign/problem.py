@@ -17,7 +17,7 @@ from .weights import normalized_weights
 LARGEST_START = {
     torch.float32: 1e5,
     torch.float64: 1e13,
-}  # |g| / reg of `init`, beyond which exponents have no digits left
+}  # the largest |g| / reg of `init`: beyond it, exponents have no digits left
 
 
 class SideInput(NamedTuple):
@@ -171,7 +171,7 @@ def _init(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """Of a warm start only g is needed: the first row update makes the f that belongs to it."""
+    """The potential g of a warm start, checked; f is not needed, since the first row update computes it from g."""
     if init is None:
         return None
     if not isinstance(init, (tuple, list)) or len(init) != 2:
@@ -200,12 +200,12 @@ def _init(
 
 
 def is_start(g: Tensor, reg: float | Tensor, segments: Segments) -> Tensor:
-    """Whether each potential of y is a number that the solver can start from; NaN is none."""
+    """Whether the solver can start from each of these potentials of y; not from NaN."""
     return g.abs() <= _spread(reg, segments) * LARGEST_START[g.dtype]
 
 
 def _spread(reg: float | Tensor, segments: Segments) -> float | Tensor:
-    """reg at every point of a side: a number, or in the shape of a vector."""
+    """reg of every point of a side: a number, or a tensor in the layout of the points."""
     if not isinstance(reg, Tensor):
         return reg
     if not segments.packed:

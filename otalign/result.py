@@ -28,17 +28,17 @@ class OTResult:
         value_linear: `(B,)` the transport cost :math:`\langle P, C + B \rangle`. Differentiable, exactly, through the
             implicit function theorem.
         potentials: `f` and `g`, detached, zero on the padding; balanced problems have the gauge
-            :math:`\langle b, g \rangle = 0`. A point of weight zero has the potential that follows from the other side's. One
-            that nothing with mass reaches (all costs infinite) has 0, or 40 rho if relaxed, in the place of infinity.
+            :math:`\langle b, g \rangle = 0`. The potential of a point of weight zero follows from the other side's. A point
+            at infinite cost from all mass has 0, or 40 rho if its marginal is relaxed, in place of infinity.
             `init=result.potentials` warm-starts another solve.
-        n_iter: `(B,)` int32, iterations made.
-        error: `(B,)` the L1 marginal error that was reached; for unbalanced problems the fixed-point residual
-            :math:`\sum_i a_i |\exp((f_i - f'_i) / \mathrm{reg}) - 1|`, f' being the next update. Weights of points that have to
-            carry mass (a strict marginal) and that nothing reaches count as well.
+        n_iter: `(B,)` int32, the number of iterations.
+        error: `(B,)` the L1 marginal error at the end; for unbalanced problems the fixed-point residual
+            :math:`\sum_i a_i |\exp((f_i - f'_i) / \mathrm{reg}) - 1|`, where f' is the next update. It includes the weights of
+            points that have a strict marginal but are at infinite cost from all mass.
         converged: `(B,)` bool, `error <= tol`.
 
-    `pickle`, `torch.save` (to be read by `torch.load(..., weights_only=False)`) and `copy.deepcopy` take a result: what
-    comes back is detached from the graph, and its plan and all that is made of it can still be asked for.
+    `pickle`, `torch.save` (read it by `torch.load(..., weights_only=False)`) and `copy.deepcopy` take a result. The copy is
+    detached from the graph; its plan, projections and assignment still work.
     """
 
     value: Tensor
@@ -51,7 +51,7 @@ class OTResult:
     _solution: Solution = field(repr=False)
 
     def plan(self) -> Tensor:
-        """The transport plan `(B, N, M)`, zero on the padding; built when asked for. Differentiable (implicit)."""
+        """The transport plan `(B, N, M)`, zero on the padding; computed by this call. Differentiable (implicit)."""
         return self._solution.plan()
 
     def barycentric_x(self) -> Tensor:
@@ -78,12 +78,12 @@ class OTResult:
     def apply(self, values: Tensor, to: str = "x") -> Tensor:
         """The plan applied to vectors: `sum_j P_ij values_j` for every `x`, or `sum_i P_ij values_i` for every `y`.
 
-        Not divided by the mass, as the barycentric projections are: `apply(torch.ones(B, M))` are the row sums. On a GPU the
-        plan is not built unless a gradient is wanted. Differentiable in the plan and in the values.
+        Unlike the barycentric projections, the sums are not divided by the mass: `apply(torch.ones(B, M))` gives the row
+        sums. On a GPU the plan is built only if a gradient is wanted. Differentiable in the plan and in the values.
 
         Args:
-            values: of any dimension E; with `to="x"` one for every `y`, `(B, M, E)` or `(B, M)`, packed `(total_y, E)` or
-                `(total_y,)`; with `to="y"` one for every `x`. What is on the padding is never read.
+            values: with `to="x"` one vector or number for every `y`: `(B, M, E)` or `(B, M)`, packed `(total_y, E)` or
+                `(total_y,)`; with `to="y"` one for every `x`. Values on the padding are never read.
             to: `"x"` or `"y"`, the side that gets the sums.
 
         Returns:
@@ -118,12 +118,12 @@ class OTResult:
         return target.from_padded(image)
 
     def marginal_x(self) -> Tensor:
-        """The mass that every `x` gives, the row sums of the plan: `(B, N)`, or `(total_x,)`. Differentiable (implicit)."""
+        """The mass of every `x`, the row sums of the plan: `(B, N)`, or `(total_x,)`. Differentiable (implicit)."""
         y = self._problem.y.segments
         return self.apply(self.value.new_ones(y.shape), to="x")
 
     def marginal_y(self) -> Tensor:
-        """The mass that every `y` gets, the column sums of the plan: `(B, M)`, or `(total_y,)`. Differentiable (implicit)."""
+        """The mass of every `y`, the column sums of the plan: `(B, M)`, or `(total_y,)`. Differentiable (implicit)."""
         x = self._problem.x.segments
         return self.apply(self.value.new_ones(x.shape), to="y")
 
@@ -133,8 +133,8 @@ class OTResult:
     def assign_y(self) -> Tensor:
         """For every `y` the index of the `x` that gives it most mass: `(B, M)` int64, or `(total_y,)`; -1 on padding.
 
-        Indices count from the item's first point. Ties go to the first. Also -1 where there is no finite mass to
-        compare: an empty other side, a point of weight zero, an item that is NaN.
+        Indices count from the item's first point; of equal masses the first wins. Also -1 where no finite mass exists: the
+        other side is empty, the point has weight zero, or the item is NaN.
         """
         if self._solution.assign is not None:
             return self._solution.assign()
@@ -167,7 +167,7 @@ def _expect_values(values: Tensor, side: Segments, problem: Problem) -> Tensor:
 
 
 def _detached(value: Any) -> Any:
-    """The same, with all tensors in it off the graph."""
+    """A copy of `value` with all its tensors detached."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, partial):

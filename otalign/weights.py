@@ -20,8 +20,8 @@ def normalized_weights(
 ) -> Tensor | None:
     """Weights as the backends take them: zero on the padding, summing to one over every item.
 
-    They are divided by the item's largest before they are added, so that no sum overflows or vanishes, and what comes
-    in float64 is rounded to `dtype` at the end only.
+    They are divided by the largest weight of the item before the sum, so that no sum overflows or vanishes. Weights in
+    float64 are rounded to `dtype` only at the end.
     """
     if weights is None:
         return None
@@ -58,7 +58,7 @@ def normalized_weights(
 
 
 def _norms(values: Tensor) -> Tensor:
-    """Euclidean norms of `values` (..., D) in float64, which the squares of no number leave: (...,)."""
+    """Euclidean norms of `values` (..., D), whose squares never overflow: (...,) float64."""
     if values.dtype != torch.float64 or values.shape[-1] == 0:
         return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
     largest = values.abs().amax(-1, keepdim=True)
@@ -67,7 +67,7 @@ def _norms(values: Tensor) -> Tensor:
 
 
 def _laid_out(name: str, weights: Tensor, segments: Segments) -> Tensor:
-    """Weights in the layout of their points: jagged ones as their values, those of one item for all as one for each."""
+    """Weights in the layout of their points: the values of jagged weights; one row for all items is expanded."""
     if weights.is_nested:
         weights = _jagged_weights(name, weights, segments)
     expect_dense(name, weights)

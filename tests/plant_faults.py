@@ -61,8 +61,8 @@ def helper(name: str, file: str, old: str, new: str, *first: str) -> Fault:
 FAULTS = (
     reference(
         "a wrong sign in the implicit gradient",
-        "grad_C = damp_x * p[:, None] * pi + damp_y",
-        "grad_C = damp_x * p[:, None] * pi - damp_y",
+        "grad_C = damping_x * p[:, None] * pi + damping_y",
+        "grad_C = damping_x * p[:, None] * pi - damping_y",
         "tests/test_gradients.py",
     ),
     reference(
@@ -74,8 +74,8 @@ FAULTS = (
     ),
     reference(
         "the weights of the other side",
-        "1 / max(m, 1)) if p.b is None else p.b[ys]",
-        "1 / max(n, 1)) if p.b is None else p.b[ys]",
+        "1 / max(m, 1)) if p.y.weights is None else p.y.weights[ys]",
+        "1 / max(n, 1)) if p.y.weights is None else p.y.weights[ys]",
         "tests/test_closed_forms.py",
         "tests/test_properties.py",
     ),

@@ -18,16 +18,16 @@ from . import extension
 
 TRITON = (3, 6)  # the first version that compiles the kernels
 CUDA = (8, 0)  # the compute capability that the kernels need
-CUDA_DEVICES = "cuda"  # the type of their tensors
+CUDA_DEVICES = "cuda"  # the device type of their tensors
 NAMES = BACKENDS
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The backend that will compute a problem on `device`; raises if the one asked for cannot.
+    """The name of the backend that solves a problem on `device`; raises if the wanted backend cannot.
 
-    "auto" is "cpu" for tensors on the CPU and "triton" on GPUs; where that is missing, a warning says why, once, and it is "reference".
-    It is not "cuda" anywhere yet: the rule is that a measurement in benchmarks/results has to show the sizes for which that is
-    faster, and none has been made.
+    "auto" means "cpu" for tensors on the CPU and "triton" for tensors on a GPU. Where that backend is missing, "auto" means
+    "reference", and one warning gives the reason. "auto" never means "cuda" yet: first a measurement in benchmarks/results
+    has to show the sizes for which "cuda" is faster, and there is none.
     """
     one_of("backend", backend, NAMES)
     if backend == "auto":
@@ -88,7 +88,7 @@ def solver(name: str) -> Callable[[Problem], Solution]:
 
 
 def available() -> dict[str, str | None]:
-    """Every backend, with None if it can be used here or else the reason why not.
+    """Every backend, with None if it can be used here, else with the reason.
 
     Example:
         >>> otalign.backends.available()["reference"] is None

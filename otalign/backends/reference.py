@@ -22,12 +22,12 @@ from torch import Tensor
 from ..layout import Segments
 from ..problem import Problem, Solution
 
-# The square of a difference of all pairs takes n * m * D elements; so many are built at a time.
+# The squared differences of all pairs take n * m * D elements. They are built in parts of this many.
 _PAIRS_AT_A_TIME = 2**24
 
 
 class Item(NamedTuple):
-    """What a solve of one item gives: `value`, `value_linear` and `plan_cost` (), `plan` (n, m), `f` (n,), `g` (m,)."""
+    """The solution of one item: `value`, `value_linear` and `plan_cost` (), `plan` (n, m), `f` (n,), `g` (m,)."""
 
     value: Tensor
     value_linear: Tensor
@@ -107,20 +107,20 @@ def symmetric_sinkhorn(
 def update(C: Tensor, across: Tensor, g: Tensor, reg: float, rho: float) -> Tensor:
     """The potentials (n,) that follow from `g` (m,) of the points across, which have the weights `across` (m,).
 
-    A point is unreached if all points across that carry mass are at infinite cost. It carries no mass. Its potential would
-    be infinite; in its place stands what gives the same value: 0 if the marginal is strict, 40 rho if it is relaxed, where
-    -rho (exp(-f / rho) - 1) is rho to the last digit, the price of giving nothing.
+    A point is unreachable if all points across that carry mass are at infinite cost. It carries no mass, and its potential
+    would be infinite. It gets a finite potential of the same value: 0 if the marginal is strict; 40 rho if it is relaxed,
+    where -rho (exp(-f / rho) - 1) is rho to the last digit, the cost of transporting no mass.
     """
     sums = log_sum(across.log() + (g - C) / reg)
     return torch.where(sums == -math.inf, 0.0 if math.isinf(rho) else 40 * rho, -damping(reg, rho) * reg * sums)
 
 
 def residual(a: Tensor, f: Tensor, f_next: Tensor, reg: float) -> float:
-    """sum_i a_i |exp((f_i - f'_i) / reg) - 1|; points without mass have no part in it."""
+    """sum_i a_i |exp((f_i - f'_i) / reg) - 1|, over the points with mass."""
     return float(torch.where(a > 0, a * ((f - f_next) / reg).expm1().abs(), 0).sum())
 
 
-def reached(C: Tensor, across: Tensor) -> Tensor:
+def reachable(C: Tensor, across: Tensor) -> Tensor:
     """Which points (n,) have a finite cost to a point across that has weight."""
     return (~C.isposinf() & (across > 0)).any(1)
 
@@ -139,17 +139,17 @@ def damping(reg: float, rho: float) -> float:
 
 
 def density(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float) -> Tensor:
-    """P / (a b^T): exp((f + g - C) / reg), (n, m); 0 where neither point has mass, since nothing bounds it there."""
+    """P / (a b^T): exp((f + g - C) / reg), (n, m); 0 where neither point has mass, since it has no bound there."""
     massless = (a == 0)[:, None] & (b == 0)
     exponents = ((f[:, None] + g - C) / reg).masked_fill(massless, -math.inf)
     return exponents.clamp(max=math.log(torch.finfo(C.dtype).max) - 1).exp()
 
 
 def transition(C: Tensor, weights: Tensor, across: Tensor, reg: float) -> tuple[Tensor, Tensor]:
-    """Of every point, how its mass is shared among those across: (n, m), rows sum to 1, and the same over `weights` (m,).
+    """The conditional plan of every point: (n, m), rows sum to 1; and the same divided by `weights` (m,).
 
-    Rows of points that nothing reaches are 0. What a first bit of weight would get may be beyond every number: the
-    second is bounded, at the square root of the largest.
+    Rows of unreachable points are 0. The second can overflow where a weight is 0: it is bounded by the square root of the
+    largest number.
     """
     exponents = (across - C) / reg
     sums = log_sum(weights.log() + exponents)[:, None]
@@ -161,7 +161,7 @@ def transition(C: Tensor, weights: Tensor, across: Tensor, reg: float) -> tuple[
 
 
 def transport_plan(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: float) -> Tensor:
-    """P (n, m), 0 wherever one of the two points has no mass; without a derivative by these zeros."""
+    """P (n, m), 0 wherever one of the two points has no mass; without a derivative by these entries."""
     both = (a > 0)[:, None] & (b > 0)
     exponents = ((f[:, None] + g - C) / reg).masked_fill(~both, -math.inf)
     return a[:, None] * b * exponents.exp()
@@ -170,10 +170,10 @@ def transport_plan(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, reg: f
 class ImplicitPotentials(torch.autograd.Function):
     """The identity on converged potentials, with the derivative of the fixed point that they solve.
 
-    f_i = -damp_x reg log sum_j b_j exp((g_j - C_ij) / reg), and g_j likewise, so with the row-stochastic pi = P / P 1
+    f_i = -damping_x reg log sum_j b_j exp((g_j - C_ij) / reg), and g_j likewise, so with the row-stochastic pi = P / P 1
     and the column-stochastic omega = P / 1^T P, taken from the plan as it is (`transition`),
 
-        df = damp_x (sum_j pi_ij dC_ij - pi dg - reg (pi / b) db),   dg = damp_y (...),
+        df = damping_x (sum_j pi_ij dC_ij - pi dg - reg (pi / b) db),   dg = damping_y (...),
 
     and the adjoint needs one linear system on the side of y (the Schur complement). It is singular along the gauge
     (f + t, g - t) of a balanced problem, once for every part into which the plan falls; the right-hand side has no
@@ -199,16 +199,16 @@ class ImplicitPotentials(torch.autograd.Function):
         grad_f = torch.zeros_like(f) if grad_f is None else grad_f
         grad_g = torch.zeros_like(g) if grad_g is None else grad_g
         reg = ctx.reg
-        damp_x, damp_y = (damping(reg, rho) for rho in ctx.rho)
+        damping_x, damping_y = (damping(reg, rho) for rho in ctx.rho)
         pi, pi_b = transition(C, b, g, reg)  # the second is pi / b
         omega, omega_a = (t.T for t in transition(C.T, a, f, reg))
-        schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damp_x * damp_y * pi.T @ omega
+        schur = torch.eye(len(b), dtype=b.dtype, device=b.device) - damping_x * damping_y * pi.T @ omega
         noise = 10 * len(b) * torch.finfo(b.dtype).eps  # of a matrix whose natural scale is one
-        q = torch.linalg.pinv(schur, atol=noise, rtol=0) @ (grad_g - damp_x * pi.T @ grad_f)
+        q = torch.linalg.pinv(schur, atol=noise, rtol=0) @ (grad_g - damping_x * pi.T @ grad_f)
         q = torch.where(b > 0, q, 0)  # as it is without rounding: the system has a row of its own for such points
-        p = grad_f - damp_y * omega @ q
-        grad_C = damp_x * p[:, None] * pi + damp_y * q * omega
-        return grad_C, -reg * damp_y * omega_a @ q, -reg * damp_x * p @ pi_b, None, None, None, None
+        p = grad_f - damping_y * omega @ q
+        grad_C = damping_x * p[:, None] * pi + damping_y * q * omega
+        return grad_C, -reg * damping_y * omega_a @ q, -reg * damping_x * p @ pi_b, None, None, None, None
 
 
 class Value(torch.autograd.Function):
@@ -226,7 +226,7 @@ class Value(torch.autograd.Function):
         ctx.save_for_backward(C, a, b, f, g)
         ctx.reg, ctx.rho = reg, rho
         mass = transport_plan(C, a, b, f, g, reg).sum()
-        return weighted_sum(a, relaxed(f, rho[0])) + weighted_sum(b, relaxed(g, rho[1])) - reg * (mass - 1)
+        return weighted_sum(a, dual_term(f, rho[0])) + weighted_sum(b, dual_term(g, rho[1])) - reg * (mass - 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -234,18 +234,18 @@ class Value(torch.autograd.Function):
         E = density(C, a, b, f, g, ctx.reg)
         grad_C = grad * transport_plan(C, a, b, f, g, ctx.reg)
         most = torch.finfo(C.dtype).max
-        grad_a = grad * (relaxed(f, ctx.rho[0]) + ctx.reg * (1 - E @ b)).clamp(-most, most)
-        grad_b = grad * (relaxed(g, ctx.rho[1]) + ctx.reg * (1 - a @ E)).clamp(-most, most)
+        grad_a = grad * (dual_term(f, ctx.rho[0]) + ctx.reg * (1 - E @ b)).clamp(-most, most)
+        grad_b = grad * (dual_term(g, ctx.rho[1]) + ctx.reg * (1 - a @ E)).clamp(-most, most)
         return grad_C, grad_a, grad_b, None, None, None, None
 
 
-def relaxed(f: Tensor, rho: float) -> Tensor:
-    """phi(f) of the dual: what a potential is worth per unit of mass."""
+def dual_term(f: Tensor, rho: float) -> Tensor:
+    """phi(f) of the dual: the contribution of a potential per unit of mass."""
     return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_i weights_i values_i; what has no weight counts 0, whatever its value."""
+    """sum_i weights_i values_i; terms of weight 0 count 0, whatever their value."""
     return torch.where(weights > 0, weights * values, 0).sum()
 
 
@@ -269,16 +269,16 @@ def solve_item(
     if n == 0 or m == 0:
         zero = C.sum() + a[:0].sum() + b[:0].sum()  # attached to the graph
         return Item(zero, zero, zero, C, zero + C.new_zeros(n), zero + C.new_zeros(m), 0, 0.0)
-    reached_x, reached_y = reached(C, b), reached(C.T, a)
+    reachable_x, reachable_y = reachable(C, b), reachable(C.T, a)
     given_a, given_b = a, b
-    a, b = torch.where(reached_x, a, 0), torch.where(reached_y, b, 0)
+    a, b = torch.where(reachable_x, a, 0), torch.where(reachable_y, b, 0)
     with torch.no_grad():
         if symmetric:
             f, n_iter, error = symmetric_sinkhorn(C, a, reg, rho[0], max_iter, tol)
             g = f
         else:
             f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
-        # Weight that a strict marginal asks for and that nothing can serve.
+        # The weights of unreachable points with a strict marginal: no plan can carry them.
         for weights, served, r in ((given_a, a, rho[0]), (given_b, b, rho[1])):
             error += float((weights - served).sum()) if math.isinf(r) else 0.0
         representable = bool(transport_plan(C, a, b, f, g, reg).sum().isfinite())
@@ -288,7 +288,7 @@ def solve_item(
     f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     if math.isinf(rho[0]) and math.isinf(rho[1]) and not symmetric:
         shift = b @ g  # the gauge <b, g> = 0
-        f, g = torch.where(reached_x, f + shift, f), torch.where(reached_y, g - shift, g)
+        f, g = torch.where(reachable_x, f + shift, f), torch.where(reachable_y, g - shift, g)
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
     value = Value.apply(C, given_a, given_b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     C = C.masked_fill(C.isposinf(), 0)  # where a band forbids mass; the plan is zero there
