@@ -111,8 +111,12 @@ def from_points(
     one_of("cost", options.cost, COSTS)
     dtype = torch.float64 if torch.float64 in (x_points.dtype, y_points.dtype) else torch.float32
     options = options.checked(x_segments.items, dtype, x_points.device)
-    x, y = x._replace(points=x_points), y._replace(points=y_points)
-    return _problem(x, y, x_segments, y_segments, None, options, unbalanced, init, dtype)
+    a = normalized_weights("a", x.weights, x_points, x_segments, dtype, x_points.device)
+    b = normalized_weights("b", y.weights, y_points, y_segments, dtype, x_points.device)
+    rho_x, rho_y = rho_of_sides(unbalanced, x_segments.items)
+    x_side, y_side = Side(x_points, x_segments, a, rho_x), Side(y_points, y_segments, b, rho_y)
+    start = _init(init, options.reg, x_segments, y_segments, dtype, x_points.device)
+    return Problem(x_side, y_side, None, options, dtype, start)
 
 
 def from_cost(
@@ -135,32 +139,11 @@ def from_cost(
     y_segments = padded_segments("y_lengths", C, C.shape[2], y.lengths)
     dtype = torch.float64 if C.dtype == torch.float64 else torch.float32
     options = options._replace(cost=GIVEN).checked(x_segments.items, dtype, C.device)
-    return _problem(x, y, x_segments, y_segments, C, options, unbalanced, init, dtype)
-
-
-def _problem(
-    x: SideInput,
-    y: SideInput,
-    x_segments: Segments,
-    y_segments: Segments,
-    C: Tensor | None,
-    options: Options,
-    unbalanced: Unbalanced,
-    init: tuple[Tensor, Tensor] | None,
-    dtype: torch.dtype,
-) -> Problem:
-    device = (x.points if C is None else C).device
-    a = normalized_weights("a", x.weights, x.points, x_segments, dtype, device)
-    b = normalized_weights("b", y.weights, y.points, y_segments, dtype, device)
+    a = normalized_weights("a", x.weights, None, x_segments, dtype, C.device)
+    b = normalized_weights("b", y.weights, None, y_segments, dtype, C.device)
     rho_x, rho_y = rho_of_sides(unbalanced, x_segments.items)
-    return Problem(
-        x=Side(x.points, x_segments, a, rho_x),
-        y=Side(y.points, y_segments, b, rho_y),
-        C=C,
-        options=options,
-        dtype=dtype,
-        init=_init(init, options.reg, x_segments, y_segments, dtype, device),
-    )
+    start = _init(init, options.reg, x_segments, y_segments, dtype, C.device)
+    return Problem(Side(None, x_segments, a, rho_x), Side(None, y_segments, b, rho_y), C, options, dtype, start)
 
 
 def _init(

@@ -25,7 +25,7 @@ _TYPES = {
     Sequence[float]: "float[]",
     Sequence[bool]: "bool[]",
 }
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, list, tuple))
 _NO_FORWARD_MODE = (
     "forward-mode derivatives (torch.func.jvp, jacfwd) are not supported; take torch.func.grad, vjp or jacrev"
 )
@@ -74,20 +74,34 @@ class Operator:
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
         devices: Sequence[str],
+        check: Callable[..., None] = lambda *arguments: None,
     ) -> None:
+        """Define the operator.
+
+        Args:
+            kernel: may return None for an unused output; the operator returns a tensor of 0 elements in its place.
+            check: raises for arguments that the functions of otalign never pass. Calls from these skip it.
+        """
+
+        def checked(*arguments: Any) -> Any:
+            check(*arguments)
+            return _complete(arguments, kernel(*arguments))
+
         library.define(name + schema)
         for device in devices:
-            library.impl(name, kernel, device)
-        torch.library.register_fake(f"otalign::{name}", fake, lib=library)
+            library.impl(name, checked, device)
+        torch.library.register_fake(
+            f"otalign::{name}", lambda *arguments: _complete(arguments, fake(*arguments)), lib=library
+        )
         self.library, self.name, self.kernel = library, name, kernel
         self.traced = getattr(torch.ops.otalign, name)
         self.inputs = self.outputs = 0  # how many of the first arguments, and of the first results, have gradients
         self.kept = slice(0)
-        self.backward: Callable[..., Sequence[Tensor]] | None = None
+        self.backward: Callable[..., Sequence[Tensor | None]] | None = None
         self.transformed: Any = None
 
     def set_gradient(
-        self, backward: Callable[..., Sequence[Tensor]], *, inputs: int, outputs: int, kept: slice = slice(0)
+        self, backward: Callable[..., Sequence[Tensor | None]], *, inputs: int, outputs: int, kept: slice = slice(0)
     ) -> None:
         """Give the operator gradients by its first `inputs` arguments, from those by its first `outputs` results.
 
@@ -139,18 +153,21 @@ class Operator:
 
     def keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep for the backward pass: tensors where autograd guards them, all other arguments beside them."""
-        results = (output,) if isinstance(output, Tensor) else tuple(output)
-        tensors = [argument if isinstance(argument, Tensor) else None for argument in inputs]
-        ctx.save_for_backward(*tensors, *results[self.kept])
-        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in inputs]
+        results = (output,) if isinstance(output, Tensor) else output
+        ctx.others = list(inputs)
+        ctx.places = [place for place, argument in enumerate(inputs) if isinstance(argument, Tensor)]
+        for place in ctx.places:
+            ctx.others[place] = None
+        ctx.save_for_backward(*[inputs[place] for place in ctx.places], *results[self.kept])
         ctx.mark_non_differentiable(*results[self.outputs :])
         ctx.set_materialize_grads(False)
 
     def restore(self, ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
         """The arguments and the results that `keep` has kept."""
-        saved, count = ctx.saved_tensors, len(ctx.others)
-        pairs = zip(saved[:count], ctx.others, strict=True)
-        return [other if tensor is None else tensor for tensor, other in pairs], saved[count:]
+        arguments, saved, count = list(ctx.others), ctx.saved_tensors, len(ctx.places)
+        for place, tensor in zip(ctx.places, saved[:count], strict=True):
+            arguments[place] = tensor
+        return arguments, saved[count:]
 
     def gradients(self, ctx: Any, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients by the first `inputs` arguments; None where they are not wanted."""
@@ -167,11 +184,17 @@ class Operator:
         return (*self.gradients(ctx, incoming), *[None] * (len(ctx.others) - self.inputs))
 
 
+def _complete(arguments: Sequence[Any], results: Any) -> Any:
+    """The results of an operator, with tensors of 0 elements in the place of None."""
+    if isinstance(results, Tensor):
+        return results
+    like = next(argument for argument in arguments if isinstance(argument, Tensor))
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
 def _eager(arguments: Sequence[Any]) -> bool:
     """True in plain eager mode: no dispatch mode, no tensor subclass."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return all(type(argument) in _PLAIN for argument in arguments if isinstance(argument, Tensor))
+    return torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, arguments))
 
 
 class _Eager(torch.autograd.Function):

@@ -300,13 +300,12 @@ def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_outputs(unflatten(_Inputs, arguments)[0], _new_empty))
 
 
-def _gradients(inputs: _Inputs, wanted: Sequence[bool], empty: Any) -> _Gradients:
-    none = inputs.like().new_empty((0,))
+def _gradients(inputs: _Inputs, wanted: Sequence[bool], empty: Any) -> tuple[Tensor | None, ...]:
     pairs = zip((inputs.x, inputs.y, inputs.C, inputs.a, inputs.b), wanted, strict=True)
-    return _Gradients(*(empty(t, t.shape, t.dtype) if want and t is not None else none.clone() for t, want in pairs))
+    return tuple(empty(t, t.shape, t.dtype) if want and t is not None else None for t, want in pairs)
 
 
-def _align_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, others = unflatten(_Inputs, arguments)
     count = len(_Saved._fields)
     saved, incoming, wanted = _Saved(*others[:count]), _Incoming(*others[count:-1]), others[-1]
@@ -322,14 +321,14 @@ def _align_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
             _expect(name, grad, inputs.dtype, shape)
             kept.append(grad.contiguous())
             setattr(gradients, name.removeprefix("grad_"), _memory(kept[-1]))
-    for name, output, want in zip(("x", "y", "given", "a", "b"), outputs, wanted, strict=True):
-        setattr(gradients, name, _memory(output) if want else (0, 0))
+    for name, output in zip(("x", "y", "given", "a", "b"), outputs, strict=True):
+        setattr(gradients, name, _memory(output))
     extension.module().cpu_backward(p, gradients)
-    return tuple(outputs)
+    return outputs
 
 
-def _align_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradients(unflatten(_Inputs, arguments)[0], arguments[-1], _new_empty))
+def _align_backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return _gradients(unflatten(_Inputs, arguments)[0], arguments[-1], _new_empty)
 
 
 def _plans(packed: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int) -> tuple[Any, list[Tensor]]:
@@ -378,16 +377,16 @@ def _pack_fake(dense: Tensor, x_lengths: Tensor, y_lengths: Tensor, capacity: in
 # Operators ----------------------------------------------------------------------------------------------------------
 
 
-def _align_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _align_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     return _align_backward(*arguments, *saved, *incoming, wanted)
 
 
-def _unpack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _unpack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     plan, x_lengths, y_lengths, _, _ = arguments
     return (_pack(incoming[0], x_lengths, y_lengths, plan.shape[0]),)
 
 
-def _pack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _pack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     dense, x_lengths, y_lengths, _ = arguments
     return (_unpack(incoming[0], x_lengths, y_lengths, *dense.shape[1:]),)
 

@@ -87,6 +87,9 @@ class _Outputs(NamedTuple):
     y_scale: Tensor
 
 
+_SAVED = len(_Saved._fields)
+
+
 class _Incoming(NamedTuple):
     """The gradients that the backward pass starts from."""
 
@@ -204,7 +207,6 @@ def _expect(
 
 
 def _check(inputs: _Inputs) -> None:
-    """Raise for what the functions of otalign never pass, but a caller of the operators may."""
     p, cost, reg = inputs, inputs.options.cost, inputs.options.reg
     if p.items < 0 or p.size_x < 0 or p.size_y < 0 or p.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sizes, dtype: got {p.items}, {p.size_x}, {p.size_y} and {p.dtype}")
@@ -258,20 +260,49 @@ def _batch(inputs: _Inputs) -> Any:
     )
 
 
-def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Any, Any, Sequence[Any]]:
-    """The problem, checked; as the kernels take it, with what was saved of its solution; and all other arguments."""
-    inputs, others = unflatten(_Inputs, arguments)
-    count = len(_Saved._fields)
+def _check_align(*arguments: Any) -> None:
+    inputs, (init,) = unflatten(_Inputs, arguments)
     _check(inputs)
-    for name, tensor, shape in zip(_Saved._fields, others[:count], _saved_shapes(inputs), strict=True):
+    _expect("init", init, inputs.dtype, inputs.vectors()[1])
+
+
+def _check_solved(*arguments: Any) -> None:
+    _checked(arguments)
+
+
+def _checked(arguments: Sequence[Any]) -> tuple[_Inputs, Sequence[Any]]:
+    """The problem, checked together with what was saved of its solution, and all other arguments."""
+    inputs, others = unflatten(_Inputs, arguments)
+    _check(inputs)
+    for name, tensor, shape in zip(_Saved._fields, others[:_SAVED], _saved_shapes(inputs), strict=True):
         _expect(name, tensor, inputs.dtype, shape)
-    return inputs, _batch(inputs), _kernels().Saved(*others[:count]), others[count:]
+    return inputs, others[_SAVED:]
+
+
+def _check_align_backward(*arguments: Any) -> None:
+    inputs, (*incoming, _) = _checked(arguments)
+    items = (inputs.items,)
+    shapes = (items, items, (*items, inputs.size_x, inputs.size_y))
+    for name, gradient, shape in zip(_Incoming._fields, incoming, shapes, strict=True):
+        _expect(name, gradient, inputs.dtype, shape, strided=True)
+
+
+def _check_barycentric_backward(*arguments: Any) -> None:
+    inputs, (image, mass, gradient, by_y, _) = _checked(arguments)
+    shape = inputs.vectors()[by_y]
+    images = (*shape, *inputs.like().shape[-1:])
+    for name, tensor, expected in (("image", image, images), ("mass", mass, shape), ("grad_image", gradient, images)):
+        _expect(name, tensor, inputs.dtype, expected, strided=True)
+
+
+def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Any, Any, Sequence[Any]]:
+    """The problem; as the kernels take it, with what was saved of its solution; and all other arguments."""
+    inputs, others = unflatten(_Inputs, arguments)
+    return inputs, _batch(inputs), _kernels().Saved(*others[:_SAVED]), others[_SAVED:]
 
 
 def _align_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (init,) = unflatten(_Inputs, arguments)
-    _check(inputs)
-    _expect("init", init, inputs.dtype, inputs.vectors()[1])
     return tuple(_kernels().solve(_batch(inputs), inputs.C, init, *inputs.options.numbers.values()))
 
 
@@ -280,17 +311,13 @@ def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor, want in triples if want and isinstance(tensor, Tensor)}
 
 
-def _gradients(inputs: _Inputs, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(found[name] if name in found else inputs.like().new_empty(0) for name in _Gradients._fields)
+def _gradients(found: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(map(found.get, _Gradients._fields))
 
 
-def _align_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, batch, saved, (*incoming, wanted) = _split(arguments)
-    items = (inputs.items,)
-    shapes = (items, items, (*items, inputs.size_x, inputs.size_y))
-    for name, gradient, shape in zip(_Incoming._fields, incoming, shapes, strict=True):
-        _expect(name, gradient, inputs.dtype, shape, strided=True)
-    return _gradients(inputs, _kernels().gradients(batch, saved, *incoming, _wanted(inputs, wanted)))
+    return _gradients(_kernels().gradients(batch, saved, *incoming, _wanted(inputs, wanted)))
 
 
 def _plan_kernel(*arguments: Any) -> Tensor:
@@ -303,14 +330,10 @@ def _barycentric_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _kernels().barycentric(batch, saved, by_y=by_y)
 
 
-def _barycentric_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+def _barycentric_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, batch, saved, (image, mass, gradient, by_y, wanted) = _split(arguments)
-    shape = inputs.vectors()[by_y]
-    images = (*shape, *inputs.like().shape[-1:])
-    for name, tensor, expected in (("image", image, images), ("mass", mass, shape), ("grad_image", gradient, images)):
-        _expect(name, tensor, inputs.dtype, expected, strided=True)
     of = _kernels().barycentric_gradients
-    return _gradients(inputs, of(batch, saved, image, mass, gradient, _wanted(inputs, wanted), by_y=by_y))
+    return _gradients(of(batch, saved, image, mass, gradient, _wanted(inputs, wanted), by_y=by_y))
 
 
 def _assign_kernel(*arguments: Any) -> Tensor:
@@ -329,10 +352,10 @@ def _align_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (*numbers, *saved)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, _ = unflatten(_Inputs, arguments)
     found = {name: t.new_empty(t.shape) for name, t in _wanted(inputs, arguments[-1]).items()}
-    return _gradients(inputs, found)
+    return _gradients(found)
 
 
 def _plan_fake(*arguments: Any) -> Tensor:
@@ -354,15 +377,15 @@ def _assign_fake(*arguments: Any) -> Tensor:
 # Operators ----------------------------------------------------------------------------------------------------------
 
 
-def _align_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _align_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     return _align_backward(*arguments[:-1], *saved, *incoming, None, wanted)  # without `init`
 
 
-def _plan_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _plan_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     return _align_backward(*arguments, None, None, *incoming, wanted)
 
 
-def _barycentric_gradient(arguments: Any, images: Any, incoming: Any, wanted: Any) -> Sequence[Tensor]:
+def _barycentric_gradient(arguments: Any, images: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     *problem, by_y = arguments
     return _barycentric_backward(*problem, *images, *incoming, by_y, wanted)
 
@@ -370,28 +393,43 @@ def _barycentric_gradient(arguments: Any, images: Any, incoming: Any, wanted: An
 _library = torch.library.Library("otalign", "FRAGMENT")
 _operator = partial(Operator, _library, devices=("CUDA", "XPU", "CPU"))  # on the CPU, through Triton's interpreter
 _align = _operator(
-    "gpu_align", schema(_Inputs, "Tensor? init", results=_Outputs), kernel=_align_kernel, fake=_align_fake
+    "gpu_align",
+    schema(_Inputs, "Tensor? init", results=_Outputs),
+    kernel=_align_kernel,
+    fake=_align_fake,
+    check=_check_align,
 )
 _align_backward = _operator(
     "gpu_align_backward",
     schema(_Inputs, _Saved, _Incoming, "bool[] wanted", results=_Gradients),
     kernel=_align_backward_kernel,
     fake=_backward_fake,
+    check=_check_align_backward,
 )
-_plan = _operator("gpu_plan", schema(_Inputs, _Saved, results="Tensor"), kernel=_plan_kernel, fake=_plan_fake)
+_plan = _operator(
+    "gpu_plan", schema(_Inputs, _Saved, results="Tensor"), kernel=_plan_kernel, fake=_plan_fake, check=_check_solved
+)
 _barycentric = _operator(
     "gpu_barycentric",
     schema(_Inputs, _Saved, "bool by_y", results=_Images),
     kernel=_barycentric_kernel,
     fake=_barycentric_fake,
+    check=_check_solved,
 )
 _barycentric_backward = _operator(
     "gpu_barycentric_backward",
     schema(_Inputs, _Saved, _Images, "Tensor grad_image, bool by_y, bool[] wanted", results=_Gradients),
     kernel=_barycentric_backward_kernel,
     fake=_backward_fake,
+    check=_check_barycentric_backward,
 )
-_assign = _operator("gpu_assign", schema(_Inputs, _Saved, results="Tensor"), kernel=_assign_kernel, fake=_assign_fake)
+_assign = _operator(
+    "gpu_assign",
+    schema(_Inputs, _Saved, results="Tensor"),
+    kernel=_assign_kernel,
+    fake=_assign_fake,
+    check=_check_solved,
+)
 _align.set_gradient(_align_gradient, inputs=5, outputs=2, kept=slice(4, None))
 _plan.set_gradient(_plan_gradient, inputs=5, outputs=1)
 _barycentric.set_gradient(_barycentric_gradient, inputs=5, outputs=1, kept=slice(None))
