@@ -9,7 +9,7 @@ try:
 except ImportError:  # the older package of the same project
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from .capture import Attachment, expect_names
+from .attach import Attachment, expect_names
 
 
 class OTAlignCallback(pl.Callback):

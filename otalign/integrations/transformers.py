@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .capture import Attachment, expect_names
+from .attach import Attachment, expect_names
 
 
 class OTAlignCallback(TrainerCallback):

@@ -13,7 +13,7 @@ from ..functional import ItemLosses, item_losses
 from ..layout import Lengths
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options
-from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
+from ._states import Stack, States, finite, layer_numbers, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(KeepsLast, nn.Module):

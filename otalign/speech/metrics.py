@@ -13,9 +13,9 @@ from torchmetrics import Metric
 
 from ..layout import Lengths
 from ..problem import one_of
+from ._states import States, at_least_one, device_of_buffers
 from .path import METRICS, alignment_path_score, sequence_similarity
 from .retrieval import RetrievalScores, pooled, scores_of
-from .states import States, at_least_one, device_of_buffers
 
 
 class PathScores(NamedTuple):

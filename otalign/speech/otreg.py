@@ -14,7 +14,7 @@ from ..functional import ItemLosses, item_losses, solve
 from ..layout import Lengths, expect_dense, padded_segments
 from ..prior import Prior
 from ..problem import Unbalanced, checked_options, one_of
-from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
+from ._states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import Lengths
 from ..problem import one_of
-from .states import States, at_least_one, inside, lengths_of, means, paired, products, sides, unit, wide
+from ._states import States, at_least_one, inside, lengths_of, means, paired, products, sides, unit, wide
 
 METRICS = ("cosine", "euclidean")
 INTERVENTIONS = ("angle", "length")

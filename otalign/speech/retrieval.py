@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import flag, whole_number
 from ..distributed import gathered, processes
 from ..layout import Lengths
-from .states import States, at_least_one, inside, lengths_of, means, paired, products, unit
+from ._states import States, at_least_one, inside, lengths_of, means, paired, products, unit
 
 
 class _Scores(NamedTuple):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import number
-from ..functional import sinkhorn_loss, solve, solve_cost
-from ..layout import Lengths, padded_segments
-from ..prior import Prior
-from ..problem import REDUCTIONS, checked_options, normalized_weights, one_of
-from .states import (
+from ...checks import number
+from ...functional import sinkhorn_loss, solve, solve_cost
+from ...layout import Lengths, padded_segments
+from ...prior import Prior
+from ...problem import REDUCTIONS, checked_options, normalized_weights, one_of
+from .._states import (
     States,
     at_least_one,
     clean,

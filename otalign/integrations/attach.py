@@ -18,7 +18,7 @@ from ..functional import ItemLosses, item_losses
 from ..modules import SinkhornLoss
 from ..problem import one_of
 from ..speech import InnerAlignmentLoss, OTRegLoss
-from ..speech.states import weighted_mean
+from ..speech._states import weighted_mean
 from .configuration import Placeholder, audio_token, embedding_scale, expect_unwrapped, first_token, special_tokens
 from .hooks import IGNORED, WITHOUT_LABELS, Batch, Call, Missing, Site, site_of, unobserved
 
