@@ -94,6 +94,29 @@ def attach(
             raise TypeError(f"{argument}: expected a sequence of integers, got {given!r}")
     if states_from is not None and not isinstance(states_from, nn.Module):
         raise TypeError(f"states_from: expected a torch.nn.Module, got {type(states_from).__name__}")
+    rules = _span_rules(model, audio_token_id, transcript, ignore_token_ids, speech_mask_fn)
+    attachment = Attachment(
+        loss=loss,
+        weight=weight,
+        layers=_layers(loss, layers),
+        name=name,
+        _hooks=hooks_on(model),
+        _rules=rules,
+        _accumulate=accumulate,
+        _on_missing=on_missing,
+    )
+    attachment._hooks.add(attachment, None if states_from is model else states_from)
+    return attachment
+
+
+def _span_rules(
+    model: nn.Module,
+    audio_token_id: int | str,
+    transcript: str | Callable[[Batch], Tensor],
+    ignore_token_ids: Sequence[int],
+    speech_mask_fn: Callable[[Batch], Tensor] | None,
+) -> SpanRules:
+    """The rules for speech and transcript, with the placeholder and the special tokens of the model's configuration."""
     if speech_mask_fn is None and audio_token_id == "auto":
         audio_token_id = audio_token(model)
     if speech_mask_fn is None and (isinstance(audio_token_id, bool) or not isinstance(audio_token_id, int)):
@@ -103,21 +126,11 @@ def attach(
         ignored |= {audio_token_id}
         speech_mask_fn = speech_mask_fn or Placeholder(audio_token_id)
     assert speech_mask_fn is not None
-    attachment = Attachment(
-        loss=loss,
-        weight=weight,
-        layers=_layers(loss, layers),
-        name=name,
-        _hooks=hooks_on(model),
-        _rules=SpanRules(speech_mask_fn, transcript, ignored),
-        _accumulate=accumulate,
-        _on_missing=on_missing,
-    )
-    attachment._hooks.add(attachment, None if states_from is model else states_from)
-    return attachment
+    return SpanRules(speech_mask_fn, transcript, ignored)
 
 
 def _expect_loss(loss: nn.Module) -> None:
+    """Raise an error for a loss that does not give the losses of single items, or gives them reduced."""
     kinds = OTRegLoss, InnerAlignmentLoss, SinkhornLoss
     if not isinstance(loss, kinds):
         raise TypeError(f"loss: expected OTRegLoss, InnerAlignmentLoss or SinkhornLoss, got {type(loss).__name__}")
@@ -132,6 +145,7 @@ def _expect_loss(loss: nn.Module) -> None:
 
 
 def _expect_weight(weight: Any) -> None:
+    """Raise an error for a weight that is neither a finite number >= 0 nor a function of the step."""
     if callable(weight) or (isinstance(weight, Tensor) and weight.dim() == 0):
         return
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
