@@ -1,4 +1,4 @@
-"""`python -m otalign`: what is installed, what is missing and why; alignments and scores of saved states; timings."""
+"""`python -m otalign`: a report of the installation, alignments and scores of saved states, and timings."""
 
 from __future__ import annotations
 

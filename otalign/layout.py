@@ -1,8 +1,8 @@
-"""Where the points of an item lie: padded, packed and jagged batches under one addressing, and helpers to pack.
+"""Batch layouts: `Segments` describes padded, packed and jagged batches in the same way; helpers pack and pad.
 
-A batch is a tensor of values and `Segments`: item b has `lengths[b]` rows, from row `starts[b]` on in a packed batch
-(total, D), from the start of its slot in a padded one (B, N, D). Vectors with one number per point follow the same
-layout: (total,) or (B, N).
+A batch is a tensor of values with its `Segments`. Item b has `lengths[b]` rows. In a packed batch (total, D) they start at row
+`starts[b]`, in a padded batch (B, N, D) at row 0 of item b. Vectors with one number per point have the same layout: (total,) or
+(B, N).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _debug = contextvars.ContextVar("otalign_debug", default=False)
 
 @contextlib.contextmanager
 def debug() -> Iterator[None]:
-    """Within this context, values on a GPU are checked as they always are on a CPU, at a synchronisation each.
+    """A context in which values on a GPU are checked as on a CPU. Each check synchronises with the device.
 
-    And faults of the CUDA kernels surface where these were launched, as RuntimeErrors that begin with CUDA's name for them.
+    A fault of a CUDA kernel then raises a RuntimeError at the launch of that kernel. Its message begins with CUDA's error name.
 
     Example:
         >>> with otalign.debug():
@@ -45,7 +45,7 @@ def debug() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether values on a GPU are to be looked at."""
+    """Whether values on a GPU are checked, within `debug()`."""
     return _debug.get()
 
 
@@ -147,7 +147,18 @@ class Segments:
 def points(
     side: str, values: Tensor, lengths: Lengths | None, cu_seqlens: Lengths | None, max_seqlen: int | None
 ) -> tuple[Tensor, Segments]:
-    """Validate one side's points and read its layout. `side` is "x" or "y", for the messages."""
+    """Validate the points of one side and read its layout.
+
+    Args:
+        side: "x" or "y", for messages.
+        values: `(B, N, D)` padded, `(total, D)` packed, or a jagged nested tensor.
+        lengths: `(B,)`, of padded points; None = full.
+        cu_seqlens: `(B + 1,)` offsets, of packed points.
+        max_seqlen: longest item of packed points; None = read from the offsets.
+
+    Returns:
+        `(B, N, D)` or `(total, D)` values, and their segments.
+    """
     _expect_tensor(side, values)
     if values.is_nested:
         if values.layout != torch.jagged:
@@ -182,7 +193,7 @@ def points(
 
 
 def padded_segments(name: str, values: Tensor, size: int, lengths: Lengths | None) -> Segments:
-    """Segments of padded `values` (B, ...); lengths (B,) integers in [0, size], called `name` in messages."""
+    """Segments of padded `values` (B, size, ...). `lengths` (B,) are integers in [0, size], None = full; `name` is for messages."""
     items, compiling = values.shape[0], torch.compiler.is_compiling()
     if lengths is None:
         return Segments(items, size, items * size, False, None, None if compiling else [size] * items, values.device)
@@ -194,7 +205,7 @@ def padded_segments(name: str, values: Tensor, size: int, lengths: Lengths | Non
 
 
 def packed_segments(side: str, values: Tensor, cu_seqlens: Lengths, max_seqlen: int | None) -> Segments:
-    """Segments of packed `values` (total, D) from offsets (B + 1,)."""
+    """Segments of packed `values` (total, D) from offsets `cu_seqlens` (B + 1,)."""
     name, rows = f"cu_seqlens_{side}", values.shape[0]
     cu_seqlens = _integers(name, cu_seqlens, None)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -211,7 +222,7 @@ def packed_segments(side: str, values: Tensor, cu_seqlens: Lengths, max_seqlen: 
     if marks is None and max_seqlen is not None:
         return Segments(items, max_seqlen, rows, True, offsets, None, values.device)
     if marks is None:
-        marks = cu_seqlens.tolist()  # the synchronisation that max_seqlen would have spared
+        marks = cu_seqlens.tolist()  # synchronises; max_seqlen avoids this
     counts = [end - start for start, end in itertools.pairwise(marks)]
     longest = max(counts, default=0)
     if marks[0] != 0 or marks[-1] > rows or min(counts, default=0) < 0:
@@ -226,20 +237,20 @@ def _is_symbolic(value: object) -> bool:
 
 
 def _contents(integers: Tensor, values: Tensor) -> list[int] | None:
-    """What a tensor holds if looking costs no synchronisation, or the values are on the CPU, or otalign.debug() asks."""
+    """The integers as a list, if reading them costs no synchronisation, or values are on the CPU, or in otalign.debug()."""
     if torch.compiler.is_compiling():
         return None
     return integers.tolist() if "cpu" in (integers.device.type, values.device.type) or debugging() else None
 
 
 def _own(integers: Tensor) -> Tensor:
-    """A copy, contiguous int64: what was checked stays so, whatever the caller does with his tensor."""
+    """A contiguous int64 copy, which stays valid if the caller changes the original later."""
     return integers.to(torch.int64, copy=True).contiguous()
 
 
 def _beside(integers: Tensor, values: Tensor) -> Tensor:
-    """On the device of the values, without waiting for it."""
-    on_gpu = values.device.type != "cpu"  # a copy to the CPU has to be waited for
+    """The integers on the device of the values, without waiting for a GPU."""
+    on_gpu = values.device.type != "cpu"  # a non-blocking copy to the CPU could be read before it ends
     return integers.to(values.device, non_blocking=on_gpu)
 
 
@@ -249,7 +260,7 @@ def _expect_tensor(name: str, value: object) -> None:
 
 
 def expect_dense(name: str, value: object) -> None:
-    """Refuse what is no tensor, and tensors without numbers that could be read one by one."""
+    """Raise an error for anything but a dense tensor: other types, nested and sparse tensors."""
     _expect_tensor(name, value)
     assert isinstance(value, Tensor)
     if value.is_nested:
@@ -259,7 +270,7 @@ def expect_dense(name: str, value: object) -> None:
 
 
 def mapped(value: Tensor) -> bool:
-    """Whether torch.vmap maps over this tensor, so that Python cannot see its numbers."""
+    """Whether torch.vmap maps over this tensor, so that Python cannot read its numbers."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and _holds_mapped(value)
 
 
@@ -273,7 +284,7 @@ def _holds_mapped(value: Tensor) -> bool:
 
 
 def _integers(name: str, lengths: Lengths, shape: tuple[int, ...] | None) -> Tensor:
-    """Lengths or offsets as an integer tensor, from one, or a list, tuple or numpy array of integers."""
+    """Validate lengths or offsets, a tensor, list, tuple or numpy array of integers, and return them as a tensor."""
     if not isinstance(lengths, Tensor):
         lengths = _from_numbers(name, lengths)
     _expect_integers(name, lengths, shape)
@@ -294,7 +305,9 @@ def _from_numbers(name: str, numbers: object) -> Tensor:
             raise ValueError(f"{name}: expected numbers within int64, got {int(array.max())}")
         return torch.tensor(array.astype(numpy.int64), device="cpu")
     if array.dtype.kind == "f":
-        return torch.tensor(array.astype(numpy.float64), device="cpu")  # of which the caller says what is wrong
+        return torch.tensor(
+            array.astype(numpy.float64), device="cpu"
+        )  # the caller refuses it, with a message for floats
     raise TypeError(f"{name}: expected integers, got {type(numbers).__name__} of {array.dtype}")
 
 
@@ -315,7 +328,7 @@ def _expect_integers(name: str, lengths: Tensor, shape: tuple[int, ...] | None) 
         raise ValueError(f"{name}: expected numbers, got a tensor on the meta device, which has none")
 
 
-# Helpers for callers: whatever marks the points, as packed values and offsets -----------------------------------------
+# Helpers for callers: from masks, lengths and spans to packed values and offsets -----------------------------------------
 
 
 def from_mask(h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -323,13 +336,14 @@ def from_mask(h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Args:
         h: `(B, N, D)`.
-        mask: `(B, N)`, boolean or integer; True (non-zero) keeps. The rows kept need not be adjacent. None = all.
+        mask: `(B, N)`, boolean or integer; True (non-zero) keeps a row. The kept rows need not be adjacent. None = all rows.
 
     Returns:
         `(total, D)` values and `(B + 1,)` int64 offsets, as `cu_seqlens_x` takes them.
 
     Raises:
-        TypeError: for a float mask, whose meaning (1 keeps? -inf pads?) cannot be known.
+        TypeError: for a float mask, because its meaning is unclear: 1 to keep, or -inf to pad?
+        ValueError: for a mask of another shape.
 
     Example:
         >>> values, cu_seqlens = otalign.layout.from_mask(torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
@@ -342,7 +356,7 @@ def from_mask(h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def from_padding_mask(h: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pack the rows where `padding_mask` `(B, N)` is False (fairseq's and torch's `key_padding_mask` convention).
 
-    As `from_mask`, with the opposite polarity; None = no padding.
+    As `from_mask`, with the opposite polarity: True (non-zero) drops a row. None = no padding.
     """
     return _pack(h, ~_expect_mask("padding_mask", h, padding_mask) if padding_mask is not None else _all(h))
 
@@ -356,6 +370,9 @@ def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `(total, D)` values and `(B + 1,)` int64 offsets.
+
+    Raises:
+        ValueError, TypeError: for shares of another type or shape, or outside of `[0, 1]`.
     """
     _expect_batch(h)
     expect_dense("rel", rel)
@@ -365,7 +382,7 @@ def from_relative_lengths(h: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"rel: expected shape ({h.shape[0]},), got {tuple(rel.shape)}")
     if not bool(((rel >= 0) & (rel <= 1)).all()):
         raise ValueError(f"rel: expected shares in [0, 1], got {rel.tolist()}")
-    # In float32 where that is what they are, as SpeechBrain does it: halves may go the other way in float64.
+    # SpeechBrain rounds float32 shares in float32. In float64 a product near one half could round the other way.
     rel = rel.to(torch.promote_types(rel.dtype, torch.float32))
     return _pack(h, _length_mask((rel * h.shape[1]).round().long(), h))
 
@@ -379,14 +396,17 @@ def from_time_major(h: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
 
 
 def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
-    """Pack spans of rows, each an item of its own: several clips or sentences in one row.
+    """Pack spans of several clips or sentences in one row. Each span becomes an item.
 
     Args:
         h: `(B, N, D)`.
-        spans: for each of the B rows, its `(start, end)` pairs, end exclusive; they may be none.
+        spans: a list of `(start, end)` pairs, end exclusive, for each of the B rows; a list may be empty.
 
     Returns:
-        `(total, D)` values and `(number of spans + 1,)` int64 offsets, spans in the order given.
+        `(total, D)` values and `(number of spans + 1,)` int64 offsets, in the order of the spans.
+
+    Raises:
+        ValueError, TypeError: for spans that are no pairs of integers, or not within `[0, N]`.
     """
     _expect_batch(h)
     if len(spans) != h.shape[0]:
@@ -406,14 +426,17 @@ def from_spans(h: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[T
 
 
 def to_padded(values: Tensor, cu_seqlens: Lengths) -> tuple[Tensor, Tensor]:
-    """Packed values as a padded batch, for what takes no packed one (`otalign.speech`): the way back from the helpers above.
+    """Pad packed values, the inverse of the helpers above. `otalign.speech` takes padded batches only.
 
     Args:
         values: `(total, D)`.
         cu_seqlens: `(B + 1,)` offsets, such as those of a jagged nested tensor.
 
     Returns:
-        `(B, N, D)` with zeros behind the items, N being the longest one's length, and `(B,)` int64 lengths.
+        `(B, N, D)`, N being the longest length, with zeros on the padding; and `(B,)` int64 lengths.
+
+    Raises:
+        ValueError, TypeError: for bad values or offsets.
 
     Example:
         >>> states, attention_mask = torch.ones(2, 4, 3), torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])  # padded on the left

@@ -1,6 +1,6 @@
-"""Pictures of alignments: matplotlib axes in and out, for 5 frames or 3000. (matplotlib is imported when one is drawn.)
+"""Pictures of alignments, for 5 frames or 3000. matplotlib is imported when the first one is drawn.
 
-Every function draws on `ax`, or on new axes if that is None, and returns the axes.
+Each function draws on the matplotlib axes `ax`, or on new axes if `ax` is None, and returns the axes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .result import OTResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = 48  # points of a line that are marked, at most
-LABELS = 24  # tokens that are labelled, at most
+MARKERS = 48  # lines with at most this many points get markers
+LABELS = 24  # at most this many tokens get a label
 
 
 def plan(
@@ -30,13 +30,17 @@ def plan(
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes:
-    """A transport plan as a heat map: time to the right, tokens upwards, each token's frames relative to its strongest.
+    """A transport plan as a heat map: time to the right, tokens upwards. Each token is scaled by its largest entry.
 
     Args:
         plan: `(N, M)`, one item without its padding: `result.plan()[b, :n, :m]`.
         tokens: M labels.
-        seconds_per_frame: the axis is in seconds if given, else in frames.
+        seconds_per_frame: duration of a frame, for an axis in seconds; None = an axis in frames.
+        ax: axes to draw on; None = new ones.
         options: of `Axes.imshow`.
+
+    Raises:
+        ValueError: for a plan of another shape, or another number of labels.
 
     Example:
         >>> ax = otalign.plot.plan(torch.eye(5), tokens=list("hello"), seconds_per_frame=0.04)
@@ -62,14 +66,17 @@ def path(
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes:
-    """An alignment path over the similarities that it follows: bright is near.
+    """An alignment path over its similarities: bright is near.
 
     Args:
         similarity: `(N, M)` of one item and layer, such as `otalign.plot.cosines(speech, text)`; for `"euclidean"` distances,
             such as `torch.cdist(speech, text)`.
-        path: `(M,)` the frame of each token, as `alignment_path` gives it; -1 is left out.
-        metric: `"cosine"` or `"euclidean"`: what `similarity` holds.
-        tokens, seconds_per_frame, options: as in `plan`.
+        path: `(M,)` the frame of each token, as `alignment_path` returns it; -1 is left out.
+        metric: the contents of `similarity`: `"cosine"` or `"euclidean"`.
+        tokens, seconds_per_frame, ax, options: as in `plan`.
+
+    Raises:
+        ValueError: for an unknown metric, similarities of another shape, or another number of labels.
     """
     one_of("metric", metric, ("cosine", "euclidean"))
     matrix, frames = _matrix("similarity", similarity), path.detach().cpu()
@@ -88,7 +95,7 @@ def path(
         markersize=4 if few else 2.5,
         markeredgecolor="black",
         markeredgewidth=0.5,
-        linestyle="-" if few else "",  # each token's frame is its own
+        linestyle="-" if few else "",  # frames of successive tokens are independent
         linewidth=1,
         label="nearest frame",
     )
@@ -98,7 +105,7 @@ def path(
 
 
 def cosines(speech: Tensor, text: Tensor) -> Tensor:
-    """Cosine of every frame `(N, D)` with every token `(M, D)`: `(N, M)`."""
+    """Cosines between all frames `(N, D)` and all tokens `(M, D)`: `(N, M)` float32, detached."""
     return F.normalize(speech.detach().float(), dim=1) @ F.normalize(text.detach().float(), dim=1).T
 
 
@@ -109,12 +116,17 @@ def layers(
     right: str | Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Quantities by layer, one line each: cosine, distance, alignment path score, retrieval.
+    """Quantities by layer, one line each, such as cosines, distances, alignment path scores or retrieval scores.
 
     Args:
-        curves: label and values `(L,)`, or `(L, B)` whose mean is drawn within the 10th and 90th percentile over the items.
-        numbers: of the layers; None = from 0 on.
-        right: labels that are measured on an axis of their own, at the right, such as distances.
+        curves: values `(L,)` by label; or `(L, B)`, drawn as their mean in a band from the 10th to the 90th percentile of the
+            items.
+        numbers: numbers of the layers; None = 0 to L - 1.
+        right: labels of the curves on a second axis, at the right, such as distances.
+        ax: axes to draw on; None = new ones.
+
+    Raises:
+        ValueError: for a label in `right` without a curve.
     """
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
@@ -138,7 +150,7 @@ def layers(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if other is not None:
         other.set_ylabel(", ".join(right) + " (dashed)")
-        # The right axes came last and would be drawn over the legend.
+        # matplotlib draws the right axes last, over the legend; so put the left axes, with the legend, on top.
         ax.set_zorder(other.get_zorder() + 1)
         ax.patch.set_visible(False)
     drawn: list[Any] = [line for axes in (ax, other) if axes is not None for line in axes.get_lines()]
@@ -149,11 +161,12 @@ def layers(
 
 
 def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Axes:
-    """The two dual potentials of an item against relative position: high where points are expensive to reach.
+    """The two dual potentials of an item over relative position. They are high where points are expensive to reach.
 
     Args:
         result: of a padded or packed batch.
-        item: its number.
+        item: number of the item.
+        ax: axes to draw on; None = new ones.
     """
     ax = _axes(ax)
     problem = result._problem
@@ -178,6 +191,7 @@ def potentials(result: OTResult, item: int = 0, *, ax: Axes | None = None) -> Ax
 
 
 def _axes(ax: Axes | None) -> Any:
+    """The given axes, or those of a new figure, which pyplot does not know and so does not keep alive."""
     if ax is not None:
         return ax
     from matplotlib.figure import Figure
@@ -193,12 +207,13 @@ def _matrix(name: str, matrix: Tensor) -> Tensor:
 
 
 def _image(ax: Any, matrix: Tensor, seconds_per_frame: float | None, *, low: bool = False, **options: Any) -> Any:
-    """`(N, M)` with frames to the right and tokens upwards.
+    """Draw a matrix `(N, M)` with frames to the right and tokens upwards.
 
-    What is finer than the axes' pixels is pooled by its largest entry, or smallest if `low`, so that a narrow ridge stays visible.
+    A matrix with more entries than the axes have pixels is pooled by the largest entry, or by the smallest if `low`, so that a
+    narrow ridge stays visible.
     """
     n, m = matrix.shape
-    width, height = (max(int(0.75 * pixels), 16) for pixels in ax.get_window_extent().size)  # labels take their part
+    width, height = (max(int(0.75 * pixels), 16) for pixels in ax.get_window_extent().size)  # labels take the rest
     size = min(n, width), min(m, height)
     if size != (n, m):
         sign = -1 if low else 1

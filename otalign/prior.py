@@ -1,4 +1,4 @@
-"""Temporal priors: a term B(i, j; n, m) that is added to the ground cost of an item with n and m points."""
+"""Temporal priors: a term B(i, j; n, m) added to the ground cost of an item with n and m points."""
 
 from __future__ import annotations
 
@@ -31,9 +31,16 @@ def _finite(name: str, value: float, *, positive: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Prior:
-    r"""An additive temporal term on the cost, made by one of the constructors below.
+    r"""A temporal term added to the cost. Make one with the constructors `quadratic`, `absolute`, `order_preserving`, `band`.
 
     With :math:`u_i = i / (n - 1)`, :math:`v_j = j / (m - 1)` (0 where the length is 1) and :math:`d = |u_i - v_j|`.
+
+    Attributes:
+        kind: name of the constructor.
+        parameters: its arguments.
+
+    Raises:
+        ValueError, TypeError: for an unknown kind, and for parameters that are not finite numbers >= 0 (`delta`: > 0).
 
     Example:
         >>> import otalign
@@ -74,8 +81,8 @@ class Prior:
         .. math:: B_{ij} = -\frac{\lambda_1}{e^2 + 1} - \mathrm{reg} \log p_{ij}, \qquad
                   p_{ij} = \frac{1}{\delta\sqrt{2\pi}} \exp\Big(-\frac{e^2}{2\delta^2 (n^{-2} + m^{-2})}\Big)
 
-        with the paper's own positions, :math:`e = (i + 1) / n - (j + 1) / m`. The solver's `reg` is the paper's
-        :math:`\lambda_2`: the plan is theirs, and the value counts both terms.
+        with the paper's positions, :math:`e = (i + 1) / n - (j + 1) / m`. The solver's `reg` is the paper's
+        :math:`\lambda_2`. The plan is the paper's; the value includes both terms.
 
         Args:
             lambda1: weight of the inverse difference moment, in the unit of the cost.
@@ -87,11 +94,11 @@ class Prior:
     def band(width: float) -> Prior:
         """Zero within `width` tokens (points of `y`) of the diagonal, infinite outside.
 
-        Where the band would leave a row or a column empty (more tokens than `x` has points, or `width` under
-        one half), it is as wide as is needed to leave none so: at least `max(1, (m - 1) / (n - 1)) / 2`. That is not
-        yet enough for strict marginals: to carry uniform ones on both sides a band takes about `max(1, m / n)`, and
-        in a narrower one `converged` stays False. So it does where a strict point with mass has only points of weight zero in
-        its window: that point gets no mass.
+        A narrow band could leave a row or a column empty, if there are more tokens than points of `x`, or if `width` is below
+        one half. It is then widened so far that none is empty: to `max(1, (m - 1) / (n - 1)) / 2`. Strict marginals need more:
+        for uniform weights on both sides the band must be about `max(1, m / n)` wide. With a narrower band `converged` stays
+        False. It also stays False if a strict point with mass has only points of weight zero in its window; that point gets
+        no mass.
         """
         return Prior("band", (width,))
 
@@ -104,7 +111,7 @@ class Prior:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The term itself for lengths `n` and `m`: `(n, m)`. `reg` matters to `order_preserving` only."""
+        """The term for lengths `n` and `m`: `(n, m)`, in the unit of the cost. Only `order_preserving` depends on `reg`."""
         if n == 0 or m == 0:
             return torch.zeros(n, m, dtype=dtype, device=device)
         i = torch.arange(n, dtype=torch.float64, device=device)[:, None]
@@ -126,6 +133,8 @@ class Prior:
 
 
 def band_width(width: float, n: int, m: int) -> float:
-    """The half-width in tokens that `Prior.band` really has for these lengths."""
+    """The half-width, in tokens, of `Prior.band` for these lengths: `width`, or more if a row or column would be empty."""
     spacing = (m - 1) / (n - 1) if n > 1 else math.inf
-    return max(width, 0.5, 0.5 * spacing) + 1e-9 * max(m, 1)  # a half-way point is inside, whatever the rounding
+    return max(width, 0.5, 0.5 * spacing) + 1e-9 * max(
+        m, 1
+    )  # a point exactly on the edge stays inside despite rounding

@@ -268,7 +268,7 @@ def test_otreg_on_an_inner_layer(monkeypatch):
     for cut in (True, False):
         if not cut:
             order = lambda mask: ((~mask).to(torch.uint8).argsort(dim=1, stable=True), mask.sum(1))  # noqa: E731
-            monkeypatch.setattr(otalign.integrations.capture, "_front", order)
+            monkeypatch.setattr(otalign.integrations.spans, "_marked_positions", order)
         handle = otalign.attach(case.model, OTRegLoss(), layers=[1])
         case.model(**case.batch)
         losses.append(handle.metrics()["otalign/loss"])

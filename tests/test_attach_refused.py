@@ -18,8 +18,8 @@ from .speech_models import CASES, PAD
 
 def test_a_model_that_ignores_the_number_of_labels_is_named():
     case = CASES["qwen2_audio"]()
-    otalign.integrations.hooks._told_of_means.clear()
-    otalign.integrations.hooks._looked.clear()
+    otalign.integrations.hooks._settled_classes.clear()
+    otalign.integrations.hooks._candidate_calls.clear()
     otalign.attach(case.model, OTRegLoss())
     own = int((case.batch["labels"][:, 1:] != -100).sum())
     for _ in range(5):

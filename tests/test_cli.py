@@ -544,7 +544,9 @@ def test_bench_waits_for_a_gpu(monkeypatch):
 def test_bench_leaves_out_what_cannot_compute_it(capsys, monkeypatch):
     monkeypatch.setattr(bench, "of_device", lambda device: ["cuda", "cpu"])
     arguments = argparse.Namespace(backend=None, device="cpu", reg=0.1, cost="cosine")
-    batch = bench.Batch(torch.rand(1, 3, 2, requires_grad=True), torch.rand(1, 2, 2, requires_grad=True), None, None)
+    batch = bench.RaggedBatch(
+        torch.rand(1, 3, 2, requires_grad=True), torch.rand(1, 2, 2, requires_grad=True), None, None
+    )
     _, solved = bench.competitors(batch, arguments)
     assert list(solved) == ["cpu"]
     assert "warning: backend cuda is left out: backend" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_message_and_place(backend):
         lambda: speech.OTRegLoss(form="soft_target", **HARD)(X, Y),
         lambda: speech.InnerAlignmentLoss([0, 1], **HARD)(SPEECH, TEXT, N, M),
         lambda: speech.recipes.one_sided(X, Y, rho=1.0, tol=1e-6, **HARD),
-        lambda: speech.recipes.otalign(X, Y, kind="balanced", reg=0.001, max_iter=1),
+        lambda: speech.recipes.arase_otalign(X, Y, kind="balanced", reg=0.001, max_iter=1),
         lambda: torch.nn.Sequential(Pair(otalign.SinkhornLoss(**HARD)))((X, Y)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import geomloss
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import otalign
 from otalign.speech import recipes
 
-from .problems import close, draw
+from .problems import close, draw, identical
 
 LENGTHS = ([9, 1, 6, 12], [4, 3, 6, 1])
 
@@ -65,7 +66,7 @@ def test_siamese_pt_with_the_norms_as_weights():
 
 def test_recipes_of_no_points():
     x, y = torch.randn(2, 3, 4), torch.randn(2, 0, 4)
-    assert recipes.otalign(x, y).shape == (2, 3, 0)
+    assert recipes.arase_otalign(x, y).shape == (2, 3, 0)
     close(recipes.mixup(x, y, torch.zeros(2, 3, 0), p=1.0), x, 0)
     with pytest.raises(ValueError, match="steps: expected at least 1"):
         recipes.ipot(x, x, steps=0)
@@ -199,7 +200,7 @@ def otalign_cost(x, y, kappa):
 @pytest.mark.parametrize("kind", ["balanced", "unbalanced", "partial"])
 def test_otalign_is_what_pot_gives(kind, kappa, weights):
     b = draw([9, 2, 6, 12], [4, 3, 6, 5], D=6)
-    found = recipes.otalign(*b, kind=kind, kappa=kappa, weights=weights, tau=0.7, tol=1e-10, max_iter=5000)
+    found = recipes.arase_otalign(*b, kind=kind, kappa=kappa, weights=weights, tau=0.7, tol=1e-10, max_iter=5000)
     for k, (x, y) in enumerate(b.items()):
         C = otalign_cost(x, y, kappa)
         p, q = (np.ones(len(t)) if weights == "uniform" else t.norm(dim=1).numpy() for t in (x, y))
@@ -216,6 +217,15 @@ def test_otalign_is_what_pot_gives(kind, kappa, weights):
         close(found[k, : len(x), : len(y)], torch.from_numpy(plan), 1e-4)
         assert not found[k, len(x) :].any()
         assert not found[k, :, len(y) :].any()
+
+
+def test_the_old_name_of_arase_otalign_is_deprecated():
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    with pytest.warns(DeprecationWarning, match=r"use otalign\.speech\.recipes\.arase_otalign") as warned:
+        found = recipes.otalign(x, y, kappa=0.1)
+    assert [warning.filename for warning in warned] == [__file__]
+    identical(found, recipes.arase_otalign(x, y, kappa=0.1))
+    assert inspect.signature(recipes.otalign) == inspect.signature(recipes.arase_otalign)
 
 
 def test_one_sided_drops_frames_but_no_token():

@@ -168,7 +168,7 @@ def losses_and_scores(x, y, n, m):
         recipes.one_sided(x, y, n, m),
         *(recipe(x, y, n, m).loss.sum() for recipe in (recipes.cmot, recipes.opw, recipes.ipot)),
     ]
-    scores = [recipes.otalign(x, y, n, m), *retrieval_scores(x, y, n, m), intervene(x, y, n, m).detach()]
+    scores = [recipes.arase_otalign(x, y, n, m), *retrieval_scores(x, y, n, m), intervene(x, y, n, m).detach()]
     for metric in ("cosine", "euclidean"):
         scores += [*alignment_path_score(x, y, n, m, metric=metric), sequence_similarity(x, y, n, m, metric=metric)]
     return losses, scores

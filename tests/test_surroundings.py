@@ -104,7 +104,8 @@ OTHERS = {
     "opw": lambda: recipes.opw(SPEECH[0], TEXT[0], N, M),
     "ipot": lambda: recipes.ipot(SPEECH[0], TEXT[0], N, M, steps=5),
     "words": lambda: [
-        recipes.otalign(SPEECH[0], TEXT[0], N, M, kind=kind, max_iter=50, kappa=0.1) for kind in recipes.OTALIGN_KINDS
+        recipes.arase_otalign(SPEECH[0], TEXT[0], N, M, kind=kind, max_iter=50, kappa=0.1)
+        for kind in recipes.OTALIGN_KINDS
     ],
     "one sided": lambda: recipes.one_sided(SPEECH[0], TEXT[0], N, M),
     "mask": lambda: layout.from_mask(HELPED, MASK),

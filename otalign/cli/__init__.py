@@ -1,4 +1,4 @@
-"""The command line, `python -m otalign`: one module for each command, and what they share."""
+"""The command line, `python -m otalign`: one module for each command, and modules that they share."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ backend that is broken; 2 for bad arguments or files."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
+    """The parser of all commands."""
     top = Parser(
         prog=PROGRAM,
         description="Aligns speech with text by entropic optimal transport. Without a command: doctor.",
@@ -59,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that `argv` (None = of this process) names, and returns the exit status.
+    """Run the command in `argv` (None = the arguments of this process), and return the exit status.
+
+    0 on success; 1 if the doctor finds a broken backend, or if the reader of the output stops early; 2 for bad files. Bad
+    arguments exit with status 2.
 
     Example:
         >>> otalign.cli.main(["align", "missing.npy", "text.npy"])  # and on stderr: missing.npy: no such file
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; neither has the interpreter to flush at its end
+    except BrokenPipeError:  # such as `| head`; the interpreter's flush at exit must not raise it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -1,4 +1,4 @@
-"""`python -m otalign align`: when each token is said, by the transport plan of two saved arrays."""
+"""`python -m otalign align`: the time of each token, by the transport plan of two saved arrays."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .table import fixed, table, to_json
 
 HELP = "align one utterance with its text: a table of tokens and frames, a picture, a file"
 DESCRIPTION = """\
-Solves the optimal transport of speech (N, D) and text (M, D), saved as .npy, .npz or .pt with one array each, and prints
-for every token: the frame that gives it most mass; mean and standard deviation of the frames under the plan; its share
-of the mass. Frames and tokens count from 0; frame i is taken to lie at (i + 0.5) * SECONDS."""
+Solves the optimal transport between speech (N, D) and text (M, D), saved as .npy, .npz or .pt with one array each. Prints
+for each token: the frame that gives it most mass; mean and standard deviation of the frames under the plan; its share
+of the mass. Frames and tokens count from 0. The time of frame i is (i + 0.5) * SECONDS."""
 EXAMPLES = """\
 examples:
   python -m otalign align speech.npy text.npy
@@ -35,34 +35,47 @@ OUTPUTS = (".npz", ".json", ".csv")
 
 
 class Tokens(NamedTuple):
-    """What a plan says of each token."""
+    """Frames and mass of each of M tokens under a plan."""
 
-    frame: Tensor  # (M,) int64, the frame that gives it most mass; -1 without mass
-    mean: Tensor  # (M,) float64, in frames; NaN without mass
+    frame: Tensor  # (M,) int64, the frame that gives it most mass; -1 for a token without mass
+    mean: Tensor  # (M,) float64, in frames; NaN for a token without mass
     spread: Tensor  # (M,) float64, standard deviation, in frames
     share: Tensor  # (M,) float64, of all mass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `align`."""
+    """Add the arguments of `align`."""
     add = parser.add_argument
     add("speech", help="array (N, D) of speech frames")
     add("text", help="array (M, D) of text embeddings")
     add("--tokens", help='labels: a file with one in each line, or "a,b,c"')
     add("--seconds-per-frame", type=positive, metavar="SECONDS", help="print and draw times as well")
     add("--cost", choices=COSTS, default="cosine", help="ground cost (default: %(default)s)")
-    add("--reg", type=positive, default=0.05, help="entropic regularisation, unit of the cost (default: %(default)s)")
+    add(
+        "--reg",
+        type=positive,
+        default=0.05,
+        help="entropic regularisation, in the unit of the cost (default: %(default)s)",
+    )
     add("--prior", type=prior, help=f"temporal term of the cost: {PRIOR_FORMS}")
-    add("--unbalanced", type=relaxation, metavar="RHO", help="relax the marginals: RHO, or RHO_X,RHO_Y (inf = strict)")
-    add("--max-iter", type=count, default=200, metavar="COUNT", help="most iterations (default: %(default)s)")
-    add("--tol", type=float, default=1e-3, help="marginal error at which to stop (default: %(default)s)")
+    add("--unbalanced", type=relaxation, metavar="RHO", help="marginal relaxation: RHO, or RHO_X,RHO_Y (inf = strict)")
+    add(
+        "--max-iter",
+        type=count,
+        default=200,
+        metavar="COUNT",
+        help="maximum number of iterations (default: %(default)s)",
+    )
+    add("--tol", type=float, default=1e-3, help="stop at this L1 marginal error (default: %(default)s)")
     add("--backend", choices=backends.NAMES, default="auto", help="(default: %(default)s)")
     add("--plot", metavar="FILE", help="draw the plan, as .png, .pdf or .svg; needs matplotlib")
-    add("--out", metavar="FILE", help="save everything printed as .json, the table as .csv, or with the plan as .npz")
+    add(
+        "--out", metavar="FILE", help="save table and summary as .json, the table as .csv, or all with the plan as .npz"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Solves and prints; 0 also where the solver did not converge, which is told on stderr."""
+    """Solve and print. Without convergence: a warning on stderr, and still exit status 0."""
     files.expect_plot(arguments.plot)
     files.expect_writable(arguments.out, OUTPUTS)
     speech, text = files.points(arguments.speech), files.points(arguments.text)
@@ -93,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def solve(speech: Tensor, text: Tensor, arguments: argparse.Namespace) -> tuple[otalign.OTResult, Tensor]:
-    """The result of the one item, and its plan `(N, M)` on the CPU."""
+    """The result of a batch of one item, and its plan `(N, M)` on the CPU. `speech` is `(N, D)`, `text` `(M, D)`."""
     device = device_of(arguments.backend)
     names = ("cost", "reg", "prior", "unbalanced", "max_iter", "tol", "backend")
     options = {name: getattr(arguments, name) for name in names}
@@ -103,7 +116,7 @@ def solve(speech: Tensor, text: Tensor, arguments: argparse.Namespace) -> tuple[
 
 
 def read_labels(tokens: str, expected: int) -> list[str]:
-    """Labels of a file, one in each line, or else those between commas."""
+    """Labels from the file `tokens`, one per line; if there is no such file, `tokens` is a list with commas."""
     if Path(tokens).is_file():
         with as_input_error(OSError, UnicodeDecodeError, about=tokens):
             labels = Path(tokens).read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -116,7 +129,7 @@ def read_labels(tokens: str, expected: int) -> list[str]:
 
 
 def describe(plan: Tensor) -> Tokens:
-    """Where the mass of every token comes from, by a plan `(N, M)`.
+    """Which frames the mass of each token comes from, for a plan `(N, M)`.
 
     Example:
         >>> otalign.cli.align.describe(torch.tensor([[0.2, 0.0], [0.2, 0.0], [0.0, 0.4]])).mean
@@ -124,14 +137,14 @@ def describe(plan: Tensor) -> Tokens:
     """
     plan = plan.double()
     mass, frames = plan.sum(0), torch.arange(len(plan), dtype=torch.float64)[:, None]
-    weights = plan / mass  # NaN without mass
+    weights = plan / mass  # NaN for tokens without mass
     mean = (weights * frames).sum(0)
     spread = (weights * (frames - mean).square()).sum(0).sqrt()
     return Tokens(torch.where(mass > 0, plan.argmax(0), -1), mean, spread, mass / mass.sum())
 
 
 def records(tokens: Tokens, labels: Sequence[str] | None, seconds: float | None) -> list[dict[str, Any]]:
-    """The table, a dictionary for each token."""
+    """The rows of the table: a dictionary for each token. `seconds` is the duration of a frame."""
     found = []
     for index, (frame, mean, spread, share) in enumerate(zip(*(column.tolist() for column in tokens), strict=True)):
         record: dict[str, Any] = {"token": index}
@@ -145,7 +158,7 @@ def records(tokens: Tokens, labels: Sequence[str] | None, seconds: float | None)
 
 
 def summary(result: otalign.OTResult, plan: Tensor) -> dict[str, Any]:
-    """What is known of the solution as a whole."""
+    """Facts about the solution as a whole."""
     return {
         "value": float(result.value),
         "transport_cost": float(result.value_linear),
@@ -157,7 +170,7 @@ def summary(result: otalign.OTResult, plan: Tensor) -> dict[str, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """The table as it is printed."""
+    """The table as printed text."""
     forms: dict[str, tuple[str, Callable[[Any], str]]] = {
         "token": ("token", str),
         "label": ("label", _printable),
@@ -174,7 +187,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def show_summary(facts: dict[str, Any]) -> str:
-    """The lines below the table."""
+    """The summary as printed text, below the table."""
     forms: dict[str, Callable[[Any], str]] = {
         "converged": lambda yes: "yes" if yes else "no",
         "marginal_error": "{:.2e}".format,
@@ -186,7 +199,7 @@ def show_summary(facts: dict[str, Any]) -> str:
 
 
 def save(path: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], plan: Tensor) -> None:
-    """Everything as .json, the table as .csv, or everything with the plan as .npz."""
+    """Save table and summary as .json, the table as .csv, or table, summary and plan as .npz."""
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         Path(path).write_text(to_json({**facts, "tokens": rows}) + "\n", encoding="utf-8")
@@ -200,7 +213,7 @@ def save(path: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], plan:
 
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         scalars = {name: np.array(value) for name, value in facts.items()}
-        with open(path, "wb") as archive:  # (a name that does not end in .npz would be given another end)
+        with open(path, "wb") as archive:  # given a name, savez would append .npz to one that ends in .NPZ
             np.savez(archive, plan=plan.numpy(), **columns, **scalars)  # type: ignore[arg-type]
 
 

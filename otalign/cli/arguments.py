@@ -1,4 +1,4 @@
-"""Types of arguments that several commands take, and the devices that backends compute on."""
+"""Types of arguments for argparse, and the devices of the backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRIOR_FORMS = ", ".join(form for _, form in PRIORS.values())
 
 
 def prior(text: str) -> Prior:
-    """A prior by its word and numbers, such as `quadratic:1.0` or `order:0.4,1`."""
+    """Parse a prior, such as `quadratic:1.0` or `order:0.4,1`."""
     word, _, rest = text.partition(":")
     if word not in PRIORS:
         raise argparse.ArgumentTypeError(f"unknown prior {text!r}; one of {PRIOR_FORMS}")
@@ -34,7 +34,7 @@ def prior(text: str) -> Prior:
 
 
 def relaxation(text: str) -> float | tuple[float, float]:
-    """`RHO`, or `RHO_X,RHO_Y`."""
+    """Parse a marginal relaxation: `RHO`, or `RHO_X,RHO_Y`."""
     found = numbers(text)
     if len(found) not in (1, 2) or not all(rho > 0 for rho in found):
         raise argparse.ArgumentTypeError(f"expected RHO or RHO_X,RHO_Y above 0 (inf = strict), got {text!r}")
@@ -42,7 +42,7 @@ def relaxation(text: str) -> float | tuple[float, float]:
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
+    """Parse numbers with commas between them."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -50,7 +50,7 @@ def numbers(text: str) -> list[float]:
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     (number, *more) = numbers(text)
     if more or not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
@@ -58,14 +58,14 @@ def positive(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number above 0."""
+    """Parse a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
 
 
 def device_of(backend: str) -> torch.device:
-    """Where the tensors have to be for this backend to take them."""
+    """The device on which this backend takes its tensors; the CPU if there is no GPU for it."""
     if backend not in ("triton", "cuda"):
         return torch.device("cpu")
     if torch.cuda.is_available():

@@ -23,10 +23,10 @@ from .table import table
 
 HELP = "time a loss with its gradients on this machine, beside bare matrix products"
 DESCRIPTION = """\
-Times the loss and both gradients of a random batch, with lengths between a quarter and the whole of --frames and --tokens,
-on every backend that computes on the device, in turn with the bare products of the padded batch: x y^T, P y and P^T x by
-torch.bmm, which are made in --dtype, where a loss computes in float32 at least. A ratio is that of times within one round.
-Not benchmarks to publish: other work on the machine shows in them."""
+Times the loss and both gradients of a random batch on each backend of the device. Lengths lie between a quarter and the
+whole of --frames and --tokens. The backends take turns with the bare matrix products of the padded batch, by torch.bmm:
+x y^T, P y and P^T x. The products compute in --dtype, the losses in float32 at least. A ratio compares times of one round.
+Do not publish these numbers: they include the effect of other work on the machine."""
 EXAMPLES = """\
 examples:
   python -m otalign bench
@@ -35,12 +35,12 @@ examples:
   python -m otalign bench --backend cpu reference"""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = "bare products"
-BURST = 0.01  # seconds that the counted calls of a turn take at least
-PAUSE = 0.02  # seconds; threads of the contestant before spin for up to about this long
+BURST = 0.01  # least total seconds of the counted calls of a turn
+PAUSE = 0.02  # seconds; the threads of the previous contestant may spin for about this long
 
 
-class Batch(NamedTuple):
-    """A ragged batch, padded."""
+class RaggedBatch(NamedTuple):
+    """A padded batch with lengths."""
 
     x: Tensor  # (B, N, D)
     y: Tensor  # (B, M, D)
@@ -57,20 +57,25 @@ class Spread(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `bench`."""
+    """Add the arguments of `bench`."""
     add = parser.add_argument
     for name, size in (("batch", 16), ("frames", 300), ("tokens", 60), ("dim", 1024)):
         add(f"--{name}", type=count, default=size, metavar="COUNT", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the points (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    add("--backend", choices=backends.NAMES[1:], nargs="+", help="(default: all of the device, without the reference)")
-    add("--repeats", type=count, default=20, metavar="COUNT", help="rounds (default: %(default)s)")
+    add(
+        "--backend",
+        choices=backends.NAMES[1:],
+        nargs="+",
+        help="(default: all backends of the device except the reference)",
+    )
+    add("--repeats", type=count, default=20, metavar="COUNT", help="number of rounds (default: %(default)s)")
     add("--reg", type=positive, default=0.05, help="(default: %(default)s)")
     add("--cost", choices=COSTS, default="cosine", help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Times and prints."""
+    """Time and print."""
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no usable GPU")
@@ -82,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def draw(arguments: argparse.Namespace, device: torch.device) -> Batch:
-    """Random points and lengths, the same in every run; one item of each side is full."""
+def draw(arguments: argparse.Namespace, device: torch.device) -> RaggedBatch:
+    """Random points and lengths, the same in each run. The first item of each side is full."""
     generator = torch.Generator().manual_seed(0)
 
     def side(size: int) -> tuple[Tensor, Tensor]:
@@ -93,13 +98,13 @@ def draw(arguments: argparse.Namespace, device: torch.device) -> Batch:
         return points.to(device, DTYPES[arguments.dtype]).requires_grad_(), lengths.to(device)
 
     (x, n), (y, m) = side(arguments.frames), side(arguments.tokens)
-    return Batch(x, y, n, m)
+    return RaggedBatch(x, y, n, m)
 
 
 def competitors(
-    batch: Batch, arguments: argparse.Namespace
+    batch: RaggedBatch, arguments: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], object]], dict[str, otalign.OTResult]]:
-    """What is to be timed, after a first call of each; and the solutions of the backends."""
+    """The calls to time, each called once already; and the solutions of the backends."""
     contestants: dict[str, Callable[[], object]] = {PRODUCTS: bare_products(batch)}
     solved, options = {}, {"reg": arguments.reg, "cost": arguments.cost}
     for name in arguments.backend or of_device(arguments.device):
@@ -120,7 +125,7 @@ def competitors(
 
 
 def of_device(device: str) -> list[str]:
-    """The backends that can be used there at full speed."""
+    """The available backends of a device, without the reference."""
     names = ["cpu"] if device == "cpu" else ["triton", "cuda"]
     found = [name for name in names if backends.reason_missing(name) is None]
     if not found:
@@ -129,8 +134,8 @@ def of_device(device: str) -> list[str]:
     return found
 
 
-def loss_and_gradients(batch: Batch, **options: object) -> Callable[[], tuple[Tensor, ...]]:
-    """A call that makes the loss and the gradients of both sides."""
+def loss_and_gradients(batch: RaggedBatch, **options: object) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that computes the loss and the gradients of both sides."""
 
     def call() -> tuple[Tensor, ...]:
         loss = otalign.sinkhorn_loss(*batch, **options)  # type: ignore[arg-type]
@@ -139,8 +144,8 @@ def loss_and_gradients(batch: Batch, **options: object) -> Callable[[], tuple[Te
     return call
 
 
-def bare_products(batch: Batch) -> Callable[[], object]:
-    """A call that makes the matrix products behind the loss and its gradients, into memory that is there."""
+def bare_products(batch: RaggedBatch) -> Callable[[], object]:
+    """A function that computes the matrix products of the loss and its gradients, into allocated memory."""
     x, y = batch.x.detach(), batch.y.detach()
     plan = torch.rand(x.shape[0], x.shape[1], y.shape[1], device=x.device).to(x.dtype)
     cost, dx, dy = torch.empty_like(plan), torch.empty_like(x), torch.empty_like(y)
@@ -154,10 +159,10 @@ def bare_products(batch: Batch) -> Callable[[], object]:
 def interleave(
     contestants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Seconds of a call, `(repeats,)` each: the contestants in turn, nobody always behind the same one.
+    """Seconds of a call of each contestant, `(repeats,)` float64. They take turns, in an order that rotates from round to round.
 
-    A turn is a call that does not count, to wake the threads and fill the caches, and then calls for at least `BURST`
-    seconds, of which the median counts.
+    A turn is one call that does not count, which wakes the threads and fills the caches, and then calls for at least `BURST`
+    seconds. The median of these calls counts.
     """
     names, samples = list(contestants), {name: torch.empty(repeats, dtype=torch.float64) for name in contestants}
     gc.collect()
@@ -175,6 +180,7 @@ def interleave(
 
 
 def _burst(call: Callable[[], object], device: torch.device) -> float:
+    """The median seconds of calls that take at least `BURST` seconds together."""
     seconds: list[float] = []
     while sum(seconds) < BURST:
         seconds.append(_seconds(call, device))
@@ -182,6 +188,7 @@ def _burst(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The seconds of one call; on a GPU between CUDA events."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -195,13 +202,13 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def spread(samples: Tensor) -> Spread:
-    """Of the samples, `(repeats,)` float64."""
+    """Median and percentiles of samples `(repeats,)` float64."""
     low, median, high = samples.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return Spread(median, low, high)
 
 
 def show_conditions(arguments: argparse.Namespace, device: torch.device) -> str:
-    """What is timed, and where."""
+    """The conditions of the timings, as printed text."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     given = f"batch {arguments.batch}, frames {arguments.frames}, tokens {arguments.tokens}, dim {arguments.dim}"
     return "\n".join(
@@ -213,7 +220,7 @@ def show_conditions(arguments: argparse.Namespace, device: torch.device) -> str:
 
 
 def show(times: Mapping[str, Tensor], solved: Mapping[str, otalign.OTResult]) -> str:
-    """A line for each contestant: milliseconds, over the bare products, and how well it was solved."""
+    """A line for each contestant: milliseconds, ratio to the bare products, iterations and marginal error."""
     header = ("loss and gradients", "ms", "20% - 80%", "over products", "20% - 80%", "iterations", "marginal error")
     rows = []
     for name, samples in times.items():

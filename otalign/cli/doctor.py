@@ -1,4 +1,4 @@
-"""`python -m otalign doctor`: what is installed, what is missing and why, and whether what is there computes well."""
+"""`python -m otalign doctor`: a report of the installation, and a check of each backend against the reference."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from .. import backends
 from .arguments import device_of
 from .errors import first_line
 
-HELP = "what is installed, what is missing and why, and a check of every backend"
+HELP = "report what is installed and what is missing, and check each backend"
 DESCRIPTION = """\
-Prints versions, devices and every backend, with the reason where one is missing. Then each backend that is there solves
-a small problem in float32 and is compared with the reference in float64: exit status 1 if one fails or disagrees."""
+Prints versions, devices and all backends, with the reason if one is missing. Then each available backend solves a small
+problem in float32. The result is compared with the reference in float64. The exit status is 1 if a backend fails or
+disagrees."""
 EXAMPLES = """\
 examples:
   python -m otalign
   OTALIGN_EXT_DIR=path/to/build python -m otalign doctor   # another build of the extension"""
 
-FORWARD = 2e-5  # of the largest entry, at least 1; float32 against float64
-GRADIENTS = {"cpu": 1e-4, "gpu": 2e-4}  # of the largest entry
+# Allowed errors of float32 against float64, relative to the largest entry of a tensor (forward: or to 1, if that is larger)
+FORWARD = 2e-5
+GRADIENTS = {"cpu": 1e-4, "gpu": 2e-4}
 
 
 class Check(NamedTuple):
-    """How far a backend is from the reference, over what is allowed; or why it could not be seen."""
+    """Errors of a backend against the reference, relative to the scale of each tensor; or the failure of the check."""
 
-    forward: float  # of values, potentials and plan
-    gradients: float
-    allowed: tuple[float, float]
+    forward: float  # largest error of value, potentials and plan
+    gradients: float  # largest error of the points' gradients
+    allowed: tuple[float, float]  # forward, gradients
     failure: str | None = None
 
     @property
@@ -54,11 +56,12 @@ class Check(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--report-only", action="store_true", help="print what is there, and solve nothing")
+    """Add the arguments of `doctor`."""
+    parser.add_argument("--report-only", action="store_true", help="print the report without the checks")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report and the checks; 1 if a backend that should work does not."""
+    """Print the report and the checks. Returns 1 if an available backend fails its check."""
     for label, text in report():
         print(f"{label:<18} {text}", flush=True)
     if arguments.report_only:
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """The lines of the report, as pairs of a label and a text."""
+    """The lines of the report: label and text."""
     yield "otalign", f"{otalign.__version__} in {otalign.__path__[0]}"
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, BLAS: {_torch_blas()}"
@@ -86,7 +89,7 @@ def report() -> Iterator[tuple[str, str]]:
 
 
 def check(name: str) -> Check:
-    """Solves a small problem on this backend, forward and backward, and compares."""
+    """Solve a small problem on this backend, forward and backward, and compare with the reference."""
     device = device_of(name)
     allowed = FORWARD, GRADIENTS["cpu" if device.type == "cpu" else "gpu"]
     try:
@@ -95,16 +98,16 @@ def check(name: str) -> Check:
         at_least_one = [max(1.0, float(tensor.abs().max())) for tensor in expected]
         scales = [float(tensor.abs().max()) for tensor in wanted]
         return Check(_error(forward, expected, at_least_one), _error(gradients, wanted, scales), allowed)
-    except Exception as error:  # a backend that is broken may raise anything
+    except Exception as error:  # a broken backend may raise any exception
         return Check(math.nan, math.nan, allowed, f"{type(error).__name__}: {first_line(error)}")
 
 
 def _solved(backend: str, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Value, potentials and plan of a ragged batch, and the gradients of its points; on the CPU."""
+    """Value, potentials and plan of a ragged batch, and the gradients of its points; all copied to the CPU."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, size, 8, generator=generator) / math.sqrt(8) for size in (9, 6))
     n, m = torch.tensor([9, 4]), torch.tensor([5, 6])
-    x[1, 4:], y[0, 5:] = math.nan, math.nan  # what lies behind the lengths is never read
+    x[1, 4:], y[0, 5:] = math.nan, math.nan  # the padding is never read
     x, y = (points.to(device, dtype).requires_grad_() for points in (x, y))
     result = otalign.solve(x, y, n.to(device), m.to(device), reg=0.1, tol=0.0, max_iter=20, backend=backend)
     gradients = torch.autograd.grad(result.value.sum(), (x, y))
@@ -113,7 +116,7 @@ def _solved(backend: str, dtype: torch.dtype, device: torch.device) -> tuple[lis
 
 
 def _error(actual: list[Tensor], expected: list[Tensor], scales: list[float]) -> float:
-    """The largest difference over the scale of its tensor; NaN if any is."""
+    """The largest difference relative to the scale of its tensor; NaN if any difference is."""
     errors = [(a - e).abs().max() / s for a, e, s in zip(actual, expected, scales, strict=True)]
     return float(torch.stack(errors).max())
 

@@ -1,4 +1,4 @@
-"""What is told in one line rather than by a traceback."""
+"""Errors that are reported in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Something that whoever called can put right: one line on stderr and exit status 2."""
+    """A mistake in the arguments or files: one line on stderr and exit status 2."""
 
 
 @contextmanager
 def as_input_error(*kinds: type[Exception], about: str = "") -> Iterator[None]:
-    """Turns exceptions of these kinds into an `InputError` about a file, say."""
+    """Turn exceptions of these kinds into an `InputError`; `about` comes first in its message, such as a file name."""
     try:
         yield
     except kinds as error:
@@ -20,7 +20,7 @@ def as_input_error(*kinds: type[Exception], about: str = "") -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says; its type if it says nothing."""
+    """The first line of an exception's message; its type if the message is empty."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""Arrays that were saved, and pictures to save."""
+"""Reading saved arrays, and saving pictures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The arrays of a file by their names, in natural order; those of a list by number, a bare one by "".
+    """The arrays of a file by name, in natural order. Arrays of a list have their numbers as names; a single array has "".
 
-    Nothing in the file is executed: no pickled objects, `torch.load` with `weights_only=True`.
+    No code in the file is executed: pickled objects are refused, and `torch.load` gets `weights_only=True`.
+
+    Raises:
+        InputError: for a file that is missing, damaged, empty, or not arrays of numbers.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
@@ -29,7 +32,7 @@ def read(path: str) -> dict[str, Tensor]:
         held = _numpy(path) if suffix in (".npy", ".npz") else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: {first_line(error)}") from error
-    except Exception as error:  # damage has many names, and advice to read it without care
+    except Exception as error:  # many types; some messages advise to load unsafely, so they are not shown
         raise InputError(
             f"{path}: cannot be read as {suffix}: damaged, or more than plain arrays ({type(error).__name__})"
         ) from error
@@ -43,13 +46,13 @@ def read(path: str) -> dict[str, Tensor]:
 
 
 def natural(name: str) -> list[str | int]:
-    """What to sort names by so that layer_2 is before layer_10."""
+    """A sort key with which layer_2 comes before layer_10."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if odd % 2 else part for odd, part in enumerate(parts)]
 
 
 def points(path: str) -> Tensor:
-    """The one array of a file as floats, `(N, D)`, not empty and all finite."""
+    """The single array of a file as floats `(N, D)`. It must not be empty, and all its entries must be finite."""
     values = floats(_only(path))
     if values.dim() != 2 or 0 in values.shape:
         raise InputError(f"{path}: expected an array (N, D) that is not empty, got {tuple(values.shape)}")
@@ -60,7 +63,7 @@ def points(path: str) -> Tensor:
 
 
 def lengths(path: str) -> Tensor:
-    """The one array of a file as lengths, `(B,)` int64."""
+    """The single array of a file as lengths `(B,)` int64."""
     values = _only(path)
     if values.is_floating_point() or values.dim() != 1:
         raise InputError(f"{path}: expected integers (B,), got {values.dtype} {tuple(values.shape)}")
@@ -70,8 +73,8 @@ def lengths(path: str) -> Tensor:
 def layers(path: str) -> dict[int, Tensor]:
     """The states of a file by layer, each `(B, N, D)`.
 
-    One array `(L, N, D)` of one item, or `(L, B, N, D)`; or an array for each layer, `(N, D)` or `(B, N, D)`, whose number is
-    the last one in its name, else its place.
+    The file holds one array `(L, N, D)` of one item or `(L, B, N, D)`; or an array for each layer, `(N, D)` or `(B, N, D)`. The
+    number of a layer is the last number in its name; if names have no numbers, or share one, it is the array's place.
     """
     found = {name: floats(values) for name, values in read(path).items()}
     if len(shapes := {tuple(values.shape) for values in found.values()}) > 1:
@@ -88,12 +91,12 @@ def layers(path: str) -> dict[int, Tensor]:
 
 
 def floats(values: Tensor) -> Tensor:
-    """Integers as float32; floats as they are."""
+    """Integers as float32; floats unchanged."""
     return values if values.is_floating_point() else values.float()
 
 
 def _is_stack(found: dict[str, Tensor], axes: int) -> bool:
-    """Whether all layers are in one array: that of four axes, or of three without a name that counts layers."""
+    """True if one array holds all layers: it has four axes, or three and a name without a number."""
     if len(found) > 1:
         return False
     (name,) = found
@@ -129,7 +132,7 @@ def _numpy(path: str) -> Any:
 
 
 def _from_numpy(array: Any) -> Any:
-    """A tensor, in the machine's order of bytes; what is no number stays."""
+    """A tensor in native byte order; arrays of other types than numbers stay as they are."""
     if array.dtype.kind not in "fiu":
         return array
     float_type = {2: "float16", 4: "float32"}.get(array.dtype.itemsize, "float64")
@@ -153,7 +156,7 @@ def _kind(held: Any) -> str:
 
 
 def expect_writable(path: str | None, suffixes: tuple[str, ...] = ()) -> None:
-    """Raises, before the work is done, where its result could not be saved."""
+    """Raise an InputError for a path that cannot be written, before the work starts."""
     if path is None:
         return
     if suffixes and Path(path).suffix.lower() not in suffixes:
@@ -163,7 +166,7 @@ def expect_writable(path: str | None, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def expect_plot(path: str | None) -> None:
-    """Raises where a picture is asked for and cannot be drawn or saved."""
+    """Raise an InputError for a picture that cannot be drawn or saved, before the work starts."""
     if path is None:
         return
     with as_input_error(ImportError, about="--plot needs matplotlib, pip install otalign[plot]"):
@@ -174,6 +177,6 @@ def expect_plot(path: str | None) -> None:
 
 
 def save_figure(ax: Any, path: str) -> None:
-    """Saves the figure of these axes, of the kind that the name says."""
+    """Save the figure of these axes, in the format of the file name's suffix."""
     with as_input_error(OSError, ValueError, about=path):
         ax.figure.savefig(path, dpi=150)

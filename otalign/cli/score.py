@@ -17,11 +17,11 @@ from .table import fixed, table, to_json
 
 HELP = "the alignment path score of saved hidden states, layer by layer"
 DESCRIPTION = """\
-Scores how well the hidden states of speech and of text agree in every layer of a model (arXiv 2510.12116): the mean
-similarity (or distance) of each token with its nearest frame, how monotone these frames are, how often cosine and distance
-agree on them, and the similarity of the means over time. Means over the items that are not empty.
+Scores the agreement of speech and text in the hidden states of each layer of a model (arXiv 2510.12116): the mean similarity
+(or distance) of each token with its nearest frame, the monotonicity of these frames, the share of tokens for which cosine and
+distance agree on the frame, and the similarity of the means over time. All are means over the items that are not empty.
 
-Each file holds one array (L, N, D) of one item or (L, B, N, D) of several; or, as .npz or .pt, an array (N, D) or
+Each file holds one array (L, N, D) of one item or (L, B, N, D) of several. As .npz or .pt it may hold an array (N, D) or
 (B, N, D) for each layer, named by number: 0, 1, ... or layer_0, layer_1, ..."""
 EXAMPLES = """\
 examples:
@@ -33,19 +33,19 @@ COLUMNS = ("score", "monotonicity", "consistency", "sequence_similarity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `score`."""
+    """Add the arguments of `score`."""
     add = parser.add_argument
     add("speech_states", help="hidden states of the speech")
-    add("text_states", help="hidden states of the text, of as many layers and items")
+    add("text_states", help="hidden states of the text, with the same layers and items")
     add("--metric", choices=METRICS, default="cosine", help="similarity, or distance (default: %(default)s)")
-    add("--speech-lengths", metavar="FILE", help="integers (B,); what lies behind is not read (default: full)")
-    add("--text-lengths", metavar="FILE", help="likewise")
+    add("--speech-lengths", metavar="FILE", help="integers (B,); the padding is never read (default: full)")
+    add("--text-lengths", metavar="FILE", help="likewise for the text")
     add("--plot", metavar="FILE", help="draw the columns by layer, as .png, .pdf or .svg; needs matplotlib")
-    add("--json", action="store_true", help="print JSON, with the score of every item, instead of a table")
+    add("--json", action="store_true", help="print JSON, with the score of each item, instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Scores and prints."""
+    """Score and print."""
     files.expect_plot(arguments.plot)
     numbers, score, columns = scores(arguments)
     rows = [
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def scores(arguments: argparse.Namespace) -> tuple[list[int], Tensor, dict[str, Tensor]]:
-    """The numbers of the layers, the score `(B,)`, and every column of the table `(L, B)`; NaN for empty items."""
+    """Numbers of the layers, the score `(B,)`, and the columns of the table, `(L, B)` each; NaN for empty items."""
     speech, text = files.layers(arguments.speech_states), files.layers(arguments.text_states)
     n, m = (
         None if path is None else files.lengths(path) for path in (arguments.speech_lengths, arguments.text_lengths)
@@ -86,7 +86,7 @@ def scores(arguments: argparse.Namespace) -> tuple[list[int], Tensor, dict[str, 
 
 
 def expect_finite(path: str, states: dict[int, Tensor], lengths: Tensor | None) -> None:
-    """Raises where there is NaN or infinity within the lengths."""
+    """Raise an InputError if states `(B, N, D)` of a layer have NaN or infinity within the lengths `(B,)`."""
     for number, layer in states.items():
         counts = [layer.shape[1]] * len(layer) if lengths is None else lengths.tolist()
         for item, (values, count) in enumerate(zip(layer, counts, strict=True)):
@@ -95,13 +95,13 @@ def expect_finite(path: str, states: dict[int, Tensor], lengths: Tensor | None) 
 
 
 def show(rows: list[dict[str, Any]], metric: str) -> str:
-    """The table as it is printed."""
+    """The table as printed text."""
     cells = [[str(row["layer"]), *(fixed(row[name], 4) for name in COLUMNS)] for row in rows]
     return table(["layer", *COLUMNS[:-1], LAST[metric]], cells)
 
 
 def draw(numbers: list[int], columns: dict[str, Tensor], metric: str) -> Any:
-    """All columns by layer; distances on an axis of their own."""
+    """Draw all columns by layer, distances on a second axis."""
     path = "alignment path score" if metric == "cosine" else "path distance"
     labels = {"score": path, "sequence_similarity": LAST[metric]}
     curves = {labels.get(name, name): values for name, values in columns.items()}

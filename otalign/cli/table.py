@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Tables and JSON as printed text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:
-    """Columns side by side under their names, to the right but for those whose numbers are in `left`."""
+    """Columns under their headers, aligned to the right. `left` has the numbers of columns to align to the left."""
     lines = [header, *rows]
     widths = [max(_width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -22,12 +22,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequenc
 
 
 def fixed(number: float, digits: int) -> str:
-    """With so many digits behind the point; - for what there is not."""
+    """A number with `digits` decimals; "-" for NaN."""
     return "-" if math.isnan(number) else f"{number:.{digits}f}"
 
 
 def to_json(held: Any) -> str:
-    """JSON, with null for NaN and infinity, which it does not know."""
+    """JSON, with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(held), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -45,5 +45,5 @@ def _pad(cell: str, width: int, left: bool) -> str:
 
 
 def _width(cell: str) -> int:
-    """Columns of a terminal that a text takes: two for each wide character, none for accents that combine."""
+    """Width of a text in columns of a terminal: 2 for a wide character, 0 for a combining accent."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in cell)

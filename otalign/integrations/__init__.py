@@ -1,6 +1,6 @@
-"""Alignment losses in real trainers: hooks on the model, and callbacks for what trainers keep to themselves."""
+"""Alignment losses in trainers: hooks on the model, and callbacks that pass on the global step and log the metrics."""
 
 from ..distributed import joined_mean_normalizer
-from .capture import Attachment, attach
+from .attach import Attachment, attach
 
 __all__ = ["Attachment", "attach", "joined_mean_normalizer"]

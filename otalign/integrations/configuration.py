@@ -1,4 +1,4 @@
-"""What a model's configuration tells: the placeholder of audio, the tokens that begin and end, the scale of embeddings."""
+"""Facts in a model's configuration: the placeholder of audio, the special tokens, the scale of the embeddings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "speech_token_id", "speec
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The mask of the speech `(B, S)` where a token stands for it."""
+    """Maps a batch to the mask of its speech, `(B, S)`: the positions of a placeholder token that are attended to."""
 
-    token: int
+    token: int  # id of the placeholder
 
     def __call__(self, batch: Batch) -> Tensor:
         if batch.get("input_ids") is None:
@@ -25,11 +25,11 @@ class Placeholder:
         mask, attention = batch["input_ids"] == self.token, batch.get("attention_mask")
         if not isinstance(attention, Tensor) or attention.dim() != 2:
             return mask
-        return mask & attention[:, -mask.shape[1] :].bool()  # that of a cache comes before
+        return mask & attention[:, -mask.shape[1] :].bool()  # a cache's mask comes before it
 
 
 def expect_unwrapped(model: nn.Module) -> None:
-    """Raise if hooks on `model` would not see what happens in it."""
+    """Raise an error for wrappers, whose hooks do not see the forward pass of the model inside."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -41,10 +41,10 @@ def expect_unwrapped(model: nn.Module) -> None:
 
 
 def audio_token(model: nn.Module) -> int:
-    """The id that stands for audio in `input_ids`."""
+    """The id of the placeholder of audio in `input_ids`; a ValueError if the configuration has none."""
     for config in _configurations(model):
         if getattr(config, "num_codebooks", None) is not None:
-            break  # streams of a codec are summed at each step
+            break  # such a model sums the streams of a codec at each position; none of its positions is speech alone
         for name in AUDIO_TOKENS:
             if isinstance(token := getattr(config, name, None), int):
                 return token
@@ -55,13 +55,13 @@ def audio_token(model: nn.Module) -> int:
 
 
 def first_token(model: nn.Module) -> int | None:
-    """The token that begins every text, if there is one."""
+    """The beginning-of-text token; None if there is none."""
     tokens = (getattr(config, "bos_token_id", None) for config in _configurations(model))
     return next((token for token in tokens if isinstance(token, int)), None)
 
 
 def special_tokens(model: nn.Module) -> frozenset[int]:
-    """The tokens that begin, end and pad."""
+    """The beginning, end and padding tokens."""
     found: set[int] = set()
     for config in (*_configurations(model), getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -71,13 +71,13 @@ def special_tokens(model: nn.Module) -> frozenset[int]:
 
 
 def embedding_scale(model: nn.Module) -> float:
-    """What the language model multiplies its embeddings with, outside of their table (Granite)."""
+    """The factor by which the language model multiplies the entries of its embedding table (Granite); 1 for most models."""
     scales = (getattr(config, "embedding_multiplier", None) for config in _configurations(model))
     return next((scale for scale in scales if scale is not None), 1.0)
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:
-    """The model's configuration and those in it."""
+    """The model's configuration and the configurations nested in it."""
     config = getattr(model, "config", None)
     parts = (getattr(config, f"{name}_config", None) for name in ("thinker", "text", "audio", "llm"))
     yield from (part for part in (config, *parts) if part is not None)

@@ -1,4 +1,4 @@
-"""For Lightning: the global step goes into the schedule, and the metrics into the module's logs."""
+"""A callback for Lightning: it passes the global step to the schedule and the metrics to the module's logs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from typing import Any
 
 try:
     import lightning.pytorch as pl
-except ImportError:  # the older package of the same project
+except ImportError:  # Lightning's older package
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from .capture import Attachment, expect_names
+from .attach import Attachment, expect_names
 
 
 class OTAlignCallback(pl.Callback):
-    """What `otalign.attach` gives, told of Lightning's steps and written to its logs.
+    """Sets the step of attached losses to Lightning's global step, and logs their metrics.
 
-    A Lightning callback cannot change a loss: `otalign.attach` does, on the model whose output's loss `training_step` returns.
-    Logs get `otalign/loss` and the others of `Attachment.metrics`, whenever Lightning logs.
+    A Lightning callback cannot change the loss. `otalign.attach` does: attach to the model whose `outputs.loss` `training_step`
+    returns. The metrics are those of `Attachment.metrics`, such as `otalign/loss`. They are logged whenever Lightning logs.
 
     Args:
-        handle: of `otalign.attach`; several, with different names, are given one after the other.
+        handles: one or more handles of `otalign.attach`, with different names.
+
+    Raises:
+        ValueError: for no handle, or handles of the same name.
 
     Example::
 
@@ -43,6 +46,6 @@ class OTAlignCallback(pl.Callback):
     ) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0 and trainer.global_step != self.logged:
-            self.logged = trainer.global_step  # batches that are accumulated share a step
+            self.logged = trainer.global_step  # accumulated batches share a step
             for handle in self.handles:
                 pl_module.log_dict(handle.metrics(synchronise=True), batch_size=1)

@@ -1,4 +1,4 @@
-"""For Hugging Face's Trainer: the global step goes into the schedule, and the metrics into the logs."""
+"""A callback for Hugging Face's Trainer: it passes the global step to the schedule and the metrics to the logs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .capture import Attachment, expect_names
+from .attach import Attachment, expect_names
 
 
 class OTAlignCallback(TrainerCallback):
-    """What `otalign.attach` gives, told of the trainer's steps and written to its logs.
+    """Sets the step of attached losses to the trainer's global step, and logs their metrics.
 
-    The step is set at the beginning of each, also of the first after a resumption, so that schedules go on where they were.
-    Logs get `otalign/loss`, `otalign/weight`, `otalign/marginal_error`, `otalign/n_iter` and `otalign/skipped`: means since the
-    last log, over all processes; they are in `trainer.state.log_history` as well. Trainer calls its reporters before a callback
-    that is given to it; `report_first` puts this one before them.
+    The step is set at the beginning of each training step, also of the first after a resumption, so schedules continue. The logs
+    and `trainer.state.log_history` get `otalign/loss`, `otalign/weight`, `otalign/marginal_error`, `otalign/n_iter` and
+    `otalign/skipped` over all processes since the last log, as `Attachment.metrics` describes them. Trainer calls its reporters
+    before the callbacks of its argument `callbacks`; `report_first` puts this callback before the reporters.
 
     Args:
-        handle: of `otalign.attach`; several, with different names, are given one after the other.
+        handles: one or more handles of `otalign.attach`, with different names.
+
+    Raises:
+        ValueError: for no handle, or handles of the same name.
 
     Example::
 
@@ -51,7 +54,7 @@ class OTAlignCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:  # of an evaluation, or the summary at the end
+        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
             return
         for handle in self.handles:
             metrics = handle.metrics(synchronise=True)

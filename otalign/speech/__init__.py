@@ -1,4 +1,4 @@
-"""What papers on spoken language models do with alignment, on top of the solver: losses, scores and interventions."""
+"""Methods of papers on spoken language models, on top of the solver: losses, scores and interventions."""
 
 import importlib
 from typing import Any
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`metrics` and its classes, which need torchmetrics."""
+    """Import `metrics` and its classes at first use, because they need torchmetrics."""
     if name == "metrics" or name in ("AlignmentPathMetric", "RetrievalMetric"):
         metrics = importlib.import_module(".metrics", __name__)
         return metrics if name == "metrics" else getattr(metrics, name)

@@ -13,31 +13,34 @@ from ..functional import ItemLosses, item_losses
 from ..layout import Lengths
 from ..options import Unbalanced, checked_options
 from ..prior import Prior
-from .states import Stack, States, finite, layer_numbers, stacked, weighted_mean
+from ._states import Stack, States, finite, layer_numbers, stacked, weighted_mean
 
 
 class InnerAlignmentLoss(KeepsLast, nn.Module):
     """Optimal transport between the hidden states of speech and text in selected layers (AI-STA, arXiv 2503.10211).
 
-    What is known from the abstract: a discrepancy by optimal transport is minimised in layers that cross-modal retrieval
-    selects (`retrieval_scores`, `select_layers`), jointly with the task. Cost, weights, `reg` and iterations are not
-    published; ours are those of `sinkhorn_loss`. All layers are one batch: a single solve.
+    Known from the abstract: an optimal transport discrepancy is minimised jointly with the task, in layers that cross-modal
+    retrieval selects (`retrieval_scores`, `select_layers`). Cost, weights, `reg` and iterations are not published; ours are
+    those of `sinkhorn_loss`. All layers form one batch, so there is a single solve.
 
     Args:
-        layers: numbers of the layers, as they index the states that the call is given.
-        layer_weights: of each layer in the sum, in their order or by number; None = 1 over how many they are, so that the
-            loss is their mean.
-        detach_text: whether the text's states are a constant to the gradient.
+        layers: numbers of the layers, as indices into the states.
+        layer_weights: weight of each layer in the sum, in the order of `layers` or by number; None = 1 / number of layers, so
+            that the loss is the mean over the layers.
+        detach_text: whether to stop the gradient at the text's states.
         reg, cost, objective, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
 
     Attributes:
-        last: how well the last call was solved, as `SinkhornLoss.last`: for each item its mean iterations over the layers and
-            its largest error.
+        last: convergence of the last call, as `SinkhornLoss.last`: for each item the mean of its iterations over the layers
+            and its largest marginal error.
 
     Shape:
         - speech_states: lists or dicts of `(B, N, D)`; text_states: of `(B, M, D)`; lengths: `(B,)`
         - sample_weight: `(B,)`, normalizer: scalar, both as in `OTRegLoss`
         - output: scalar, the mean over the items that are not empty
+
+    Raises:
+        ValueError, TypeError: for bad options, and in the call for bad states, naming the argument.
 
     Example:
         >>> criterion = otalign.speech.InnerAlignmentLoss(layers=[0, 1])

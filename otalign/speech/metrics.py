@@ -1,6 +1,6 @@
-"""Scores of this folder over a data set, as torchmetrics: streaming, and the same on any number of processes.
+"""The scores of `otalign.speech` over a data set, as torchmetrics: streaming, and the same on any number of processes.
 
-`import otalign.speech.metrics` needs torchmetrics (`pip install otalign[metrics]`), which nothing else does.
+Only this module needs torchmetrics (`pip install otalign[metrics]`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torchmetrics import Metric
 
 from ..layout import Lengths
 from ..options import one_of
+from ._states import States, at_least_one, device_of_buffers
 from .path import METRICS, alignment_path_score, sequence_similarity
 from .retrieval import RetrievalScores, pooled, scores_of
-from .states import States, at_least_one, device_of_buffers
 
 
 class PathScores(NamedTuple):
-    """Means over the items of a data set that are not empty; NaN if there are none, or if one is not finite.
+    """Means over the items of a data set that are not empty; NaN if all are empty, or if one is not finite.
 
-    (torchmetrics makes scalars of tensors with one element: the shapes are () for a single layer.)
+    For a single layer all shapes are (), because torchmetrics turns tensors with one element into scalars.
     """
 
     score: Tensor  # scalar, the alignment path score
@@ -35,9 +35,12 @@ class AlignmentPathMetric(Metric):
     """The alignment path score over a data set (see `alignment_path_score`): `compute()` gives `PathScores`.
 
     Args:
-        layers: how many layers the states have.
+        layers: number of layers of the states, at least 1.
         metric: `"cosine"` or `"euclidean"`.
         kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError, TypeError: for bad arguments; in `update` also for another number of layers.
 
     Example:
         >>> aps = otalign.speech.metrics.AlignmentPathMetric(layers=2)
@@ -48,7 +51,7 @@ class AlignmentPathMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = None  # of cosines; of distances, lower
+    higher_is_better = None  # cosines: higher is better; distances: lower
     full_state_update = False
     sums: Tensor
     count: Tensor
@@ -68,7 +71,7 @@ class AlignmentPathMetric(Metric):
         speech_lengths: Lengths | None = None,
         text_lengths: Lengths | None = None,
     ) -> None:
-        """Add a batch; arguments as in `alignment_path_score`."""
+        """Add a batch. Arguments as in `alignment_path_score`."""
         arguments = speech_states, text_states, speech_lengths, text_lengths
         path = alignment_path_score(*arguments, metric=self.metric)
         sequence = sequence_similarity(*arguments, metric=self.metric)
@@ -80,7 +83,7 @@ class AlignmentPathMetric(Metric):
         self.count += filled.sum()
 
     def compute(self) -> PathScores:
-        """The means so far."""
+        """The means over all items so far."""
         means = torch.where(self.count > 0, self.sums / self.count.clamp(min=1), torch.nan)
         return PathScores(means[0].mean(), *means)
 
@@ -88,12 +91,15 @@ class AlignmentPathMetric(Metric):
 class RetrievalMetric(Metric):
     """Cross-modal retrieval by layer over a data set (see `retrieval_scores`): `compute()` gives `RetrievalScores`.
 
-    All items of all processes are compared with each other; kept are their means over time, 2 L D numbers for an item.
-    Layers have the numbers of their order in the states.
+    All items of all processes are compared with each other. The metric keeps their means over time: 2 L D numbers for each item.
+    Layers are numbered from 0 in their order in the states.
 
     Args:
-        chunk: how many items are compared with all others at a time.
+        chunk: number of items that are compared with all others at a time, at least 1.
         kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError, TypeError: for bad arguments; in `update` also for another L or D than before.
     """
 
     is_differentiable = False
@@ -106,7 +112,7 @@ class RetrievalMetric(Metric):
     def __init__(self, *, chunk: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chunk = at_least_one("chunk", chunk)
-        # Flat, as is the nothing of a process without a batch. Not all processes know the numbers of layers and dimensions.
+        # Flat vectors, because a process without a batch has none, and does not know the numbers of layers and dimensions.
         self.add_state("speech", [], dist_reduce_fx="cat")
         self.add_state("text", [], dist_reduce_fx="cat")
         self.add_state("sizes", torch.zeros(2, dtype=torch.int64, device=device_of_buffers()), dist_reduce_fx="max")
@@ -118,7 +124,7 @@ class RetrievalMetric(Metric):
         speech_lengths: Lengths | None = None,
         text_lengths: Lengths | None = None,
     ) -> None:
-        """Add a batch; arguments as in `retrieval_scores`. Layers have to have the same D."""
+        """Add a batch. Arguments as in `retrieval_scores`. All layers must have the same D."""
         layers = list(pooled(speech_states, text_states, speech_lengths, text_lengths).values())
         speech, text = (torch.stack(side, 1) for side in zip(*layers, strict=True))  # (items, L, D)
         sizes = self.sizes.new_tensor(speech.shape[1:])
@@ -129,7 +135,7 @@ class RetrievalMetric(Metric):
         self.text.append(text.to(self.dtype).flatten())
 
     def compute(self) -> RetrievalScores:
-        """The scores of all items so far; of no layers if nothing came."""
+        """The scores of all items so far; of no layers before the first batch."""
         layers, dim = self.sizes.tolist()
         if not layers:
             return RetrievalScores.of({})

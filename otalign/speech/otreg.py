@@ -14,29 +14,32 @@ from ..functional import ItemLosses, item_losses, solve
 from ..layout import Lengths, expect_dense, padded_segments
 from ..options import Unbalanced, checked_options, one_of
 from ..prior import Prior
-from .states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
+from ._states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
 TOKEN_WEIGHTS = ("uniform", "count")
 
 
 class UniqueTokens(NamedTuple):
-    """First occurrences of the tokens of each item, in their order; what lies behind `lengths` is 0."""
+    """First occurrences of the tokens of each item, in order of position; 0 from `lengths` on."""
 
     index: Tensor  # type: ignore[assignment]  # (B, M) int64, positions of first occurrences
-    lengths: Tensor  # (B,) int64, how many there are
-    counts: Tensor  # (B, M) int64, how often each token occurs
+    lengths: Tensor  # (B,) int64, number of different tokens
+    counts: Tensor  # (B, M) int64, occurrences of each token
 
 
 def unique_tokens(ids: Tensor, lengths: Lengths | None = None) -> UniqueTokens:
-    """The different tokens of every item, without a loop and without waiting for the device.
+    """The different tokens of each item, without a loop and without waiting for the device.
 
     Args:
-        ids: `(B, M)` integer token ids; those behind an item's length are not looked at.
+        ids: `(B, M)` integer token ids. The padding is ignored.
         lengths: `(B,)` int32 or int64; None = full.
 
     Returns:
         `index` `(B, M)`, `lengths` `(B,)` and `counts` `(B, M)`, all int64.
+
+    Raises:
+        ValueError, TypeError: for bad ids or lengths.
 
     Example:
         >>> otalign.speech.unique_tokens(torch.tensor([[7, 3, 7, 9]]), torch.tensor([3]))
@@ -50,15 +53,15 @@ def unique_tokens(ids: Tensor, lengths: Lengths | None = None) -> UniqueTokens:
         raise TypeError(f"ids: expected integers, got {ids.dtype}")
     size = ids.shape[1]
     valid = torch.arange(size, device=ids.device) < padded_segments("lengths", ids, size, lengths).lengths[:, None]
-    # Equal tokens next to each other, first occurrences first; padding at the end.
+    # Sort equal tokens next to each other, the first occurrence first; padding comes last.
     order = ids.argsort(dim=1, stable=True)
     order = order.gather(1, (~valid).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
     ordered, real = ids.gather(1, order), valid.gather(1, order)
     new = real.clone()
     new[:, 1:] &= (ordered[:, 1:] != ordered[:, :-1]) | ~real[:, :-1]
-    run = (new.cumsum(1) - 1).clamp(min=0)  # which token of the ordered list
+    run = (new.cumsum(1) - 1).clamp(min=0)  # number of the token among the different ones
     occurrences = torch.zeros_like(order).scatter_add_(1, run, real.long())
-    # Back at their places: whether a token is a first occurrence, and how often it occurs.
+    # Back in the order of positions: whether a token is a first occurrence, and how often it occurs.
     first = torch.zeros_like(valid).scatter_(1, order, new)
     counts = torch.zeros_like(order).scatter_(1, order, torch.where(new, occurrences.gather(1, run), 0))
     index = (~first).to(torch.uint8).argsort(dim=1, stable=True)
@@ -69,47 +72,50 @@ def unique_tokens(ids: Tensor, lengths: Lengths | None = None) -> UniqueTokens:
 class OTRegLoss(KeepsLast, nn.Module):
     r"""OTReg's regulariser for spoken language models (Xu et al., arXiv 2508.08131).
 
-    What is known from the paper: in each training iteration the transport plan between the speech embeddings (the adapter's
-    output, as it enters the LLM) and the transcript's embeddings is solved for, and a loss made of that plan pulls the speech
-    towards the text; it needs no labels and has no parameters. A digest of it adds that duplicate tokens are removed,
-    that the cost is a similarity, and that training starts without the regulariser. Everything else is our choice, and
-    configurable: the cosine cost, uniform marginals, `reg`, and the two forms of the loss.
+    Known from the paper: each training iteration solves for the transport plan between the speech embeddings (the adapter's
+    output, as it enters the LLM) and the transcript's embeddings. A loss from that plan pulls the speech towards the text. It
+    needs no labels and has no parameters. A digest of the paper adds: duplicate tokens are removed, the cost is a similarity,
+    and training starts without the regulariser. Everything else is our choice, and configurable: the cosine cost, uniform
+    marginals, `reg`, and the two forms of the loss.
 
-    With the plan P and the cost C (which contains the prior, if there is one), the loss of an item is
+    With the plan P and the cost C (with the prior added, if there is one), the loss of an item is
 
     .. math:: \langle \mathrm{sg}(P), C \rangle \quad (\text{"cost"}), \qquad
               -\sum_{ij} \mathrm{sg}(P_{ij}) \log \mathrm{softmax}_j(\cos(x_i, y_j) / \tau) \quad (\text{"soft\_target"})
 
-    times the weight that the schedule has reached. sg is the stop-gradient; `detach_plan=False` leaves it out, and gives the
-    exact gradient through the implicit function theorem.
+    times the schedule's present weight. sg is the stop-gradient. `detach_plan=False` leaves it out, and gives the exact gradient
+    by the implicit function theorem.
 
     Args:
         reg: entropic regularisation of the plan, in the unit of the cost.
-        weight: what the loss is multiplied with, once warmed up.
+        weight: factor of the loss after the warm-up.
         form: `"cost"` or `"soft_target"`.
-        detach_plan: whether the plan is a constant to the gradient.
-        unique: whether tokens that occur several times in an item count once. Which are the same is told by `text_ids` in the
-            call; without them every token counts.
-        token_weights: `"uniform"`, or `"count"` = by how often a token occurs, which needs `unique` and `text_ids`.
-        temperature: of the softmax of `"soft_target"`.
-        start_step: steps without the loss, as in the paper's first stage of plain fine-tuning.
-        warmup_steps: steps over which the weight then rises linearly to `weight`.
-        count_calls: whether each call in training mode is a step; if not, `set_step` tells them.
-        detach_text: whether the text embeddings are a constant to the gradient.
+        detach_plan: whether to stop the gradient at the plan.
+        unique: whether a token that occurs several times in an item counts once. `text_ids` in the call says which tokens are
+            the same; without it every token counts.
+        token_weights: `"uniform"`, or `"count"` = the number of occurrences, which needs `unique` and `text_ids`.
+        temperature: tau of the softmax of `"soft_target"`, > 0.
+        start_step: number of steps without the loss, as in the paper's first stage of plain fine-tuning.
+        warmup_steps: number of steps in which the weight then rises linearly to `weight`.
+        count_calls: whether each call in training mode counts as a step; if not, `set_step` sets the step.
+        detach_text: whether to stop the gradient at the text embeddings.
         cost, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
 
     The schedule's step is a buffer, and so part of the state dict.
 
     Attributes:
-        last: how well the last call was solved, as `SinkhornLoss.last`.
+        last: convergence of the last call, as `SinkhornLoss.last`.
 
-    Where gradients are accumulated over batches of different sizes, or over processes, means of means are not the mean. In the
-    call `sample_weight` gives each item a weight, such as its number of label tokens, and `normalizer` what their weighted
-    sum is divided by, such as the number of label tokens in the whole step; without it, the weights' own sum.
+    If gradients are accumulated over batches of different sizes, or over processes, the mean of means is not the mean. In the
+    call, `sample_weight` gives each item a weight, such as its number of label tokens. `normalizer` is the divisor of the
+    weighted sum, such as the number of label tokens in the whole step; by default it is the sum of the weights.
 
     Shape:
         - speech: `(B, N, D)`, text: `(B, M, D)`, lengths: `(B,)`, text_ids: `(B, M)`, sample_weight: `(B,)`, normalizer: scalar
-        - output: scalar, the mean over the items that are not empty; attached to `speech` even if all are
+        - output: scalar, the mean over the items that are not empty; with a gradient for `speech` even if all are empty
+
+    Raises:
+        ValueError, TypeError: for bad options, and in the call for bad input, naming the argument.
 
     Example:
         >>> criterion = otalign.speech.OTRegLoss(weight=0.1, warmup_steps=100)
@@ -187,44 +193,54 @@ class OTRegLoss(KeepsLast, nn.Module):
         text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
     ) -> ItemLosses:
-        """The loss of every item without the schedule's weight, and the iterations and marginal error behind it: `(B,)`."""
+        """Loss of each item without the schedule's weight, iterations, and marginal error: `(B,)` each."""
         n, m = sides(speech, text, speech_lengths, text_lengths)
         if self.detach_text:
             text = text.detach()
-        weights = None
-        if self.unique and text_ids is not None:
-            if not isinstance(text_ids, Tensor):
-                raise TypeError(f"text_ids: expected a torch.Tensor, got {type(text_ids).__name__}")
-            if text_ids.shape != text.shape[:2]:
-                raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
-            index, m, counts = unique_tokens(text_ids, m)
-            text = text.gather(1, index[..., None].expand_as(text))
-            if self.token_weights == "count":
-                # An empty item has no weight to give, and its points no meaning.
-                weights = torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(speech.dtype)
-        elif self.token_weights == "count":
-            raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
+        text, m, weights = self._without_duplicates(text, m, text_ids, speech.dtype)
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            return self._kept(item_losses(speech, text, n, m, weights, objective=objective, **self.options))
+            losses = item_losses(speech, text, n, m, weights, objective=objective, **self.options)
+        else:
+            losses = self._soft_target(speech, text, n, m, weights)
+        self.keep_last(losses.n_iter, losses.error, self.options["tol"])
+        return losses
+
+    def _without_duplicates(
+        self, text: Tensor, m: Tensor, text_ids: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Text `(B, M, D)` with each token once if `unique`, its lengths `(B,)`, and its weights `(B, M)`; None = uniform."""
+        if not self.unique or text_ids is None:
+            if self.token_weights == "count":
+                raise ValueError('token_weights: "count" needs unique=True, and text_ids in the call')
+            return text, m, None
+        if not isinstance(text_ids, Tensor):
+            raise TypeError(f"text_ids: expected a torch.Tensor, got {type(text_ids).__name__}")
+        if text_ids.shape != text.shape[:2]:
+            raise ValueError(f"text_ids: expected shape {tuple(text.shape[:2])}, got {tuple(text_ids.shape)}")
+        index, m, counts = unique_tokens(text_ids, m)
+        text = text.gather(1, index[..., None].expand_as(text))
+        if self.token_weights == "uniform":
+            return text, m, None
+        # An empty item has no tokens to count. It gets ones, which nothing reads.
+        return text, m, torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(dtype)
+
+    def _soft_target(self, speech: Tensor, text: Tensor, n: Tensor, m: Tensor, weights: Tensor | None) -> ItemLosses:
+        """Cross-entropy between the plan and the softmax of the cosines over the tokens."""
         result = solve(speech, text, n, m, None, weights, **self.options)
         plan = result.plan()
         if self.detach_plan:
             plan = plan.detach()
         inside_x, inside_y = inside(speech, n), inside(text, m)
         x, y = (unit(clean(t, mask).to(plan.dtype)) for t, mask in ((speech, inside_x), (text, inside_y)))
-        # (Not minus infinity, of which an item without text would have nothing else, and NaN for a gradient.)
+        # Not minus infinity: an item without text would have no other logit, and NaN as its gradient.
         logits = products(x, y).div(self.temperature).masked_fill(~inside_y[:, None, :], -1e30)
         log_p = F.log_softmax(logits, 2)
         terms = torch.where(inside_x[:, :, None] & inside_y[:, None, :], -plan * log_p, 0)
-        return self._kept(ItemLosses(terms.sum((1, 2)), result.n_iter, result.error))
-
-    def _kept(self, losses: ItemLosses) -> ItemLosses:
-        self.keep_last(losses.n_iter, losses.error, self.options["tol"])
-        return losses
+        return ItemLosses(terms.sum((1, 2)), result.n_iter, result.error)
 
     def current_weight(self) -> Tensor:
-        """The weight at the present step: a scalar tensor, so that nobody waits for the device."""
+        """The weight at the present step: a scalar tensor, because a Python number would mean to wait for the device."""
         past = (self.step - self.start_step).double()
         ramp = (past >= 0).double() if self.warmup_steps == 0 else ((past + 1) / self.warmup_steps).clamp(0, 1)
         return self.weight * ramp

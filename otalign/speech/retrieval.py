@@ -1,4 +1,4 @@
-"""Cross-modal retrieval by layer, which tells where a language model has speech and text in one place (arXiv 2503.10211)."""
+"""Cross-modal retrieval by layer: in which layers is speech near its text? (arXiv 2503.10211)"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import flag, whole_number
 from ..distributed import gathered, processes
 from ..layout import Lengths
-from .states import States, at_least_one, inside, lengths_of, means, paired, products, unit
+from ._states import States, at_least_one, inside, lengths_of, means, paired, products, unit
 
 
 class _Scores(NamedTuple):
@@ -23,19 +23,19 @@ class _Scores(NamedTuple):
 
 
 class RetrievalScores(_Scores):
-    """Of L layers, means over both directions: speech finds its text, and text its speech: four tensors `(L,)`.
+    """Retrieval scores of L layers, four tensors `(L,)`: means over both directions, speech to text and text to speech.
 
-    NaN for a layer without a pair, or in which an item is not finite.
+    NaN for a layer without a pair, or with an item that is not finite.
 
     Attributes:
-        layers: their numbers, which `select_layers` gives; empty = from 0 on.
+        layers: numbers of the layers, which `select_layers` returns; empty = 0 to L - 1.
     """
 
     layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, found: Mapping[int, tuple[Tensor, ...]]) -> RetrievalScores:
-        """From the four scores of each layer."""
+        """From four scalars for each layer: mean reciprocal rank and three recalls."""
         columns = (
             zip(*found.values(), strict=True) if found else [[torch.empty(0, dtype=torch.float32, device="cpu")]] * 4
         )
@@ -50,17 +50,23 @@ def retrieval_scores(
     speech_lengths: Lengths | None = None,
     text_lengths: Lengths | None = None,
 ) -> RetrievalScores:
-    """How well each item finds its partner among all items, in each layer, by the cosine of means over time.
+    """Rank of each item's partner among all items, in each layer, by the cosine of means over time.
 
-    AI-STA (arXiv 2503.10211) selects the layers to align by cross-modal retrieval. How it pools is not published: means over
-    time, and the mean of both directions, are our choice. A partner that ties with others has the middle of their ranks. For
-    a corpus in several batches, or on several processes, `RetrievalCorpus`.
+    AI-STA (arXiv 2503.10211) selects the layers to align by cross-modal retrieval. Its pooling is not published. Means over
+    time, and the mean of both directions, are our choice. A partner that ties with others gets the mean of their ranks. Use
+    `RetrievalCorpus` for a corpus in several batches or on several processes.
 
     Args:
-        speech_states: of every layer `(B, N, D)`: a list, a dict by layer number, or one tensor.
+        speech_states: of each layer `(B, N, D)`: a list, a dict by layer number, or one tensor.
         text_states: likewise `(B, M, D)`.
-        speech_lengths: `(B,)`; None = full. Empty items take no part.
+        speech_lengths: `(B,)` int32 or int64; None = full. Empty items are left out.
         text_lengths: likewise.
+
+    Returns:
+        `RetrievalScores`.
+
+    Raises:
+        ValueError, TypeError: for bad input, naming the argument.
 
     Example:
         >>> states = [torch.randn(8, 5, 16) for _ in range(3)]
@@ -73,10 +79,11 @@ def retrieval_scores(
 
 
 class RetrievalCorpus:
-    """`retrieval_scores` over a corpus that comes in batches, and from several processes.
+    """`retrieval_scores` over a corpus in several batches, on one or several processes.
 
-    Only pooled vectors are kept: two of D numbers for an item and layer. `compute` compares them `chunk` queries at a time; if
-    torch.distributed is initialised and `distributed` is True, over the items of all processes, each with its own number.
+    The corpus keeps pooled vectors only: 2 D numbers for each item and layer. `compute` compares `chunk` queries with all items
+    at a time. If torch.distributed is initialised and `distributed` is True, it compares the items of all processes. Then all
+    processes have to call it. Their numbers of items may differ.
 
     Example:
         >>> corpus = otalign.speech.RetrievalCorpus()
@@ -99,13 +106,13 @@ class RetrievalCorpus:
         speech_lengths: Lengths | None = None,
         text_lengths: Lengths | None = None,
     ) -> None:
-        """Add a batch; arguments as in `retrieval_scores`."""
+        """Add a batch. Arguments as in `retrieval_scores`."""
         for number, vectors in pooled(speech_states, text_states, speech_lengths, text_lengths).items():
             self.pooled.setdefault(number, []).append(vectors)
 
     @torch.no_grad()
     def compute(self) -> RetrievalScores:
-        """The scores of all items so far, layers in the order in which they came first; of no layers if nothing came."""
+        """The scores of all items so far, layers in the order of their first batch; of no layers before the first batch."""
         return RetrievalScores.of({number: scores_of(x, y, self.chunk) for number, x, y in self._layers()})
 
     def _layers(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -114,7 +121,7 @@ class RetrievalCorpus:
             for number, (speech, text) in own.items():
                 yield number, speech, text
             return
-        # A process that has had no batch does not know the layers; it has to take part.
+        # A process without a batch does not know the layers, and still has to take part in the collectives.
         kinds = {number: (x.shape[1], x.dtype, x.device.type) for number, (x, _) in own.items()}
         every: list[Any] = [None] * processes()
         torch.distributed.all_gather_object(every, kinds)
@@ -127,7 +134,7 @@ class RetrievalCorpus:
 def pooled(
     speech_states: States, text_states: States, speech_lengths: Lengths | None, text_lengths: Lengths | None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By layer the means over time of the items that are not empty, of length one: two tensors `(items, D)`."""
+    """By layer, the means over time of the items that are not empty, scaled to length 1: speech and text, `(items, D)` each."""
     found = {}
     for number, x, y in paired(speech_states, text_states):
         mask_x = inside(x, lengths_of("speech_lengths", x, speech_lengths))
@@ -138,13 +145,14 @@ def pooled(
 
 
 def scores_of(speech: Tensor, text: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """Mean reciprocal rank and recalls of one layer, from vectors of length one `(items, D)`."""
+    """Mean reciprocal rank and recalls of one layer, four scalars, from vectors `(items, D)` of length 1."""
     ranks = torch.cat([_ranks(speech, text, chunk), _ranks(text, speech, chunk)])
     known = torch.ones_like(ranks).masked_fill(ranks.isnan(), torch.nan)
     return (1 / ranks).mean(), *((known * (ranks <= k)).mean() for k in (1, 5, 10))
 
 
 def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
+    """Rank of key i for query i among all keys, from 1 on, NaN where a similarity is NaN: `(items,)`."""
     found = [queries.new_empty(0)]
     for first in range(0, len(queries), chunk):
         similarities = products(queries[first : first + chunk], keys)
@@ -157,15 +165,21 @@ def _ranks(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
 def select_layers(
     scores: RetrievalScores | Tensor | Sequence[float] | Mapping[int, float], k: int, always: Sequence[int] = ()
 ) -> list[int]:
-    """The `k` layers with the highest scores, best first, after those that are taken `always`.
+    """`k` layers: first those of `always`, then the layers with the highest scores, best first.
 
-    AI-STA (arXiv 2503.10211) aligns few, shallow layers; in a digest of it the loss does not converge without layer 0, hence
-    `always=(0,)` is worth a try.
+    AI-STA (arXiv 2503.10211) aligns few, shallow layers. According to a digest of the paper, the loss does not converge without
+    layer 0, so `always=(0,)` is worth a try.
 
     Args:
-        scores: of every layer: `RetrievalScores`, of which the mean reciprocal rank counts; numbers; or a dict by layer.
-        k: how many in all, those of `always` included. Ties go to the shallower layer; NaN comes last.
-        always: numbers of layers.
+        scores: of each layer: `RetrievalScores`, whose mean reciprocal rank counts; numbers; or a dict by layer.
+        k: number of layers, with those of `always`. Ties go to the shallower layer; NaN comes last.
+        always: numbers of layers to take in any case.
+
+    Returns:
+        Numbers of the layers.
+
+    Raises:
+        ValueError, TypeError: for a `k` that does not fit, or for layers in `always` without a score.
 
     Example:
         >>> otalign.speech.select_layers([0.2, 0.9, 0.5, 0.7], 3, always=(0,))

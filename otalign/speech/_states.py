@@ -1,4 +1,4 @@
-"""Hidden states of several layers, and the cosine: what the methods of this folder share."""
+"""Hidden states of several layers, their validation and their means: shared by the methods of this folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..backends.reference import normalize
 from ..layout import Lengths, expect_dense, padded_segments
 from ..options import checks_values
 
-# One layer; or several, in order (None = left out) or by number.
+# (B, N, D) of one layer; or several layers, in order (None = left out) or by number.
 States: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[int, Tensor]
 
 
 def by_layer(name: str, states: States) -> dict[int, Tensor]:
-    """The layers of an argument by their numbers, each `(B, N, D)`."""
+    """The layers of the argument `name` by number, validated, `(B, N, D)` each."""
     if isinstance(states, Tensor):
         states = [states]
     numbered = states.items() if isinstance(states, Mapping) else enumerate(states)
@@ -39,7 +39,7 @@ def by_layer(name: str, states: States) -> dict[int, Tensor]:
 
 
 def paired(speech_states: States, text_states: States) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Number, speech and text of every layer, which both have to have."""
+    """Number, speech `(B, N, D)` and text `(B, M, D)` of each layer. Both sides must have the same layers."""
     speech, text = by_layer("speech_states", speech_states), by_layer("text_states", text_states)
     if speech.keys() != text.keys():
         raise ValueError(f"text_states: expected the layers of speech_states, {list(speech)}, got {list(text)}")
@@ -49,7 +49,7 @@ def paired(speech_states: States, text_states: States) -> Iterator[tuple[int, Te
 
 
 def expect_pair(name: str, x: Tensor, y: Tensor) -> None:
-    """Refuse a second side `y` that does not go with the first."""
+    """Raise a ValueError unless `y` has the items and the dimension of `x`."""
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"{name}: expected {x.shape[0]} items of dimension {x.shape[2]}, got {tuple(y.shape)}")
 
@@ -61,7 +61,7 @@ def sides(
     y_lengths: Lengths | None,
     names: tuple[str, str] = ("speech", "text"),
 ) -> tuple[Tensor, Tensor]:
-    """Validated lengths of two sides that go together, `(B, N, D)` and `(B, M, D)`, as the caller calls them."""
+    """Validate two sides `(B, N, D)` and `(B, M, D)`, and return their lengths, `(B,)` int64 each. `names` is for messages."""
     for name, points in zip(names, (x, y), strict=True):
         if isinstance(points, Tensor):
             expect_padded(name, points)
@@ -73,7 +73,7 @@ def sides(
 
 
 def expect_padded(name: str, points: Tensor) -> None:
-    """Refuse tensors that are not padded batches of numbers."""
+    """Raise an error for nested tensors, sparse tensors, and tensors on the meta device."""
     if points.is_nested:
         raise ValueError(
             f"{name}: expected shape (B, N, D), got a nested tensor; otalign.layout.to_padded(t.values(), t.offsets()) pads"
@@ -84,14 +84,14 @@ def expect_padded(name: str, points: Tensor) -> None:
 
 
 def layer_numbers(layers: Sequence[int]) -> list[int]:
-    """Validated numbers of layers, at least one."""
+    """Validate numbers of layers; there must be at least one."""
     if isinstance(layers, (int, str)) or not isinstance(layers, Sequence) or not layers:
         raise ValueError(f"layers: expected a sequence of at least one number, got {layers!r}")
     return [checks.whole_number("layers", layer) for layer in layers]
 
 
 def finite(name: str, value: float) -> float:
-    """A finite number, as Python's float."""
+    """Validate a finite number, and return it as a float."""
     value = checks.number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -99,7 +99,7 @@ def finite(name: str, value: float) -> float:
 
 
 def positive(name: str, value: float) -> float:
-    """A finite number above zero, as Python's float."""
+    """Validate a finite number > 0, and return it as a float."""
     value = checks.number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
@@ -107,7 +107,7 @@ def positive(name: str, value: float) -> float:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """A whole number from one on, as Python's int."""
+    """Validate a whole number >= 1, and return it as an int."""
     value = checks.whole_number(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -115,7 +115,7 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def share(name: str, value: float) -> float:
-    """A number from 0 to 1, as Python's float."""
+    """Validate a number in [0, 1], and return it as a float."""
     value = checks.number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
@@ -123,12 +123,12 @@ def share(name: str, value: float) -> float:
 
 
 def device_of_buffers() -> str | None:
-    """Where a module makes its buffers: torch's default device, unless it is meta and would lose their values."""
+    """The device for a module's buffers: None = torch's default, but the CPU instead of meta, which would lose their values."""
     return "cpu" if torch.get_default_device().type == "meta" else None
 
 
 class Stack(NamedTuple):
-    """Layers of both sides as one batch, one behind the other."""
+    """L layers of B items as one batch of L B items: all items of the first layer, then of the next."""
 
     x: Tensor  # (L B, N, D)
     y: Tensor  # (L B, M, D)
@@ -148,7 +148,7 @@ def stacked(
     text_lengths: Lengths | None,
     layers: Sequence[int],
 ) -> Stack:
-    """The layers that are asked for; numbers below zero count from the end of a list."""
+    """The layers with these numbers. In lists, numbers below zero count from the end."""
     speech, text = chosen("speech_states", speech_states, layers), chosen("text_states", text_states, layers)
     for number, x, y in zip(layers, speech, text, strict=True):
         expect_pair(f"text_states[{number}]", x, y)
@@ -157,7 +157,7 @@ def stacked(
 
 
 def chosen(name: str, states: States, layers: Sequence[int]) -> list[Tensor]:
-    """Some layers `(B, N, D)`, in the order that is asked for."""
+    """The layers with these numbers, `(B, N, D)` each, in this order. In lists, numbers below zero count from the end."""
     found, count = by_layer(name, states), 0 if isinstance(states, Mapping | Tensor) else len(states)
     numbers = [layer if layer >= 0 else layer + count for layer in layers]
     if missing := [layer for layer, number in zip(layers, numbers, strict=True) if number not in found]:
@@ -166,38 +166,38 @@ def chosen(name: str, states: States, layers: Sequence[int]) -> list[Tensor]:
 
 
 def lengths_of(name: str, values: Tensor, lengths: Lengths | None) -> Tensor:
-    """Validated lengths `(B,)` int64 on the device of the values."""
+    """Validate lengths of values `(B, N, ...)`: `(B,)` int64, on the device of the values; None = full."""
     return padded_segments(name, values, values.shape[1], lengths).lengths
 
 
 def inside(values: Tensor, lengths: Tensor) -> Tensor:
-    """True on the points: `(B, N)`."""
+    """True on the points, False on the padding: `(B, N)`, for values `(B, N, ...)` and lengths `(B,)`."""
     return torch.arange(values.shape[1], device=values.device) < lengths[:, None]
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The type to compute in: float32 at least."""
+    """The dtype to compute in: the promoted one of all tensors, and float32 at least."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def clean(values: Tensor, mask: Tensor) -> Tensor:
-    """As float32 at least, and zero where nothing may be read."""
+    """Values `(B, N, D)` in float32 at least, zero where the mask `(B, N)` is False. Not even NaN is read there."""
     return torch.where(mask[..., None], values, 0).to(wide(values))
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors over their norms; zero, with gradient zero, for those of length zero. In float32 at least."""
+    """Vectors `(..., D)` divided by their norms, in float32 at least. A zero vector stays zero, with gradient zero."""
     return normalize(vectors.to(wide(vectors)))
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_j>, `(..., N, M)`, in the type of the arguments, which autocast would round."""
+    """The products <x_i, y_j>, `(..., N, M)`, in the dtype of the arguments. Autocast would round them, so it is switched off."""
     with torch.autocast(x.device.type, enabled=False):
         return x @ y.mT
 
 
 def means(values: Tensor, mask: Tensor) -> Tensor:
-    """Means over the points of every item, `(B, D)`; zero for empty ones."""
+    """Means of values `(B, N, D)` over the points of each item, `(B, D)`; zero for empty items."""
     return clean(values, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -209,8 +209,11 @@ def weighted_mean(
     Args:
         losses: `(B,)`, 0 for empty items.
         filled: `(B,)`, True where an item is not empty.
-        sample_weight: `(B,)`, of each item, >= 0, 0 to leave it out; None = 1.
-        normalizer: what the weighted sum is divided by, > 0; None = the sum of the weights of the items that are not empty.
+        sample_weight: `(B,)`, weight of each item, >= 0; 0 leaves the item out; None = 1 each.
+        normalizer: divisor of the weighted sum, > 0; None = the sum of the weights of the items that are not empty.
+
+    Raises:
+        ValueError, TypeError: for weights or a normalizer of another kind or sign.
     """
     weights = torch.ones_like(losses)
     if sample_weight is not None:
@@ -226,7 +229,7 @@ def weighted_mean(
         normalizer = torch.where(total == 0, 1, total)
     else:
         normalizer = _checked_normalizer(normalizer)
-    counted = filled & (weights != 0)  # a weight of zero keeps an item out of the value, even one with NaN
+    counted = filled & (weights != 0)  # a weight of zero leaves out even an item with NaN
     return torch.where(counted, weights * losses, 0).sum() / normalizer
 
 
