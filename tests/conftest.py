@@ -10,7 +10,7 @@ import torch
 
 import otalign.backends
 
-from .combinations import covering
+from .helpers.combinations import covering
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -141,7 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(2)  # the cores are shared, but what several threads do is to be tested
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-        from .interpreter import make_quicker
+        from .helpers.interpreter import make_quicker
 
         make_quicker()
     config.addinivalue_line("markers", "unpoisoned: leaves uninitialised memory as torch gives it")

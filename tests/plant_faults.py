@@ -25,7 +25,11 @@ SELECTION = ["-m", "not slow and not gpu"]  # of `make test`
 COPIED = ("benchmarks", "conftest.py", "csrc", "docs", "examples", "otalign", "tests", "triton_kernels")
 COPIED += ("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md")
 COPIED += ("mkdocs.yml", "pyproject.toml", "setup.py")
-AGREEMENT = ("tests/test_agreement.py", "tests/test_agreement_gradients.py", "tests/test_layouts.py")
+AGREEMENT = (
+    "tests/backends/test_agreement.py",
+    "tests/backends/test_agreement_gradients.py",
+    "tests/solver/test_layouts.py",
+)
 
 
 class Fault(NamedTuple):
@@ -51,7 +55,7 @@ def triton(name: str, file: str, old: str, new: str, *first: str) -> Fault:
 
 
 def cuda(name: str, file: str, old: str, new: str) -> Fault:
-    return Fault(f"cuda: {name}", f"csrc/cuda/{file}.cuh", old, new, ("tests/test_cuda.py",))
+    return Fault(f"cuda: {name}", f"csrc/cuda/{file}.cuh", old, new, ("tests/backends/test_cuda.py",))
 
 
 def helper(name: str, file: str, old: str, new: str, *first: str) -> Fault:
@@ -63,56 +67,56 @@ FAULTS = (
         "a wrong sign in the implicit gradient",
         "grad_C = damp_x * p[:, None] * pi + damp_y",
         "grad_C = damp_x * p[:, None] * pi - damp_y",
-        "tests/test_gradients.py",
+        "tests/solver/test_gradients.py",
     ),
     reference(
         "a wrong sign in the value of a relaxed side",
         "-rho * torch.expm1(-f / rho)",
         "-rho * torch.expm1(f / rho)",
-        "tests/test_closed_forms.py",
-        "tests/test_properties.py",
+        "tests/solver/test_closed_forms.py",
+        "tests/solver/test_properties.py",
     ),
     reference(
         "the weights of the other side",
         "1 / max(m, 1)) if p.b is None else p.b[ys]",
         "1 / max(n, 1)) if p.b is None else p.b[ys]",
-        "tests/test_closed_forms.py",
-        "tests/test_properties.py",
+        "tests/solver/test_closed_forms.py",
+        "tests/solver/test_properties.py",
     ),
     engine(
         "a missing look for NaN",
         "kernels.cpp",
         "return Simd<T>::sum(zeros) == 0;",
         "return true;",
-        "tests/test_odd_input.py",
+        "tests/solver/test_odd_input.py",
     ),
     engine(
         "potentials of massless points that are stale",
         "solver.h",
         "if (massless_y) exact_columns(",
         "if (false) exact_columns(",
-        "tests/test_oracle.py",
+        "tests/solver/test_oracle.py",
     ),
     engine(
         "rows of a relaxed side whose absorbed potential is forgotten",
         "solver.h",
         "if (a[i] > 0) phi[i] += next_log[i];",
         "",
-        "tests/test_oracle.py",
+        "tests/solver/test_oracle.py",
     ),
     Fault(
         "engine: products of points where they lie",
         "csrc/cpu/batch.h",
         "return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);",
         "return !converts(side) && row_stride == product_stride(side, 0);",
-        ("tests/test_bits.py",),
+        ("tests/backends/test_bits.py",),
     ),
     helper(
         "lengths that stay the caller's",
         "layout",
         "return integers.to(torch.int64, copy=True).contiguous()",
         "return integers.to(torch.int64).contiguous()",
-        "tests/test_memory.py",
+        "tests/backends/test_memory.py",
     ),
     engine(
         "an index of the prior that is one too low",
@@ -179,7 +183,7 @@ FAULTS = (
         "sinkhorn",
         "bad = filled & (broken | (total != total))",
         "bad = filled & broken & (total > 1)",
-        "tests/test_odd_input.py",
+        "tests/solver/test_odd_input.py",
     ),
     cuda(
         "a stale scaling of rows",
@@ -210,35 +214,35 @@ FAULTS = (
         "layout",
         '~_expect_mask("padding_mask", h, padding_mask)',
         '_expect_mask("padding_mask", h, padding_mask)',
-        "tests/test_layout_helpers.py",
+        "tests/solver/test_layout_helpers.py",
     ),
     helper(
         "relative lengths that are rounded down",
         "layout",
         "(rel * h.shape[1]).round().long()",
         "(rel * h.shape[1]).long()",
-        "tests/test_layout_helpers.py",
+        "tests/solver/test_layout_helpers.py",
     ),
     helper(
         "a prior whose index of y is one too low",
         "prior",
         "e2 = ((i + 1) / n - (j + 1) / m).square()",
         "e2 = ((i + 1) / n - j / m).square()",
-        "tests/test_prior.py",
+        "tests/solver/test_prior.py",
     ),
     helper(
         "empty items in the mean of scores",
         "speech/metrics",
         "torch.where(filled, found, 0).sum(2)",
         "found.sum(2)",
-        "tests/test_speech_metrics.py",
+        "tests/speech/test_speech_metrics.py",
     ),
     helper(
         "ranks that are not shared",
         "speech/path",
         "torch.where(mask, (below + upto - 1).float() / 2, 0)",
         "torch.where(mask, below.float(), 0)",
-        "tests/test_path.py",
+        "tests/speech/test_path.py",
     ),
 )
 

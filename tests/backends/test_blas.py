@@ -1,0 +1,148 @@
+"""Does the engine get on with any BLAS, and the BLAS with the engine's threads?"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import scipy
+
+import otalign
+from otalign import backends
+
+from ..helpers.problems import draw, identical
+from .test_bits import by_address
+from .test_runtime import everything, run_python
+
+pytestmark = pytest.mark.unpoisoned
+
+AGREES = """
+    import torch, otalign
+    from otalign import backends
+    torch.manual_seed(0)
+    worst = 0.0
+    for dtype, unit in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        for D in (1, 7, 48):
+            x, y = (torch.randn(3, n, D, dtype=dtype, requires_grad=True) for n in (40, 21))
+            n, m = torch.tensor([40, 1, 17]), torch.tensor([21, 5, 1])
+            for cost in ("cosine", "sqeuclidean"):
+                found = []
+                for name, kind in (("cpu", dtype), ("reference", torch.float64)):
+                    loss = otalign.sinkhorn_loss(
+                        x.to(kind), y.to(kind), n, m, cost=cost, reg=0.5, tol=0, max_iter=20, backend=name
+                    )
+                    found.append((loss, *torch.autograd.grad(loss, (x, y))))
+                for ours, true in zip(*found):
+                    worst = max(worst, float((ours - true).abs().max() / true.abs().max().clamp(min=1)) / unit)
+    print(backends.extension().blas().replace(" ", "_"), worst)
+"""
+
+
+def openblas() -> str:
+    """SciPy's own OpenBLAS."""
+    files = sorted(Path(scipy.__file__).parent.parent.glob("scipy.libs/*openblas*"))
+    if not files:
+        pytest.skip("this SciPy comes without OpenBLAS")
+    return str(files[0])
+
+
+@pytest.mark.parametrize("simd", ["baseline", "avx2", "avx512"])
+def test_the_built_in_product_agrees_with_the_reference(simd):
+    name, worst = run_python(AGREES, OTALIGN_BLAS="built-in", OTALIGN_SIMD=simd).split()
+    assert name == "built-in"
+    assert float(worst) < 1
+
+
+@pytest.mark.parametrize("core", ["Haswell", "Sandybridge"])
+def test_openblas_agrees_with_the_reference(core):
+    name, worst = run_python(AGREES, OTALIGN_BLAS=openblas(), OPENBLAS_CORETYPE=core).split()
+    assert "openblas" in name
+    assert float(worst) < 1
+
+
+def test_a_blas_that_is_no_library(monkeypatch):
+    monkeypatch.setenv("OTALIGN_BLAS", "no-such-blas.so")
+    with pytest.raises(ValueError, match="OTALIGN_BLAS: expected 'built-in' or the file of a library, got 'no-such"):
+        backends._blas()
+
+
+def test_a_library_that_is_no_blas(monkeypatch):
+    monkeypatch.setenv("OTALIGN_BLAS", backends.extension().__file__)
+    with pytest.raises(ValueError, match="OTALIGN_BLAS: expected a library with sgemm_ and dgemm_"):
+        backends._blas()
+
+
+@pytest.fixture
+def counted_threads():
+    """A BLAS whose number of threads is of the whole process: the number now, and those that its products saw."""
+    now, seen = [5], []
+
+    def counted(product):
+        def gemm(*arguments):
+            seen.append(now[0])
+            product(*arguments)
+
+        return type(product)(gemm)
+
+    gemms = [counted(by_address(real)) for real in (ctypes.c_float, ctypes.c_double)]
+    get = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: now[0])
+    change = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda threads: now.__setitem__(0, threads))
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in (*gemms, get, change)]
+    backends.extension().use_blas("counted", *addresses[:2], 0, *addresses[2:])
+    yield now, seen
+    backends.extension().use_blas(*backends._blas())
+
+
+def test_a_blas_with_threads_of_its_own_has_one_while_the_engine_computes(counted_threads):
+    now, seen = counted_threads
+    everything("cpu")
+    assert set(seen) == {1}
+    assert now == [5]
+
+
+def test_calls_from_several_threads_leave_its_threads_as_they_were(counted_threads):
+    now, seen = counted_threads
+    expected = otalign.solve(*draw(D=24), backend="cpu").value
+    results = []
+
+    def work():
+        for _ in range(20):
+            results.append(otalign.solve(*draw(D=24), backend="cpu").value)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(results) == 80
+    for result in results:
+        identical(result, expected)
+    assert set(seen) == {1}
+    assert now == [5]
+
+
+def test_openblas_keeps_its_threads():
+    code = """
+        import ctypes, os, torch, otalign
+        library = ctypes.CDLL(os.environ["OTALIGN_BLAS"])
+        library.scipy_openblas_set_num_threads(2)  # of itself it takes no more than there are cores
+        before = library.scipy_openblas_get_num_threads()
+        x, y = torch.randn(8, 60, 96), torch.randn(8, 40, 96)
+        otalign.sinkhorn_loss(x, y, backend="cpu")
+        print(before, library.scipy_openblas_get_num_threads())
+    """
+    before, after = run_python(code, OTALIGN_BLAS=openblas()).split()
+    assert before == after == "2"
+
+
+@pytest.mark.slow
+def test_the_engine_without_python():
+    """The program that `make aarch64` runs under an emulator, on this machine with all of its instruction sets."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    script = Path(__file__).parent / "engine" / "run.sh"
+    done = subprocess.run(["bash", script, compiler], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "baseline: all agree" in done.stdout
