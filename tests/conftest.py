@@ -12,6 +12,8 @@ import otalign.backends
 
 from .helpers.combinations import covering
 
+collect_ignore = ["helpers/programs"]  # some import what only the tests that run them put on the path
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

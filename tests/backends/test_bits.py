@@ -5,7 +5,6 @@ AMD, and on Intel's below AVX2. The products here do so on every machine, and by
 """
 
 import ctypes
-import zlib
 
 import numpy as np
 import pytest
@@ -14,37 +13,14 @@ import torch
 import otalign
 from otalign import backends
 
+from ..helpers.blas_by_address import by_address
 from ..helpers.problems import draw, identical, leaf
-from ..solver.test_layouts import gathered, offset, sliced, transposed
-from .test_runtime import run_python
+from ..helpers.processes import run_program
+from ..helpers.views import gathered, offset, sliced, transposed
 
 LENGTHS = [40, 3, 0, 390, 17, 1, 8], [20, 9, 4, 6, 17, 5, 1]  # 390: two blocks of the cost, four panels of its gradient
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 DIMS = [13, 48]  # rows that start anywhere in a cache line, and rows that fill lines
-
-
-def by_address(real: type):
-    """A Fortran gemm whose results depend on the position of its matrices in a cache line, and on their strides."""
-    integer, number, letter = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(real), ctypes.c_char_p
-
-    def matrix(address: int, columns: int, rows: int, stride: int) -> np.ndarray:
-        memory = (real * ((columns - 1) * stride + rows)).from_address(address)
-        size = ctypes.sizeof(real)
-        return np.lib.stride_tricks.as_strided(np.frombuffer(memory, real), (columns, rows), (stride * size, size)).T
-
-    def gemm(trans_a, trans_b, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):
-        m, n, k, lda, ldb, ldc = (pointer[0] for pointer in (m, n, k, lda, ldb, ldc))
-        a = matrix(A, m, k, lda).T if trans_a == b"T" else matrix(A, k, m, lda)
-        b = matrix(B, k, n, ldb).T if trans_b == b"T" else matrix(B, n, k, ldb)
-        c = matrix(C, n, m, ldc)
-        lies = ([address % 64 for address in (A, B, C)], lda, ldb, ldc)
-        error = 1 + 1e-4 * (zlib.crc32(repr(lies).encode()) % 1000) / 1000
-        product = a.copy() @ b.copy()  # of one memory and its transpose, NumPy makes another product
-        c[:] = alpha[0] * product * error + (beta[0] * c if beta[0] else 0)
-
-    arguments = (letter, letter, integer, integer, integer, number, ctypes.c_void_p, integer, ctypes.c_void_p, integer,
-                 number, ctypes.c_void_p, integer)  # fmt: skip
-    return ctypes.CFUNCTYPE(None, *arguments)(gemm)
 
 
 @pytest.fixture
@@ -168,23 +144,6 @@ def test_long_and_short_points(blas_by_address, size):
         views = [leaf(view) for view in views]
 
 
-SCALAR_MKL = """
-    import torch, otalign
-    from otalign import backends
-    worst = 0.0
-    for D in (3, 7, 9, 33, 100):
-        n, m = torch.tensor([11, 5, 8, 1, 11]), torch.tensor([9, 3, 1, 7, 9])
-        x, y = torch.randn(5, 11, D), torch.randn(5, 9, D)
-        packed = [torch.cat([row[:k] for row, k in zip(t, lengths)]) for t, lengths in ((x, n), (y, m))]
-        ends = [torch.nn.functional.pad(lengths.cumsum(0), (1, 0)) for lengths in (n, m)]
-        one = otalign.solve(x, y, n, m, backend="cpu").value
-        two = otalign.solve(*packed, cu_seqlens_x=ends[0], cu_seqlens_y=ends[1], backend="cpu").value
-        worst = max(worst, float((one - two).abs().max()))
-    print(backends.extension().blas().replace(" ", "_"), worst)
-"""
-
-
 def test_packed_is_padded_with_products_that_really_depend_on_the_address():
     """As MKL's do below AVX2; with another BLAS this is one more test of the layouts."""
-    _, worst = run_python(SCALAR_MKL, MKL_ENABLE_INSTRUCTIONS="SSE4_2").split()
-    assert float(worst) == 0
+    assert float(run_program("packed_against_padded", MKL_ENABLE_INSTRUCTIONS="SSE4_2")) == 0

@@ -13,32 +13,11 @@ import scipy
 import otalign
 from otalign import backends
 
-from ..helpers.problems import draw, identical
-from .test_bits import by_address
-from .test_runtime import everything, run_python
+from ..helpers.blas_by_address import by_address
+from ..helpers.problems import draw, identical, loss_gradients_and_plan
+from ..helpers.processes import run_program, run_python
 
 pytestmark = pytest.mark.unpoisoned
-
-AGREES = """
-    import torch, otalign
-    from otalign import backends
-    torch.manual_seed(0)
-    worst = 0.0
-    for dtype, unit in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
-        for D in (1, 7, 48):
-            x, y = (torch.randn(3, n, D, dtype=dtype, requires_grad=True) for n in (40, 21))
-            n, m = torch.tensor([40, 1, 17]), torch.tensor([21, 5, 1])
-            for cost in ("cosine", "sqeuclidean"):
-                found = []
-                for name, kind in (("cpu", dtype), ("reference", torch.float64)):
-                    loss = otalign.sinkhorn_loss(
-                        x.to(kind), y.to(kind), n, m, cost=cost, reg=0.5, tol=0, max_iter=20, backend=name
-                    )
-                    found.append((loss, *torch.autograd.grad(loss, (x, y))))
-                for ours, true in zip(*found):
-                    worst = max(worst, float((ours - true).abs().max() / true.abs().max().clamp(min=1)) / unit)
-    print(backends.extension().blas().replace(" ", "_"), worst)
-"""
 
 
 def openblas() -> str:
@@ -51,14 +30,14 @@ def openblas() -> str:
 
 @pytest.mark.parametrize("simd", ["baseline", "avx2", "avx512"])
 def test_the_built_in_product_agrees_with_the_reference(simd):
-    name, worst = run_python(AGREES, OTALIGN_BLAS="built-in", OTALIGN_SIMD=simd).split()
+    name, worst = run_program("blas_against_reference", OTALIGN_BLAS="built-in", OTALIGN_SIMD=simd).split()
     assert name == "built-in"
     assert float(worst) < 1
 
 
 @pytest.mark.parametrize("core", ["Haswell", "Sandybridge"])
 def test_openblas_agrees_with_the_reference(core):
-    name, worst = run_python(AGREES, OTALIGN_BLAS=openblas(), OPENBLAS_CORETYPE=core).split()
+    name, worst = run_program("blas_against_reference", OTALIGN_BLAS=openblas(), OPENBLAS_CORETYPE=core).split()
     assert "openblas" in name
     assert float(worst) < 1
 
@@ -98,7 +77,7 @@ def counted_threads():
 
 def test_a_blas_with_threads_of_its_own_has_one_while_the_engine_computes(counted_threads):
     now, seen = counted_threads
-    everything("cpu")
+    loss_gradients_and_plan("cpu")
     assert set(seen) == {1}
     assert now == [5]
 

@@ -12,7 +12,7 @@ import otalign
 from otalign import backends
 
 from ..helpers.problems import draw, identical, leaf
-from .test_runtime import run_python
+from ..helpers.processes import run_program
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -192,24 +192,4 @@ def test_plans_are_checked_both_ways():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_that_cannot_be_had_in_a_task(threads):
     """Copies of extreme points are made by the threads: MemoryError, and the process lives."""
-    code = f"""
-        import resource, torch, otalign
-        torch.set_num_threads({threads})
-        x, y = torch.randn(4, 300, 20_000), torch.randn(4, 300, 20_000)
-        x[:, 3] *= 1e-25
-        y[:, 3] *= 1e-25
-        def loss(x, y):
-            return otalign.sinkhorn_loss(x, y, max_iter=3, backend="cpu")
-        expected = loss(x, y)
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, hard))
-        try:
-            loss(x, y)
-            print("fitted")
-        except MemoryError:
-            print("refused")
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        print(bool(loss(x, y) == expected))
-    """
-    assert run_python(code).split() == ["refused", "True"]
+    assert run_program("memory_limit_in_threads", str(threads)).split() == ["refused", "True"]

@@ -20,6 +20,7 @@ import otalign
 
 from ..helpers.interpreter import together
 from ..helpers.problems import close, draw, identical
+from ..helpers.processes import program
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -196,78 +197,14 @@ def compiled(*command: str) -> str:
 
 def test_a_run_of_changing_lengths_compiles_few_variants():
     """200 batches of random sizes, forward and backward, as in training: the count stays bounded, and soon stops growing."""
-    program = """
-import json, random, variants
-random.seed(0)
-counts = []
-with variants.recording() as found:
-    for _ in range(200):
-        variants.Problem(random.randint(1, 64), random.randint(1, 1500), random.randint(1, 256), 2048).launch()
-        counts.append(len(found))
-print(json.dumps(counts))
-"""
-    counts = json.loads(compiled("-c", program))
+    counts = json.loads(compiled(program("count_variants")))
     assert counts[-1] <= 60
     assert counts[-1] - counts[99] <= 5
 
 
 def test_launcher_and_triton_agree_on_variants():
     """Calls that Triton would compile differently never share a kept kernel, whatever their types, strides, alignment."""
-    program = """
-import itertools, random, torch, variants
-from otalign.triton_kernels import launch
-random.seed(1)
-seen = {}
-
-def record(self, grid, values, constants, device, kind):
-    key = (self.function.fn.__name__, kind, tuple(constants.values()))
-    aligned = tuple(values[p.name].data_ptr() % 16 == 0 for p in self.function.params
-                    if not p.is_constexpr and isinstance(values[p.name], torch.Tensor)
-                    and not p.do_not_specialize_on_alignment)
-    what = (variants.variant(self.function, values, constants)._replace(aligned=()), aligned,
-            tuple((values[p.name] == 1, values[p.name] % 16 == 0) for p in self.function.params
-                  if not p.is_constexpr and isinstance(values[p.name], int) and not p.do_not_specialize))
-    assert seen.setdefault(key, what) == what, (key, seen[key], what)
-
-launch.Kernel.launch = record
-launch.processors = lambda device: 132
-kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
-def points(shape, kind):
-    form = random.choice(["plain", "sliced", "offset", "transposed", "expanded"])
-    *rest, n, d = shape
-    if form == "plain": return torch.zeros(*rest, n, d, dtype=kind)
-    if form == "sliced": return torch.zeros(*rest, n, 2 * d + 1, dtype=kind)[..., :d]
-    if form == "offset": return torch.zeros(*rest, n, d + 1, dtype=kind)[..., 1:]
-    if form == "transposed": return torch.zeros(*rest, d, n, dtype=kind).mT
-    return torch.zeros(*rest, 1, d, dtype=kind).expand(*rest, n, d)
-
-import otalign
-from otalign import backends, gpu, problem
-for _ in range(400):
-    x, y = random.choice(kinds), random.choice(kinds)
-    N, M, D = random.choice([1, 16, 40]), random.choice([1, 7, 32, 150]), random.choice([1, 16, 24, 48])
-    B = random.choice([1, 3])
-    common = dict(prior=None, reg=0.1, unbalanced=random.choice([None, 1.0]), max_iter=5, tol=0.0)
-    if random.random() < 0.3:
-        C = points((B, N, M), x).requires_grad_()
-        p = problem.from_cost(C, None, None, None, None, init=None, **common)
-        leaves = [C]
-    else:
-        X, Y = points((B, N, D), x).requires_grad_(), points((B, M, D), y).requires_grad_()
-        cost = random.choice(["cosine", "euclidean", "dot"])
-        p = problem.from_points(X, Y, None, None, None, None, cu_seqlens_x=None, cu_seqlens_y=None,
-                                max_seqlen_x=None, max_seqlen_y=None, cost=cost, **common)
-        leaves = [X, Y]
-    s = gpu.launch(p)
-    for out in (s.value.sum(), s.value_linear.sum(), s.plan().sum()):
-        torch.autograd.grad(out, leaves, retain_graph=True)
-    if p.C is None:
-        s.barycentric(False), s.barycentric(True)
-    s.assign()
-print(len(seen))
-"""
-    assert int(compiled("-c", program)) > 200
+    assert int(compiled(program("launch_keys"))) > 200
 
 
 def reports(path: Path, *arguments: str) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ..backends.test_ops import RUNS, calls_of
+from .operators import RUNS, calls_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 

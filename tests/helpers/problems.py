@@ -149,3 +149,12 @@ def states(layers: int = 3, x_lengths=(9, 1, 6, 0, 4), y_lengths=(4, 3, 6, 2, 1)
     batches = [draw(x_lengths, y_lengths, D=D, dtype=torch.float64, seed=seed) for seed in range(layers)]
     lengths = batches[0].x_lengths, batches[0].y_lengths
     return [b.x.to(dtype) for b in batches], [b.y.to(dtype) for b in batches], *lengths
+
+
+def loss_gradients_and_plan(backend, dtype=torch.float32, objective="transport", seed=0):
+    """Losses (B,), gradients of x and y, and plans (B, N, M), of a ragged batch with small and large items."""
+    leaves = draw([40, 3, 120, 17, 64, 1], [20, 9, 33, 17, 48, 5], D=48, dtype=dtype, seed=seed).requires_grad()
+    loss = otalign.sinkhorn_loss(*leaves, objective=objective, reduction="none", backend=backend)
+    loss.sum().backward()
+    plan = otalign.solve(*(part.detach() for part in leaves), backend=backend).plan()
+    return loss.detach(), leaves.x.grad, leaves.y.grad, plan

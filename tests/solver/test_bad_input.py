@@ -9,21 +9,11 @@ import torch
 import otalign
 from otalign import Prior
 
+from ..helpers.refusals import check, rejected
+
 X, Y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
 PACKED = torch.randn(6, 3)
 LENGTHS = torch.tensor([5, 3])
-
-
-def rejected(error, *words, **arguments):
-    """A parameter set: `sinkhorn_loss` of these arguments raises `error`, and the message holds the `words`."""
-    return pytest.param(error, words, arguments, id=next(iter(arguments)) + ": " + words[-1])
-
-
-def check(function, error, words, arguments):
-    with pytest.raises(error) as caught:
-        function(**arguments)
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import torch
 
 import otalign
 
-from ..helpers.problems import close, draw, draw_weights, identical, leaf, offsets, points_mask, same_on
+from ..helpers.problems import close, draw, draw_weights, identical, leaf, offsets, same_on
+from ..helpers.views import gathered, offset, sliced, transposed
 
 OPTIONS = {"cost": "sqeuclidean", "reg": 0.2, "tol": 0, "max_iter": 6}
 OBJECTIVES = ["value", "plan_cost", "transport", "divergence"]
@@ -30,11 +31,6 @@ def padded(batch):
 def packed(batch):
     arguments = batch.packed()
     return arguments | {"x": leaf(arguments["x"]), "y": leaf(arguments["y"])}
-
-
-def gathered(values, lengths):
-    """The rows of padded (B, N, ...) as packed (total, ...)."""
-    return values[points_mask(lengths, values.shape[1])]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -93,24 +89,8 @@ def test_the_sides_may_differ_in_layout(backend, batch):
     same(mixed_dy, dy)
 
 
-def transposed(t):
-    return t.transpose(0, 1).contiguous().transpose(0, 1)  # time-major memory
-
-
-def sliced(t):
-    wide = torch.full((t.shape[0] + 1, t.shape[1] + 3, 2 * t.shape[2] + 1), torch.nan, dtype=t.dtype)
-    wide[1:, 2:-1, 1::2] = t
-    return wide[1:, 2:-1, 1::2]
-
-
 def features_first(t):
     return t.transpose(1, 2).contiguous().transpose(1, 2)  # as a convolution gives them
-
-
-def offset(t):
-    flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)  # not aligned to a vector
-    flat[1:] = t.flatten()
-    return flat[1:].view_as(t)
 
 
 @pytest.mark.parametrize("objective", ["value", "transport"])

@@ -13,7 +13,7 @@ import otalign
 from otalign import Prior
 
 from ..helpers.problems import close, draw, draw_weights, identical, leaf
-from .test_bad_input import check, rejected
+from ..helpers.refusals import check, rejected
 
 BATCH = draw((7, 1, 5, 0), (4, 3, 6, 2), dtype=torch.float32)
 OPTIONS = {"prior": Prior.quadratic(1.0), "unbalanced": (None, 0.5), "reg": 0.1}

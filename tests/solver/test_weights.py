@@ -10,7 +10,7 @@ import torch
 import otalign
 
 from ..helpers.problems import close, draw, draw_weights, identical, leaf, offsets
-from .test_bad_input import check, rejected
+from ..helpers.refusals import check, rejected
 
 BATCH = draw((7, 1, 5), (4, 3, 6), dtype=torch.float32)
 ARGUMENTS = BATCH.x, BATCH.y, BATCH.x_lengths, BATCH.y_lengths
