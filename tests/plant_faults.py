@@ -1,10 +1,10 @@
-"""Does `make test` find faults? Plants them one at a time in a copy of the tree, and runs its tests until one fails.
+"""Does `make test` find faults? Plants one fault at a time in a copy of the tree, and runs its tests until one fails.
 
     python tests/plant_faults.py            # all, as many at a time as there are cores; part of `make test-all`
-    python tests/plant_faults.py triton     # those whose name has this in it
+    python tests/plant_faults.py triton     # those whose name contains this
 
-The tests that ought to notice are run first, then whatever else `make test` runs. A fault counts as caught if a test fails that
-passes in a copy without the fault. Ends with 1 if one was missed, or cannot be planted any more since the code has changed.
+The tests that should find the fault run first, then all others of `make test`. A fault counts as caught if a test fails that
+passes in a copy without the fault. The exit status is 1 if a fault was missed, or cannot be planted because the code differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AGREEMENT = (
 
 
 class Fault(NamedTuple):
-    """In `file`, `old` (which is there once) becomes `new`; `first` are the tests that ought to notice."""
+    """In `file`, `old` (which occurs once) becomes `new`; `first` are the tests that should find it."""
 
     name: str
     file: str
@@ -248,7 +248,7 @@ FAULTS = (
 
 
 def copied(folder: Path) -> Path:
-    """The tree with its built engine, in which `import otalign` gives the copy, Triton's kernels too."""
+    """A copy of the tree with its built engine. `import otalign` imports the copy, and its Triton kernels too."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -272,7 +272,7 @@ def planted(folder: Path, fault: Fault) -> None:
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in the copy, whose engine is the one built there if there is one."""
+    """Run a command in the copy, with the engine that was built there, if any."""
     built = folder / "build/engine/otalign"
     environment |= {"PYTHONPATH": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if built.exists():
@@ -283,7 +283,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 
 
 def failing(folder: Path, *tests: str, selection: list[str] = SELECTION) -> str | None:
-    """The first of the tests that fails, or nothing."""
+    """The first of the tests that fails, or None."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *selection, *tests]
     done = run(folder, *command)
     found = re.search(r"^(?:FAILED|ERROR) ((?:tests|otalign)/\S+?\.py(?:::.*?)?)(?: - .*)?$", done.stdout, re.MULTILINE)
@@ -293,7 +293,7 @@ def failing(folder: Path, *tests: str, selection: list[str] = SELECTION) -> str 
 
 
 def caught(fault: Fault) -> str | None:
-    """The test that fails with the fault, and without it does not; nothing if there is none."""
+    """The test that fails with the fault and passes without it; None if there is none."""
     with tempfile.TemporaryDirectory() as with_fault, tempfile.TemporaryDirectory() as without:
         folder = copied(Path(with_fault))
         planted(folder, fault)
@@ -304,7 +304,7 @@ def caught(fault: Fault) -> str | None:
 
 
 def outcome(fault: Fault) -> tuple[bool, str]:
-    """Whether it was caught, and a row of the table."""
+    """Whether the fault was caught, and a row of the table."""
     try:
         test = caught(fault)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Does every backend give what the float64 reference gives, forward?"""
+"""Does the forward pass of every backend agree with the float64 reference?"""
 
 import math
 
@@ -11,7 +11,7 @@ from otalign import Prior
 from ..helpers.problems import Batch, close, draw, draw_weights
 
 INF = math.inf
-# Relative to the largest entry. Low precision is of the inputs only: all compute in float32 from the same numbers.
+# Relative to the largest entry. Only the inputs have low precision: every backend then computes in float32 from them.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 LENGTHS = {
     "ragged": ([7, 1, 5, 9], [4, 3, 6, 1]),
@@ -33,7 +33,7 @@ def reference(batch: Batch, **options) -> otalign.OTResult:
 
 
 def agree(actual: otalign.OTResult, expected: otalign.OTResult, tol: float) -> None:
-    """Everything a result holds, at equal iterations."""
+    """Compare everything that a result holds, after the same number of iterations."""
     assert actual.n_iter.tolist() == expected.n_iter.tolist()
     for name in ("value", "value_linear", "error"):
         close(getattr(actual, name), getattr(expected, name), tol, name)
@@ -137,7 +137,7 @@ def test_warm_start(backend, rho):
     assert (cold.n_iter > 10).any()
     close(warm.value, cold.value, 1e-9)
     agree(warm, reference(batch, init=cold.potentials, **options), 1e-9)
-    # A start from elsewhere ends at the same place.
+    # Another start ends at the same optimum.
     elsewhere = tuple(torch.randn_like(potential) for potential in cold.potentials)
     close(otalign.solve(*batch, init=elsewhere, backend=backend, **options).plan(), cold.plan(), 1e-4)
 
@@ -182,7 +182,7 @@ def test_float32_plan_is_within_1e5(backend, fraction):
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_cost_range_over_reg(backend, dtype, ratio):
-    """Absorption has to keep what it rescales in range; the error of float32 grows with the ratio."""
+    """Absorption must keep the scalings in range. The error of float32 grows with the ratio."""
     C = torch.rand(2, 40, 30, dtype=dtype)
     options = {"reg": 1 / ratio, "tol": 0, "max_iter": 60}
     actual = otalign.solve_cost(C, backend=backend, **options)

@@ -1,4 +1,4 @@
-"""Does every backend give what the float64 reference gives, backward?"""
+"""Does the backward pass of every backend agree with the float64 reference?"""
 
 import math
 
@@ -83,7 +83,7 @@ def test_weights(backend, rho, objective, zeros, dtype):
 @pytest.mark.parametrize("rho", [None, (0.4, INF)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_early_stop(backend, objective, rho, dtype):
-    """Three iterations are not enough, and still the gradient is that of the plan that was reached."""
+    """After three iterations, which are too few, the gradient is that of the plan reached so far."""
     batch = draw([19, 12, 5], [16, 4, 7], D=24, dtype=dtype)
     options = {"cost": "sqeuclidean", "unbalanced": rho, "reg": 0.1, "tol": 0, "max_iter": 3}
     assert (otalign.solve(*batch, backend=backend, **options).error > 1e-3).any()
@@ -92,7 +92,7 @@ def test_early_stop(backend, objective, rho, dtype):
 
 @pytest.mark.parametrize("objective", ["value", "plan_cost"])
 def test_early_stop_gradient_of_a_dot_cost_is_the_plan(backend, objective):
-    """Where C is linear in x, the gradient shows the plan itself: row sums as they are, not as they should be."""
+    """C is linear in x, so the gradient contains the plan itself: with its own row sums, not with the weights."""
     batch = draw([9], [6], D=6, poison=0.0)
     options = {"cost": "dot", "reg": 0.05, "tol": 0, "max_iter": 2, "backend": backend}
     result = otalign.solve(*batch, **options)
@@ -104,7 +104,7 @@ def test_early_stop_gradient_of_a_dot_cost_is_the_plan(backend, objective):
 
 
 def test_gradients_of_everything_at_once(backend):
-    """Value, transport cost, plan and images of one result, added up."""
+    """The sum of value, transport cost, plan and barycentric images of one result."""
 
     def run(backend):
         leaves = draw(poison=0.0).requires_grad()
@@ -151,7 +151,7 @@ def test_backward_twice(backend, objective):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(backend, reduction):
-    """Mean is over the items that are not empty."""
+    """The mean is over the items that are not empty."""
     batch = draw([7, 0, 5, 9], [4, 3, 6, 0])
     options = {"cost": "sqeuclidean", "reg": 0.2, "backend": backend}
     each = otalign.sinkhorn_loss(*batch, reduction="none", **options)
@@ -177,7 +177,7 @@ def test_inputs_are_not_written(backend, objective):
         identical(tensor.detach(), values)
 
 
-def test_a_write_between_forward_and_backward_is_harmless_or_noticed(backend):
+def test_writing_to_inputs_before_backward_is_harmless_or_an_error(backend):
     leaves, same = draw().requires_grad(), draw().requires_grad()
     otalign.sinkhorn_loss(*same, cost="sqeuclidean", backend=backend).backward()
     x = leaves.x * 1

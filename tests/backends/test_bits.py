@@ -1,7 +1,7 @@
-"""Are an item's bits its own, whatever the batch, the layout and the memory that it lies in?
+"""Does an item have the same bits in any batch, in any layout and at any address?
 
-A BLAS may round by where in a cache line a matrix starts and how far apart its rows are: MKL does so on processors of
-AMD, and on Intel's below AVX2. The products here do so on every machine, and by far more than rounding.
+The rounding of a BLAS may depend on where in a cache line a matrix starts, and on the distance of its rows: MKL's does on AMD
+processors, and on Intel's below AVX2. The BLAS of these tests does so on every machine, and by far more than rounding.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ DIMS = [13, 48]  # rows that start anywhere in a cache line, and rows that fill 
 
 @pytest.fixture
 def blas_by_address():
-    """Such products in the place of the BLAS."""
+    """The engine uses the BLAS whose results depend on the address."""
     engine = backends.extension()
     products = by_address(ctypes.c_float), by_address(ctypes.c_double)
     engine.use_blas("by address", *(ctypes.cast(product, ctypes.c_void_p).value for product in products), 0, 0, 0)
@@ -48,8 +48,8 @@ def draw_batch(D, dtype):
     return draw(*LENGTHS, D=D, dtype=dtype)
 
 
-def test_the_products_of_these_tests_depend_on_the_address(blas_by_address):
-    """Else the tests below would show nothing."""
+def test_blas_by_address_depends_on_the_address(blas_by_address):
+    """Otherwise the tests below could not fail."""
     product = by_address(ctypes.c_double)
     memory = np.zeros(64 + 8)
     start = -memory.ctypes.data % 64 // 8
@@ -70,7 +70,7 @@ def test_the_products_of_these_tests_depend_on_the_address(blas_by_address):
 )
 @pytest.mark.parametrize("D", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_is_padded(blas_by_address, dtype, D, cost, objective):
+def test_packed_equals_padded(blas_by_address, dtype, D, cost, objective):
     batch = draw_batch(D, dtype)
     options = {"cost": cost, "objective": objective}
     expected = solve(leaf(batch.x), leaf(batch.y), batch[2:], **options)
@@ -101,7 +101,7 @@ def test_views(blas_by_address, dtype, D, view):
 
 @pytest.mark.parametrize("D", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alone_wider_and_in_another_order(blas_by_address, dtype, D):
+def test_alone_with_more_padding_and_in_another_order(blas_by_address, dtype, D):
     batch = draw_batch(D, dtype)
     loss, dx, dy, plan = solve(leaf(batch.x), leaf(batch.y), batch[2:])
     for index, (x, y) in enumerate(batch.items()):
@@ -122,7 +122,7 @@ def test_alone_wider_and_in_another_order(blas_by_address, dtype, D):
 
 @pytest.mark.parametrize("D", [520, 528])
 def test_slices_of_the_gradient(blas_by_address, D):
-    """Items so large that their gradients are made in two slices of columns."""
+    """Items so large that the engine computes their gradients in two slices of columns."""
     batch = draw([300, 7], [250, 9], D=D, dtype=torch.float32)
     expected = solve(leaf(batch.x), leaf(batch.y), batch[2:])
     views = [columns(points).requires_grad_() for points in batch[:2]]
@@ -131,8 +131,8 @@ def test_slices_of_the_gradient(blas_by_address, D):
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-25])
-def test_long_and_short_points(blas_by_address, size):
-    """Points that are brought to lengths near one in a copy."""
+def test_points_of_extreme_norm(blas_by_address, size):
+    """Points of extreme norm, which the engine rescales in a copy."""
     batch = draw_batch(13, torch.float32)
     batch.x[0, 5] *= size
     batch.y[3, 2] *= size
@@ -144,6 +144,6 @@ def test_long_and_short_points(blas_by_address, size):
         views = [leaf(view) for view in views]
 
 
-def test_packed_is_padded_with_products_that_really_depend_on_the_address():
-    """As MKL's do below AVX2; with another BLAS this is one more test of the layouts."""
+def test_packed_equals_padded_with_old_instruction_sets():
+    """MKL's products depend on the address below AVX2. With another BLAS this is one more test of the layouts."""
     assert float(run_program("packed_against_padded", MKL_ENABLE_INSTRUCTIONS="SSE4_2")) == 0

@@ -1,4 +1,4 @@
-"""Does the engine get on with any BLAS, and the BLAS with the engine's threads?"""
+"""Does the engine work with any BLAS, and leave the BLAS's number of threads as it is?"""
 
 import ctypes
 import os
@@ -42,13 +42,13 @@ def test_openblas_agrees_with_the_reference(core):
     assert float(worst) < 1
 
 
-def test_a_blas_that_is_no_library(monkeypatch):
+def test_file_that_is_not_a_library_is_refused(monkeypatch):
     monkeypatch.setenv("OTALIGN_BLAS", "no-such-blas.so")
     with pytest.raises(ValueError, match="OTALIGN_BLAS: expected 'built-in' or the file of a library, got 'no-such"):
         backends._blas()
 
 
-def test_a_library_that_is_no_blas(monkeypatch):
+def test_library_without_blas_functions_is_refused(monkeypatch):
     monkeypatch.setenv("OTALIGN_BLAS", backends.extension().__file__)
     with pytest.raises(ValueError, match="OTALIGN_BLAS: expected a library with sgemm_ and dgemm_"):
         backends._blas()
@@ -56,7 +56,7 @@ def test_a_library_that_is_no_blas(monkeypatch):
 
 @pytest.fixture
 def counted_threads():
-    """A BLAS whose number of threads is of the whole process: the number now, and those that its products saw."""
+    """A BLAS with one number of threads for the whole process. Yields that number, and those during its products."""
     now, seen = [5], []
 
     def counted(product):
@@ -75,14 +75,14 @@ def counted_threads():
     backends.extension().use_blas(*backends._blas())
 
 
-def test_a_blas_with_threads_of_its_own_has_one_while_the_engine_computes(counted_threads):
+def test_blas_has_one_thread_while_the_engine_computes(counted_threads):
     now, seen = counted_threads
     loss_gradients_and_plan("cpu")
     assert set(seen) == {1}
     assert now == [5]
 
 
-def test_calls_from_several_threads_leave_its_threads_as_they_were(counted_threads):
+def test_concurrent_calls_restore_the_threads_of_the_blas(counted_threads):
     now, seen = counted_threads
     expected = otalign.solve(*draw(D=24), backend="cpu").value
     results = []
@@ -107,7 +107,7 @@ def test_openblas_keeps_its_threads():
     code = """
         import ctypes, os, torch, otalign
         library = ctypes.CDLL(os.environ["OTALIGN_BLAS"])
-        library.scipy_openblas_set_num_threads(2)  # of itself it takes no more than there are cores
+        library.scipy_openblas_set_num_threads(2)  # by default at most the number of cores
         before = library.scipy_openblas_get_num_threads()
         x, y = torch.randn(8, 60, 96), torch.randn(8, 40, 96)
         otalign.sinkhorn_loss(x, y, backend="cpu")
@@ -119,7 +119,7 @@ def test_openblas_keeps_its_threads():
 
 @pytest.mark.slow
 def test_the_engine_without_python():
-    """The program that `make aarch64` runs under an emulator, on this machine with all of its instruction sets."""
+    """The program that `make aarch64` runs under an emulator, here with all instruction sets of this machine."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     script = Path(__file__).parent / "engine" / "run.sh"
     done = subprocess.run(["bash", script, compiler], capture_output=True, text=True, timeout=1200)

@@ -1,4 +1,4 @@
-"""Does torch.compile take the public functions whole, forward and backward, and without compiling again and again?"""
+"""Does torch.compile compile the public functions without graph breaks, forward and backward, and without recompiling?"""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def loss_and_gradients(function, batch, *weights):
 
 
 def check(function, batch, *weights, backend="aot_eager", dynamic=None):
-    """`function` gives, compiled, what it gives as it is."""
+    """Assert that `function` gives the same results compiled and eager."""
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     expected = loss_and_gradients(function, batch, *weights)
     for ours, theirs in zip(loss_and_gradients(compiled, batch, *weights), expected, strict=True):
@@ -99,7 +99,7 @@ def test_packed():
 
 
 def test_result():
-    """Everything a result computes later, in one graph with the solve."""
+    """Everything that a result computes on demand, in one graph with the solve."""
     batch = draw(poison=0.0)
 
     def outputs(*batch):
@@ -128,7 +128,7 @@ def test_given_cost():
 
 
 def test_new_lengths_do_not_compile_again():
-    """Lengths are data; shapes that change compile at most once more, with symbols."""
+    """Lengths are data. A change of shapes compiles at most once more, with symbolic shapes."""
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -146,7 +146,7 @@ def test_new_lengths_do_not_compile_again():
     assert counter.frame_count <= 3
 
 
-def test_bad_words_are_still_refused():
+def test_invalid_options_are_refused_when_compiled():
     @torch.compile(backend="eager")
     def loss(x, y):
         return otalign.sinkhorn_loss(x, y, cost="what", backend="cpu")
@@ -158,7 +158,7 @@ def test_bad_words_are_still_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_autocast(backend, objective, dtype):
-    """Autocast changes nothing: the products are the aligner's own, from the inputs as they come."""
+    """Autocast changes nothing: otalign computes the products itself, from the inputs in their own type."""
     same = same_on(backend)
     batch = draw(D=24, dtype=dtype)
 
@@ -197,7 +197,7 @@ def test_autocast_under_compile():
     check(loss, batch)
 
 
-# What eager calls refuse on a CPU, compiled ones refuse when they run ---------------------------------------------------
+# What eager calls refuse on a CPU, compiled calls refuse when they run ---------------------------------------------------
 
 POINTS = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
 GOOD = {"a": torch.rand(2, 5) + 0.1, "reg": torch.tensor([0.1, 0.2]), "g": torch.zeros(2, 4)}
@@ -226,7 +226,7 @@ def test_values_are_refused_when_the_graph_runs(bad, words, backend):
         value(**GOOD | bad)
 
 
-def test_gradients_by_weights_that_are_checked():
+def test_gradients_with_respect_to_checked_weights():
     def loss(x, y, a):
         return otalign.sinkhorn_loss(x, y, a=a, backend="cpu")
 

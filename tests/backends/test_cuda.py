@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their source run on the CPU over tests/cuda_on_cpu, and the machine code that nvcc makes of it."""
+"""The CUDA kernels without a GPU: their source compiled for the CPU (tests/cuda_on_cpu), and nvcc's machine code for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTHS = {form: width for width, forms in FORMS.items() for form in forms}
 
 
 def everything(batch: Batch, backend: str, weights=(None, None), **options):
-    """The result, and gradients of a number that is made of its value, transport cost and plan."""
+    """The result, and the gradients of a scalar computed from its value, transport cost and plan."""
     leaves = [t.detach().requires_grad_() for t in (batch.x, batch.y)]
     result = otalign.solve(*leaves, batch.x_lengths, batch.y_lengths, *weights, backend=backend, **options)
     total = result.value.sum() + 0.5 * result.value_linear.sum() + result.plan().square().sum()
@@ -35,7 +35,7 @@ def everything(batch: Batch, backend: str, weights=(None, None), **options):
 
 
 def compare(engine: Engine | None, batch: Batch, weights=(None, None), *, within=2e-5, **options) -> otalign.OTResult:
-    """The kernels against the reference in float64: all that a solve gives, and gradients that need the implicit system."""
+    """Compare with the reference in float64: all outputs of a solve, and gradients through the implicit system."""
     with emulated(engine):
         single = [None if w is None else w.float() for w in weights]
         result, gradients = everything(batch.to(torch.float32), "cuda", single, **options)
@@ -53,12 +53,12 @@ def compare(engine: Engine | None, batch: Batch, weights=(None, None), *, within
     return result
 
 
-# Every way to hold a matrix --------------------------------------------------------------------------------------------
+# Every place of the kernel matrix --------------------------------------------------------------------------------------------
 
 RAGGED = ([40, 1, 0, 23, 31, 7], [20, 5, 3, 0, 32, 1])
 
 
-# `make test` has every form and every size of clusters; `make test-all` has them all together.
+# `make test` runs every form and every cluster size, `make test-all` every combination of them.
 FORMS_AND_CLUSTERS = [
     pytest.param(form, cluster, marks=[] if form % 3 == place else pytest.mark.slow)
     for form in ANY_FORM
@@ -77,14 +77,14 @@ def test_forms_and_clusters(form, cluster):
 @pytest.mark.parametrize(("cluster", "shared"), [(1, 0), (1, 24), (3, 8), (2, 64)])
 @pytest.mark.parametrize("form", [2, 7, 8])
 def test_rows_beyond_registers(form, cluster, shared, scatter):
-    """In shared memory, and in L2 where that is too small."""
+    """The rows are in shared memory, and in L2 if shared memory is too small."""
     engine = Engine(form=form, cluster=cluster, shared=shared, scatter=scatter)
     compare(engine, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
 
 
 @pytest.mark.parametrize("form", [1, 3, 5, 6])
 def test_long_items(form):
-    """All registers of a block of several warps, and some rows more."""
+    """More rows than the registers of a block of several warps hold."""
     engine = Engine(form=form, cluster=2, shared=32)
     rows = 2 * host_cuda.library().host_held(form)
     compare(engine, draw([rows + 75, rows - 1], [WIDTHS[form] - 2, 30], D=4), reg=0.2, tol=0, max_iter=3)
@@ -127,7 +127,7 @@ def test_one_iteration():
 
 @pytest.mark.parametrize("reg", [1e-4, 1e-2, 1e3])
 def test_absorption(reg):
-    """From a range of 10^4 reg, where floats run out again and again, to one of 10^-3."""
+    """Cost ranges from 10^4 reg, where scalings leave the range of float32 again and again, to 10^-3 reg."""
     C = torch.rand(3, 50, 30, generator=torch.Generator().manual_seed(0))
     options = {"reg": reg, "tol": 0, "max_iter": 60}
     with emulated(Engine(form=2, cluster=2, shared=4)):
@@ -149,7 +149,7 @@ def test_reg_of_every_item():
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF])
-def test_a_bad_item_is_alone(bad):
+def test_a_bad_item_leaves_the_others_unchanged(bad):
     batch = draw(*RAGGED, D=8).to(torch.float32)
     spoilt = batch._replace(x=batch.x.clone())
     spoilt.x[3 + 1, 20, 4] = bad
@@ -163,7 +163,7 @@ def test_a_bad_item_is_alone(bad):
     assert not found.converged[4]
 
 
-def test_an_item_that_no_plan_fits():
+def test_infeasible_item_does_not_converge():
     C = torch.rand(2, 6, 4)
     C[1, 2] = INF
     with emulated(Engine(form=0)):
@@ -182,7 +182,7 @@ def bits(engine: Engine, batch: Batch, **options) -> list[torch.Tensor]:
     return [result.value, result.error, result.n_iter, *result.potentials, *gradients]
 
 
-def test_whatever_the_order_of_threads():
+def test_same_bits_in_any_order_of_threads():
     batch = draw(*RAGGED, D=8).to(torch.float32)
     first, *others = (bits(Engine(seed, form=3, cluster=4, in_flight=2, ordered=1), batch) for seed in range(5))
     for other in others:
@@ -190,7 +190,7 @@ def test_whatever_the_order_of_threads():
             identical(actual, expected)
 
 
-def test_whatever_the_order_of_items():
+def test_same_bits_in_any_order_of_items():
     batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 2, [5, 20, 9, 30, 3, 0, 12, 1] * 2, D=8).to(torch.float32)
     first, *others = (
         bits(Engine(form=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
@@ -233,8 +233,8 @@ def test_losses(objective):
         close(actual / expected.abs().max(), expected / expected.abs().max(), 2e-4)
 
 
-def test_compiled_whole():
-    """torch.compile takes the same way through torch.library, with its fakes, and gives the same bits."""
+def test_compiled_without_graph_breaks():
+    """torch.compile uses the same operators, with their fake implementations, and gives the same bits."""
     torch._dynamo.reset()
     batch = draw([9, 4], [5, 3], D=8, poison=0.0).to(torch.float32)
 
@@ -282,7 +282,7 @@ THREAD = ["-fsanitize=thread", "-DOTALIGN_SHIM_THREADS"]
 
 
 def program(path: Path, forms: str, *options: str, rows: int, csrc: Path = host_cuda.ROOT / "csrc") -> Path:
-    """tests/cuda_on_cpu/check.cpp for some forms, with as many rows a block at most."""
+    """Compile tests/cuda_on_cpu/check.cpp for some forms, with at most so many rows a block."""
     sizes = [f"-DOTALIGN_FORMS={forms}", f"-DOTALIGN_ROWS={rows}", "-DOTALIGN_ITERATIONS=3"]
     command = host_cuda.compile_command(
         host_cuda.ROOT / "tests/cuda_on_cpu/check.cpp", path / "check", *sizes, csrc=csrc
@@ -292,7 +292,7 @@ def program(path: Path, forms: str, *options: str, rows: int, csrc: Path = host_
 
 
 def outcome(check: Path, seed: int = 0) -> tuple[bool, str]:
-    """Whether it ends well, and what it says."""
+    """Whether the program succeeds, and its output."""
     done = subprocess.run([check, str(seed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     return done.returncode == 0, done.stdout
 
@@ -361,7 +361,7 @@ def test_an_overrun_is_reported(tmp_path):
     assert "heap-buffer-overflow" in said
 
 
-# The rule ----------------------------------------------------------------------------------------------------------------
+# Heuristics ----------------------------------------------------------------------------------------------------------------
 
 H200 = {"processors": 132, "shared": 227 * 1024, "largest_cluster": 16}
 A100 = {"processors": 108, "shared": 163 * 1024, "largest_cluster": 1}
@@ -382,7 +382,9 @@ def test_every_choice_can_be_launched(chip):
                 assert WIDTHS[choice.form] == min(width for width in FORMS if width >= size_y)
                 assert bool(choice.ordered) <= (choice.in_flight < items)
                 rows = -(-size_x // choice.cluster)
-                assert choice.shared < max(1, rows - held(choice.form)) + step(choice.form), "no more than it needs"
+                assert choice.shared < max(1, rows - held(choice.form)) + step(choice.form), (
+                    "no more shared memory than needed"
+                )
 
 
 def test_typical_batches_stay_on_the_chip():
@@ -390,10 +392,10 @@ def test_typical_batches_stay_on_the_chip():
     for items, size_x, size_y in ((32, 750, 128), (16, 300, 100), (256, 60, 60), (8, 300, 128)):
         choice = chosen(items, size_x, size_y, **H200)
         assert held(choice.form) + choice.shared >= -(-size_x // choice.cluster)
-        assert choice.in_flight == items, "one round"
+        assert choice.in_flight == items, "all items at once"
 
 
-def test_what_is_too_long(monkeypatch):
+def test_too_long_items_are_refused(monkeypatch):
     assert max(FORMS) == cuda.LONGEST_Y
     assert chosen(4, 100, cuda.LONGEST_Y, **H200).in_flight > 0
     assert chosen(4, 100, cuda.LONGEST_Y + 1, **H200).in_flight == 0
@@ -407,10 +409,10 @@ def test_float64_is_refused():
 
 
 def test_debug_waits_for_the_kernels():
-    """So that a fault is reported where it was launched; and not otherwise, as waiting costs."""
+    """With debug, a fault is reported at its launch. Otherwise nothing waits, because waiting costs time."""
 
     class Waiting(Engine):
-        waited: list[bool] = []  # noqa: RUF012 - of this test alone
+        waited: list[bool] = []  # noqa: RUF012 - only this test uses it
 
         def cuda_solve(self, problem, device, stream, wait):
             self.waited.append(wait)
@@ -431,11 +433,11 @@ def test_tensors_on_the_cpu_are_refused(monkeypatch):
         otalign.solve(torch.rand(1, 2, 3), torch.rand(1, 2, 3), backend="cuda")
 
 
-# What nvcc makes of it -----------------------------------------------------------------------------------------------------
+# Machine code -----------------------------------------------------------------------------------------------------
 
 
 def why_no_kernels() -> str:
-    """Why this machine's extension rightly has none of these kernels, or nothing: then they have to be there."""
+    """The reason why this extension may lack the CUDA kernels; empty if it must have them."""
     left_out = "OTALIGN_BUILD_CUDA=0"
     if shutil.which("nvcc") is None:
         return "needs nvcc, with which the extension has kernels"
@@ -448,7 +450,7 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 @pytest.fixture(scope="module")
 def machine_code():
-    """benchmarks/machine_code.py, which reads the kernels in the installed extension."""
+    """The benchmarks' module machine_code: it reads the kernels in the installed extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(host_cuda.ROOT / "benchmarks"))
         yield importlib.import_module("machine_code")
@@ -456,7 +458,7 @@ def machine_code():
 
 @needs_nvcc
 def test_no_kernel_uses_local_memory(machine_code):
-    """Neither spills nor arrays: everything that a thread has is in registers, on every architecture."""
+    """No spills and no arrays: all values of a thread are in registers, on every architecture."""
     usages = machine_code.usages()
     assert collections.Counter(kernel.architecture for kernel in usages) == dict.fromkeys(
         ARCHITECTURES, 3 * len(ANY_FORM)
@@ -471,7 +473,7 @@ def test_no_kernel_uses_local_memory(machine_code):
     "architecture", [pytest.param(a, marks=[pytest.mark.slow] * (a != "sm_90a")) for a in ARCHITECTURES]
 )
 def test_loops_of_the_iteration(machine_code, architecture):
-    """Numbers are read four at once, and nothing is in local memory, in the loop that all time goes to."""
+    """The hot loop reads four numbers at once, and uses no local memory."""
     loops = machine_code.loops(architecture)
     assert len(loops) == 3 * len(ANY_FORM)
     for kernel, loop in loops.items():
@@ -482,8 +484,8 @@ def test_loops_of_the_iteration(machine_code, architecture):
 
 @needs_nvcc
 @pytest.mark.slow
-def test_report_of_the_assembler(tmp_path):
-    """The same from the compiler itself: `-Xptxas -v` tells of no spill."""
+def test_compiler_reports_no_spill(tmp_path):
+    """The compiler agrees: `-Xptxas -v` reports no spill."""
     for source in ("narrow", "middle", "wide"):
         for architecture in ARCHITECTURES:
             command = [

@@ -1,6 +1,6 @@
-"""The backends for a GPU on a real one: `pytest -m gpu`. Nothing here is skipped; without a GPU it is not selected.
+"""The results of the GPU backends on a real GPU: `pytest -m gpu`. Without a GPU, do not select these tests: none is skipped.
 
-Results against the reference in float64, on the CPU; what concerns the process and the device is in test_gpu_runtime.py.
+They compare results with the reference in float64, on the CPU. test_gpu_runtime.py tests the process and the device.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.gpu
 
 COSTS = ("cosine", "sqeuclidean", "euclidean", "dot")
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
-# Whatever the points' type, costs and iterations are float32, or float64; images of 16-bit points are products of TF32.
+# For any type of points, costs and iterations are in float32 or float64. Images of 16-bit points are products in TF32.
 FORWARD = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 IMAGES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
-# Of gradients, relative to the largest entry: they are rounded to the type of the points.
+# For gradients, relative to the largest entry: they are rounded to the type of the points.
 GRADIENTS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -31,7 +31,7 @@ BACKEND = "triton"
 
 @pytest.fixture(params=["triton", "cuda"], autouse=True)
 def gpu_backend(request, monkeypatch):
-    """All tests are for both. (Those in float64 are for Triton alone: conftest.py leaves them out.)"""
+    """All tests run on both backends. (conftest.py deselects float64 for CUDA.)"""
     monkeypatch.setitem(globals(), "BACKEND", request.param)
 
 
@@ -41,7 +41,7 @@ def precise() -> torch.dtype:
 
 
 def everything(batch, backend, weights=(None, None), **options):
-    """The result, its plan and images, and the gradients of a number made of all of them."""
+    """The result, its plan and barycentric images, and the gradients of a scalar computed from all of them."""
     leaves = [batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()]
     weights = [None if w is None else w.detach().requires_grad_() for w in weights]
     result = otalign.solve(*leaves, batch.x_lengths, batch.y_lengths, *weights, backend=backend, **options)
@@ -54,7 +54,7 @@ def everything(batch, backend, weights=(None, None), **options):
 
 
 def compare(batch, device, weights=(None, None), **options):
-    """The backend against the reference: everything that a solve gives, and the gradients of all of it."""
+    """Compare the backend with the reference: all outputs of a solve, and their gradients."""
     dtype = batch.x.dtype
     moved = [None if w is None else w.to(device) for w in weights]
     result, plan, images, gradients = everything(on(batch, device), BACKEND, moved, **options)
@@ -76,7 +76,7 @@ def compare(batch, device, weights=(None, None), **options):
 
 
 def relatively(gradients, expected, tol):
-    """Close relative to the largest entry, which is far below one; and exactly zero where zero is right: the padding."""
+    """Assert equality relative to the largest entry, which is far below one, and exact zeros where zeros are expected (padding)."""
     for place, (actual, right) in enumerate(zip(gradients, expected, strict=True)):
         scale = float(right.abs().max())
         assert scale > 0
@@ -109,7 +109,7 @@ def test_priors_and_relaxations(device, prior, rho):
 
 
 def compare_losses(batch, device, **options):
-    """As a trainer calls it: the kernels for gradients by the value alone are others than those of `compare`."""
+    """Compare as a trainer calls the loss: gradients of the value alone use other kernels than `compare`."""
     dtype, outcomes = batch.x.dtype, []
     for part, backend in ((on(batch, device), BACKEND), (batch.to(torch.float64), "reference")):
         x, y = (t.detach().requires_grad_() for t in (part.x, part.y))
@@ -141,8 +141,8 @@ def test_losses(device, objective, dtype):
     ],
     ids=["registers", "wide", "1 shared", "2 shared", "3 shared", "4 shared", "shared memory", "wide memory"],
 )
-def test_every_way_to_solve(device, lengths):
-    """One program an item, or several multiprocessors on each; the kernel matrix in registers or in memory."""
+def test_every_placement_of_the_kernel_matrix(device, lengths):
+    """One program an item, or several; the kernel matrix in registers or in memory."""
     compare(draw(*lengths, D=32, dtype=torch.float32), device, reg=0.2, tol=0, max_iter=15)
 
 
@@ -200,7 +200,7 @@ def test_given_cost(device, dtype):
 
 @pytest.mark.parametrize("size", [(700, 90), (300, 600)], ids=["registers", "memory"])
 def test_small_reg(device, size):
-    """A range of 10^4 reg: absorption again and again, and again the reference's numbers."""
+    """A cost range of 10^4 reg needs many absorptions, and still agrees with the reference."""
     C = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     options = {"reg": 1e-4, "tol": 0, "max_iter": 60}
     actual = otalign.solve_cost(C.to(device), backend=BACKEND, **options)
@@ -219,7 +219,7 @@ def test_items_stop_by_themselves(device, dtype):
     expected = otalign.solve(*batch.to(torch.float64), backend="reference", **options)
     assert actual.converged.all()
     late = (actual.n_iter.cpu() - expected.n_iter).abs()
-    assert (late <= (0 if dtype == torch.float64 else 1)).all(), "float32 may see the border an iteration off"
+    assert (late <= (0 if dtype == torch.float64 else 1)).all(), "float32 may stop one iteration earlier or later"
     assert len(set(actual.n_iter.tolist())) > 2
 
 
@@ -237,7 +237,7 @@ def test_packed_and_jagged(device, dtype):
 
 
 def views(x):
-    """The same points (B, N, D), laid out otherwise in memory."""
+    """The same points (B, N, D) in other memory layouts."""
     yield "time major", x.transpose(0, 1).contiguous().transpose(0, 1)
     yield "dimension first", x.mT.contiguous().mT
     yield "every second", torch.stack([x, torch.full_like(x, math.nan)], 2).flatten(1, 2)[:, ::2]
@@ -246,14 +246,14 @@ def views(x):
 
 
 def far_apart(x):
-    """Items more than 2^31 numbers from each other: addresses need 64 bits."""
+    """Items more than 2^31 numbers apart: addresses need 64 bits."""
     B, N, D = x.shape
     stride = 2**31 // (B - 1) + 64
     store = torch.empty((B - 1) * stride + N * D, dtype=x.dtype, device=x.device)
     return store.as_strided((B, N, D), (stride, D, 1)).copy_(x)
 
 
-@pytest.mark.unpoisoned  # filling gigabytes takes its time
+@pytest.mark.unpoisoned  # filling gigabytes takes long
 def test_strides(device):
     batch = on(draw([70, 40, 90], [20, 30, 9], D=24, dtype=torch.bfloat16), device)
     int32 = batch.x_lengths.int(), batch.y_lengths.int()
@@ -279,8 +279,8 @@ def test_types_of_the_sides_may_differ(device):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_item_is_alone(device, bad):
-    """The others' values, plans and gradients keep every bit."""
+def test_a_bad_item_leaves_the_others_unchanged(device, bad):
+    """Values, plans and gradients of the other items keep every bit."""
     batch = on(draw(*RAGGED, D=16, dtype=torch.float32), device)
     spoilt = batch._replace(x=batch.x.clone())
     spoilt.x[3, 200, 4] = bad

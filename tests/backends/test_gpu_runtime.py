@@ -1,4 +1,4 @@
-"""How the backends for a GPU behave in their process, on a real GPU: `pytest -m gpu`. Nothing here is skipped either."""
+"""How the GPU backends use the process and the device, on a real GPU: `pytest -m gpu`. Nothing here is skipped either."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from otalign import backends
 
 from ..helpers.problems import RAGGED, close, draw, identical, on
 
-pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]  # filling memory launches kernels of torch's own
+pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]  # filling memory launches kernels of torch
 
 OBJECTIVES = ("value", "plan_cost", "transport", "divergence")
 
@@ -24,7 +24,7 @@ BACKEND = "triton"
 
 @pytest.fixture(params=["triton", "cuda"], autouse=True)
 def gpu_backend(request, monkeypatch):
-    """All tests are for both. (Those in float64 are for Triton alone: conftest.py leaves them out.)"""
+    """All tests run on both backends. (conftest.py deselects float64 for CUDA.)"""
     monkeypatch.setitem(globals(), "BACKEND", request.param)
 
 
@@ -126,7 +126,7 @@ def test_cuda_graph_with_other_points_and_lengths(device, objective, dtype):
 
 
 def test_streams_at_once(device):
-    """Two batches at once on streams of their own, whose programs wait for one another within a batch only."""
+    """Two batches at once on two streams: programs wait for programs of their own batch only."""
     batches = [ragged(device, seed=seed) for seed in range(2)]
     expected = [step(batch) for batch in batches]
     torch.cuda.synchronize()
@@ -143,7 +143,7 @@ def test_streams_at_once(device):
 
 
 def test_stream_is_the_current_one(device):
-    """Points that arrive late on the current stream are waited for: no launch goes to another stream."""
+    """The launches wait for points that arrive late on the current stream: no launch goes to another stream."""
     early, late = ragged(device, seed=0), ragged(device, seed=1)
     expected = step(late)
     buffer = early._replace(x=early.x.clone(), y=early.y.clone())
@@ -170,7 +170,7 @@ def test_every_device(device):
 
 
 def test_device_guard(device, monkeypatch):
-    """The way that tensors of another device take, with one device: the current one is taken for another."""
+    """The code path for tensors on another device, on a machine with one device: the test pretends that the current one differs."""
     batch = ragged(device)
     expected = step(batch)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: device.index + 1)
@@ -182,7 +182,7 @@ def test_device_guard(device, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_whole(device, mode):
+def test_compiled_without_graph_breaks(device, mode):
     torch._dynamo.reset()
     layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend=BACKEND)
     batch = on(draw(*RAGGED, D=64, dtype=torch.float32, poison=0.0), device)
@@ -192,7 +192,7 @@ def test_compiled_whole(device, mode):
 
     compiled = torch.compile(loss, fullgraph=True, mode=mode)
     leaves = [batch.x.requires_grad_(), batch.y.requires_grad_(), layer.weight]
-    for _ in range(3):  # the first runs of a CUDA graph are others than its replays
+    for _ in range(3):  # the first runs of a CUDA graph differ from its replays
         torch.compiler.cudagraph_mark_step_begin()
         outcomes = []
         for function in (compiled, loss):
@@ -244,7 +244,7 @@ def test_auto_is_triton(device):
 
 
 def peak(run):
-    """Bytes that a call needs beyond what is there before it, at most, and what it returns."""
+    """The largest number of bytes that a call allocates on top of what was allocated before, and what it returns."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -255,7 +255,7 @@ def peak(run):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_memory_of_a_loss(device, dtype):
-    """The costs in the forward pass, once; gradients and nothing else in the backward pass: no plan."""
+    """The forward pass stores the costs once. The backward pass allocates gradients only, no plan."""
     B, N, M, D = 8, 1000, 128, 32
     x, y = (torch.randn(B, n, D, device=device, dtype=dtype, requires_grad=True) for n in (N, M))
     torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend=BACKEND), (x, y))
@@ -267,7 +267,7 @@ def test_memory_of_a_loss(device, dtype):
 
 
 def test_memory_of_images(device):
-    """Images and assignments are made without the plan."""
+    """Images and assignments are computed without storing the plan."""
     x, y = torch.randn(8, 2000, 8, device=device), torch.randn(8, 500, 8, device=device)
     result = otalign.solve(x, y, backend=BACKEND)
     needed, _ = peak(lambda: (result.barycentric_x(), result.barycentric_y(), result.assign_y()))
@@ -287,7 +287,7 @@ def test_memory_does_not_grow(device):
 
 
 def test_cases_of_the_sanitizer(device, monkeypatch):
-    """They are right; and their kernels, compiled here, need not be compiled under the sanitizer."""
+    """Their results are right. This run also compiles their kernels, so the sanitizer need not."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import sanitize_gpu
 

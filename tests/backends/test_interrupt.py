@@ -1,4 +1,4 @@
-"""Is Ctrl-C answered at once, whatever the engine is at?"""
+"""Does Ctrl-C interrupt the engine at once, in every phase of its work?"""
 
 import os
 
@@ -14,8 +14,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_control_c_is_answered_at_once(call):
+def test_control_c_interrupts_at_once(call):
     first, second = run_program("interrupted_calls", call).splitlines()
     assert first.startswith("after"), first
-    assert float(first.split()[1]) < 1.5  # a tenth of it, on a machine with nothing else to do
+    assert float(first.split()[1]) < 1.5  # about 0.15 on an idle machine
     assert second == "True", "the engine works afterwards"

@@ -1,4 +1,4 @@
-"""Does a result keep to itself what it was made of, and does nothing that Python can pass reach memory of others?"""
+"""Are results independent of later changes to their inputs, and can no argument from Python cause access to foreign memory?"""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_lengths_that_share_their_memory_with_numpy(backend):
     lengths = [tensor.numpy().copy() for tensor in batch[2:]]
     result = otalign.solve(batch.x, batch.y, *map(torch.from_numpy, lengths), backend=backend)
     for array in lengths:
-        array += 1  # which torch cannot see
+        array += 1  # torch does not notice this write
     for ours, expected in zip(outputs(result, batch[:2]), clean, strict=True):
         identical(ours, expected)
 
@@ -74,7 +74,7 @@ def test_offsets_reg_and_init_that_change_after_a_solve(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_points_that_change_before_the_backward(backend):
-    """As in torch: autograd sees it and refuses. (The reference keeps nothing of the points as they are.)"""
+    """As in torch, autograd notices the change and raises. (The reference does not save the points themselves.)"""
     batch = draw([6, 3], [4, 4], poison=0.0).requires_grad()
     x = batch.x * 1
     loss = otalign.sinkhorn_loss(x, *batch[1:], backend=backend)
@@ -85,7 +85,7 @@ def test_points_that_change_before_the_backward(backend):
 
 
 def test_points_whose_storage_is_gone():
-    """FSDP frees the storage of tensors that are still referred to."""
+    """FSDP frees the storage of tensors that are still referenced."""
     batch = draw([6, 3], [4, 4], poison=0.0).requires_grad()
     x = batch.x * 1
     loss = otalign.sinkhorn_loss(x, *batch[1:], backend="cpu")
@@ -95,7 +95,7 @@ def test_points_whose_storage_is_gone():
 
 
 def test_lengths_that_change_all_the_time():
-    """The engine checks copies of its own, so that another thread cannot change what has been checked."""
+    """The engine checks its own copies, so another thread cannot change the lengths after the check."""
     x, y = torch.randn(64, 40, 4), torch.randn(64, 30, 4)
     lengths = torch.full((64,), 40)
     stop = threading.Event()
@@ -143,17 +143,17 @@ def test_wrong_longest_lengths_under_compile(longest_x, longest_y):
 
 
 @pytest.mark.parametrize(("backend", "count"), [("cpu", 1500), ("triton", 40)])
-def test_operators_survive_lies(backend, count):
-    """Wrong lengths, capacities, sizes, types, shapes and storages end as errors, or in numbers, but never in a crash."""
-    command = [sys.executable, "-m", "tests.helpers.lies", backend, str(count), "0"]
+def test_operators_survive_invalid_arguments(backend, count):
+    """Wrong lengths, capacities, sizes, types, shapes and storages give errors or numbers, but never a crash."""
+    command = [sys.executable, "-m", "tests.helpers.invalid_calls", backend, str(count), "0"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["ASAN_OPTIONS"] = "detect_leaks=0:allocator_may_return_null=1"  # where a sanitizer is at work
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:allocator_may_return_null=1"  # for the run under AddressSanitizer
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > count / 3
 
 
-def test_the_engine_itself_asks_for_memory():
+def test_the_engine_refuses_missing_memory():
     engine = backends.extension()
     problem = engine.Problem()
     problem.items, problem.dim, problem.capacity = 2, 4, 100
@@ -190,6 +190,6 @@ def test_plans_are_checked_both_ways():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_memory_that_cannot_be_had_in_a_task(threads):
-    """Copies of extreme points are made by the threads: MemoryError, and the process lives."""
+def test_failed_allocation_in_a_thread(threads):
+    """The threads copy extreme points. If they get no memory, MemoryError is raised, and the process continues."""
     assert run_program("memory_limit_in_threads", str(threads)).split() == ["refused", "True"]

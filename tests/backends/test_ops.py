@@ -1,4 +1,4 @@
-"""Do the operators keep the promises that torch.library makes for them?"""
+"""Do the operators satisfy the contracts of torch.library?"""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_opcheck(backend, run):
     assert len(calls) >= 2
     for operator, args, kwargs in calls:
         args = [leaf(arg) if isinstance(arg, torch.Tensor) and arg.requires_grad else arg for arg in args]
-        # Backward operators refuse a second derivative; gpu_align leaves the padding of its costs as it is, so that no two
-        # calls have equal outputs (test_compile looks at what becomes of them).
+        # Backward operators refuse a second derivative. gpu_align does not write the padding of its costs, so two calls
+        # never have equal outputs (test_compile compares what is computed from them).
         compared = not operator._opname.endswith("backward") and operator._opname != "gpu_align"
         utilities = ["test_schema", "test_faketensor", "test_autograd_registration"]
         torch.library.opcheck(operator, args, kwargs, test_utils=utilities + ["test_aot_dispatch_dynamic"] * compared)
@@ -39,7 +39,7 @@ def test_every_operator_is_checked():
 
 
 def test_opcheck_of_the_check():
-    """`otalign::check` runs in compiled graphs only, so that none of RUNS calls it."""
+    """`otalign::check` runs in compiled graphs only: none of RUNS calls it."""
     torch.library.opcheck(torch.ops.otalign.check.default, (torch.tensor(True), "message"))
 
 
@@ -49,7 +49,7 @@ def test_the_check_raises_its_message():
 
 
 def test_one_operator_each_way():
-    """A loss is one operator forward and one backward; nothing of the batch is looped over in Python."""
+    """A loss is one operator forward and one backward. Python does not loop over the batch."""
     leaves = draw(poison=0.0).requires_grad()
     for backend, names in (("cpu", ["align", "align_backward"]), ("triton", ["gpu_align", "gpu_align_backward"])):
         calls = calls_of(lambda backend=backend: otalign.sinkhorn_loss(*leaves, backend=backend).backward())
@@ -65,7 +65,7 @@ def test_meta_tensors_have_no_kernel(backend):
 
 
 def test_uninitialised_memory_is_poisoned_here():
-    """The guard of conftest.py works: what an operator does not write is NaN."""
+    """The fixture of conftest.py works: memory that an operator does not write is NaN."""
     assert torch.empty(7).isnan().all()
     assert torch.ones(2).new_empty(70_000).isnan().all()
     block = otalign.backends.extension().Block(2**20)
@@ -75,7 +75,7 @@ def test_uninitialised_memory_is_poisoned_here():
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_rows_further_apart_than_a_blas_takes(layout):
-    """They are copied. (The memory between them, 4 GB, is never touched, and so never there.)"""
+    """They are copied. (The 4 GB between them are never touched, so the system never provides them.)"""
     memory = torch.empty(2**31 + 8, dtype=torch.float16)
     rows = torch.as_strided(memory, (2, 8), (2**31, 1))
     rows.copy_(torch.randn(2, 8))

@@ -1,4 +1,4 @@
-"""Is it a good citizen of its process: deterministic, threaded, interruptible?"""
+"""Does the engine behave well inside its process: deterministic, multi-threaded, interruptible?"""
 
 import itertools
 import os
@@ -51,8 +51,8 @@ def test_same_bits_in_another_process():
     assert len({run_python(code, OMP_NUM_THREADS=threads) for threads in ("1", "2", "2")}) == 1
 
 
-def test_other_products_keep_their_threads(restore_threads):
-    """Whatever the engine does to the BLAS inside, torch's own settings are afterwards as before."""
+def test_torch_keeps_its_number_of_threads(restore_threads):
+    """The engine changes the threads of the BLAS while it computes. Torch's own settings stay."""
     torch.set_num_threads(2)
     loss_gradients_and_plan("cpu")
     assert torch.get_num_threads() == 2
@@ -78,13 +78,13 @@ def test_calls_from_several_threads(backend):
 
 
 def long_solve(**options):
-    """About a second of work for the engine, in many items."""
+    """A solve of many items that takes the engine about a second."""
     C = torch.rand(400, 60, 60)
     return otalign.solve_cost(C, reg=0.01, tol=0, max_iter=2000, backend="cpu", **options)
 
 
 def test_other_threads_run_meanwhile():
-    """The engine gives up the interpreter's lock while it computes."""
+    """The engine releases the interpreter's lock while it computes."""
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -99,7 +99,7 @@ def test_other_threads_run_meanwhile():
     stop.set()
     ticker.join()
     inside = [t for t in ticks if begin < t < end]
-    assert end - begin > 0.1, "too quick to tell"
+    assert end - begin > 0.1, "the solve is long enough to measure"
     assert len(inside) > 10
     assert max(b - a for a, b in itertools.pairwise(inside)) < 0.5 * (end - begin)
 
@@ -122,13 +122,13 @@ def test_control_c_stops_a_solve():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork():
-    """A data loader's worker that was forked after a solve can solve as well."""
+def test_solve_after_a_fork():
+    """A data loader's worker that is forked after a solve can solve as well."""
     assert run_program("solve_after_fork").strip() == "0"
 
 
 def test_errors_of_the_engine_are_python_errors():
-    """Memory that cannot be had is an exception, and the next call is as if nothing had been."""
+    """A failed allocation raises an exception, and the next call works as before."""
     batch = draw(dtype=torch.float32)
     expected = otalign.sinkhorn_loss(*batch, backend="cpu")
     if sys.platform == "linux":
@@ -139,7 +139,7 @@ def test_errors_of_the_engine_are_python_errors():
 
 
 def test_memory_does_not_grow():
-    """Hundreds of losses leave nothing behind."""
+    """Hundreds of losses leave no memory allocated."""
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     assert float(run_program("memory_growth", OMP_NUM_THREADS="1")) < 20
@@ -147,7 +147,7 @@ def test_memory_does_not_grow():
 
 @pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_agrees_with_the_reference(most):
-    """The variable lowers the choice; a machine that cannot do what is asked for takes the best that it can."""
+    """OTALIGN_SIMD limits the choice. A machine without the given instruction set uses the best that it has."""
     simd, worst = run_program("instruction_set", OTALIGN_SIMD=most).split()
     order = ["baseline", "avx2", "avx512"]
     assert order.index(simd) <= order.index(most)

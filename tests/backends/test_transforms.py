@@ -1,4 +1,4 @@
-"""What torch.func makes of the solver: gradients and maps by the CPU engine, and for the rest a word why not."""
+"""The solver under torch.func: grad and vmap work with the CPU engine; everything else raises an error with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels beyond what every backend is tested for: programs that share an item, rules, compiled variants."""
+"""What only the Triton kernels need tests for: programs that share an item, heuristics, compiled variants."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def processors(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Kernel matrices of 16 rows a program in registers, so that few rows need several programs."""
+    """At most 16 rows of a kernel matrix per program in registers, so that small items need several programs."""
     tile = rule.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
     monkeypatch.setattr(rule, "RESIDENT", (tile,))
     rule.solver.cache_clear()
@@ -47,7 +47,7 @@ def small_tiles(monkeypatch):
 
 
 def everything(batch, backend="triton", **options):
-    """What a solve gives, and gradients through the implicit system."""
+    """All outputs of a solve, and gradients through the implicit system."""
     batch = batch.requires_grad()
     result = otalign.solve(*batch, backend=backend, **options)
     gradients = torch.autograd.grad(result.value_linear.sum(), (batch.x, batch.y))
@@ -58,21 +58,21 @@ def everything(batch, backend="triton", **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 @pytest.mark.parametrize("count", [2, 4, 13], ids=lambda count: f"{count} processors")
 def test_programs_that_share_an_item(processors, small_tiles, count, dtype, rho):
-    """Rows that do not divide, fewer rows than programs, an empty item, more items than programs in flight."""
+    """Rows that programs cannot share equally, fewer rows than programs, an empty item, more items than fit at once."""
     batch = draw([30, 1, 3, 0, 16], [9, 5, 1, 4, 7], dtype=dtype)
     batch = batch._replace(x=batch.x[:, :31])
     options = {"reg": 0.2, "tol": 1e-4, "max_iter": 30, "unbalanced": rho}
     processors(count * 5 if count < 13 else count)
     with together(seed=count) as launches:
         actual = everything(batch, **options)
-    assert max(launches) > 5, "several programs an item"
+    assert max(launches) > 5, "several programs share an item"
     for a, e in zip(actual, everything(batch.to(torch.float64), "reference", **options), strict=True):
         close(a, e, 1e-10 if dtype == torch.float64 else 3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 def test_sharing_programs_absorb_together(processors, small_tiles, dtype):
-    """A range of 400 reg makes scalings leave the range of multiply-adds again and again."""
+    """With a cost range of 400 reg, scalings leave the range of multiply-adds again and again."""
     C = torch.rand(2, 40, 12, generator=torch.Generator().manual_seed(3)).to(dtype)
     options = {"reg": 1 / 400, "tol": 0, "max_iter": 25}
     processors(8)
@@ -86,7 +86,7 @@ def test_sharing_programs_absorb_together(processors, small_tiles, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 def test_order_of_programs_does_not_matter(processors, small_tiles, dtype):
-    """Bit for bit the same, whoever comes first: sums are made in the order of ranks."""
+    """The bits are the same in any order of programs: sums are made in the order of ranks."""
     batch = draw([30, 20, 3], [9, 5, 1], dtype=dtype)
     processors(8)
     results = []
@@ -99,7 +99,7 @@ def test_order_of_programs_does_not_matter(processors, small_tiles, dtype):
 
 
 def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
-    """The test above can fail: without its barriers the kernel reads what is not there yet."""
+    """The test above can fail: without barriers the kernel reads values that are not written yet."""
     batch = draw([30, 20], [9, 5], dtype=torch.float32)
     processors(8)
     with together():
@@ -114,7 +114,7 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
 
 
 def test_a_deadlock_shows(processors, small_tiles, monkeypatch):
-    """The baton knows when everybody waits: here for one arrival more than there are programs."""
+    """The interpreter notices when all programs wait: here for one more arrival than there are programs."""
     original = common.barrier.fn
     monkeypatch.setattr(common, "barrier", lambda counter, target: original(counter, target + 1))
     processors(8)
@@ -136,7 +136,7 @@ def test_packed_items_share_programs(processors, small_tiles):
     )
 
 
-# Rules -----------------------------------------------------------------------------------------------------------------
+# Heuristics -----------------------------------------------------------------------------------------------------------------
 
 sizes = st.integers(1, 20000)
 
@@ -152,7 +152,7 @@ sizes = st.integers(1, 20000)
     in_memory=st.booleans(),
 )
 @hypothesis.settings(max_examples=500)
-def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
+def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
     choice = rule.solver(
         items,
         size_x,
@@ -168,7 +168,9 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
     assert choice.block_m >= size_y, "a program holds whole rows"
     assert 1 <= choice.in_flight <= items
     if choice.programs > 1:
-        assert choice.in_flight * choice.programs <= processors, "or they would wait for programs that never start"
+        assert choice.in_flight * choice.programs <= processors, (
+            "all programs of an item run at once, or they would wait for programs that never start"
+        )
     if choice.groups:
         assert not double and not in_memory
         assert -(-size_x // choice.programs) <= choice.groups * choice.rows, "all rows in registers"
@@ -176,7 +178,7 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
         assert number & (number - 1) == 0, "a power of two"
 
 
-def test_too_long_a_side_is_refused():
+def test_too_long_items_are_refused():
     x, y = torch.zeros(1, 2, 3), torch.zeros(1, rule.SLOTS + 1, 3)
     with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
@@ -187,7 +189,7 @@ def test_too_long_a_side_is_refused():
 
 
 def compiled(*command: str) -> str:
-    """What a Python program prints that may compile kernels."""
+    """Standard output of a Python program that may compile kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=3600)
@@ -195,15 +197,15 @@ def compiled(*command: str) -> str:
     return done.stdout
 
 
-def test_a_run_of_changing_lengths_compiles_few_variants():
-    """200 batches of random sizes, forward and backward, as in training: the count stays bounded, and soon stops growing."""
+def test_changing_lengths_compile_few_variants():
+    """200 batches of random sizes, forward and backward, as in training: the number of variants soon stops growing."""
     counts = json.loads(compiled(program("count_variants")))
     assert counts[-1] <= 60
     assert counts[-1] - counts[99] <= 5
 
 
 def test_launcher_and_triton_agree_on_variants():
-    """Calls that Triton would compile differently never share a kept kernel, whatever their types, strides, alignment."""
+    """Calls that Triton would compile differently never share a cached kernel, for any types, strides and alignment."""
     assert int(compiled(program("launch_keys"))) > 200
 
 
@@ -213,10 +215,15 @@ def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program may have
+SHARED = {
+    "80": 163 * 1024,
+    "90": 227 * 1024,
+    "100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}  # bytes of shared memory for a program
 
 
-WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # of each width the variant with the most rows
+WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # for each width the variant with the most rows
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # of each width the variant wit
     ],
 )
 def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
-    """Every variant that keeps the kernel matrix in registers, on every NVIDIA generation since Ampere: no spills."""
+    """No variant that keeps the kernel matrix in registers spills, on any NVIDIA generation since Ampere."""
     rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", f"sinkhorn.*{which}")
     assert {row["arch"] for row in rows} == {arch}
     assert len(rows) >= fewest
@@ -252,7 +259,7 @@ def test_variants_compile(tmp_path, arch, every):
 
 
 def test_a_call_makes_four_launches():
-    """Cost and iterations, then a gradient each; kept kernels serve the second call."""
+    """Cost, iterations, and a gradient for each side. The second call uses cached kernels."""
     said = compiled(str(BENCHMARKS / "launch_cost.py"), "--repeats", "3")
     assert "launches: 4.0" in said
 
@@ -263,7 +270,7 @@ def test_a_call_makes_four_launches():
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("rows", [(4, 0), (0, 4), (4, 4)], ids=str)
 def test_rows_that_belong_to_no_item(backend, rows):
-    """Packed sides whose items are all empty: zeros everywhere, attached to the graph."""
+    """If all items of packed sides are empty, all results are zeros that are attached to the graph."""
     x, y = (torch.randn(count, 3, requires_grad=True) for count in rows)
     offsets = torch.zeros(3, dtype=torch.int64)
     result = otalign.solve(x, y, cu_seqlens_x=offsets, cu_seqlens_y=offsets, backend=backend)
@@ -275,8 +282,8 @@ def test_rows_that_belong_to_no_item(backend, rows):
         identical(gradient, torch.zeros_like(leaf))
 
 
-def test_offsets_beyond_the_rows_stay_inside():
-    """Offsets on a GPU are not looked at by the host: the kernels keep to the rows that there are."""
+def test_offsets_beyond_the_rows_read_nothing_outside():
+    """The host does not read offsets on a GPU. The kernels stay inside the existing rows."""
     rows, items, guard = 6, 2, 3
     memory = {side: torch.randn(rows + guard, 4, dtype=torch.float64) for side in "xy"}
     offsets = torch.tensor([0, 4, 900])
@@ -297,7 +304,7 @@ def test_offsets_beyond_the_rows_stay_inside():
 
 
 def test_lengths_that_change_before_the_backward_pass():
-    """They change nothing: a solve keeps its own."""
+    """The gradient does not change: a solve keeps its own copy of the lengths."""
     batch = draw([5, 3], [4, 2], dtype=torch.float32).requires_grad()
     (expected,) = torch.autograd.grad(otalign.sinkhorn_loss(*batch, backend="triton"), batch.x)
     loss = otalign.sinkhorn_loss(*batch, backend="triton")

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: the same source, compiled over tests/cuda_on_cpu, in the place of the compiled extension's."""
+"""The CUDA kernels on the CPU: the same source, compiled with the shim in this folder, replaces those of the extension."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def compile_command(source: Path, output: Path, *options: str, csrc: Path = ROOT
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Built once for a state of the sources."""
+    """The compiled kernels. Each version of the sources is built once."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"otalign-host-cuda-{os.getuid()}-{digest}.so"
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of tests, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
         if not path.exists():
             build(path)
     loaded = ctypes.CDLL(str(path))
@@ -127,7 +127,7 @@ def forced(
 
 @contextlib.contextmanager
 def emulated(engine: Engine | None = None) -> Iterator[Engine]:
-    """backend="cuda" takes tensors on the CPU."""
+    """Let backend="cuda" take tensors on the CPU."""
     engine = engine or Engine()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "CUDA_DEVICES", "cpu")

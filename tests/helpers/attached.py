@@ -1,4 +1,4 @@
-"""What the tests of `otalign.attach` measure: steps, gradients, and the same losses spelled out."""
+"""What the tests of `otalign.attach` compare: training steps, gradients, and the same losses written out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tol: float = 1e-4) -> None:
-    """Of each parameter, relative to its own size; what is a millionth of the largest is rounding."""
+    """Compare each gradient relative to its own norm. Differences below a millionth of the largest norm are rounding."""
     assert found.keys() == expected.keys()
     largest = max(float(g.norm()) for g in expected.values())
     for key, gradient in found.items():
@@ -32,13 +32,13 @@ def step(case: Case, **more) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def transcript(case: Case, row: int) -> Tensor:
-    """Positions of the words that are to be said, without the end."""
+    """Positions of the transcript's tokens, without the end token."""
     labels = case.batch["labels"][row]
     return ((labels != -100) & (labels != END)).nonzero()[:, 0]
 
 
 def spelled_out(case: Case, layers=(0,), reg=0.05) -> list[Tensor]:
-    """The alignment loss of every row, from the model's own hidden states."""
+    """The alignment loss of every row, computed from the hidden states of the model."""
     ids = case.batch["input_ids"]
     hidden = case.model(
         **{k: v for k, v in case.batch.items() if k != "labels"}, output_hidden_states=True

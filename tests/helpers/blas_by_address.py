@@ -20,9 +20,11 @@ def by_address(real: type):
         a = matrix(A, m, k, lda).T if trans_a == b"T" else matrix(A, k, m, lda)
         b = matrix(B, k, n, ldb).T if trans_b == b"T" else matrix(B, n, k, ldb)
         c = matrix(C, n, m, ldc)
-        lies = ([address % 64 for address in (A, B, C)], lda, ldb, ldc)
-        error = 1 + 1e-4 * (zlib.crc32(repr(lies).encode()) % 1000) / 1000
-        product = a.copy() @ b.copy()  # of one memory and its transpose, NumPy makes another product
+        position = ([address % 64 for address in (A, B, C)], lda, ldb, ldc)
+        error = 1 + 1e-4 * (zlib.crc32(repr(position).encode()) % 1000) / 1000
+        product = (
+            a.copy() @ b.copy()
+        )  # NumPy computes the product of a matrix and its own transpose differently, unless they are copies
         c[:] = alpha[0] * product * error + (beta[0] * c if beta[0] else 0)
 
     arguments = (letter, letter, integer, integer, integer, number, ctypes.c_void_p, integer, ctypes.c_void_p, integer,

@@ -1,4 +1,4 @@
-"""Fewer combinations of parameters: every pair of values, instead of every combination, of a test that takes long."""
+"""Fewer combinations of parameters for long tests: every pair of values instead of every combination."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ Pair = frozenset[tuple[str, Hashable]]
 
 
 def pairs(row: Mapping[str, Hashable]) -> set[Pair]:
-    """The pairs of values of two parameters that a combination holds; of one parameter, its value."""
+    """The pairs of values of two parameters in a combination; for a single parameter, its value."""
     values = sorted(row.items(), key=lambda item: item[0])
     return {frozenset(pair) for pair in combinations(values, min(2, len(values)))}
 
 
 def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """The places of some of `rows` in which each pair occurs that occurs in any of them, in order.
+    """The indices, in order, of a subset of `rows` that contains every pair that occurs in `rows`.
 
-    Greedy: the next is the one with the most pairs that are not there yet, the first of several. Most faults that depend on
-    parameters depend on one or two of them, and so show in this choice as well.
+    Greedy: the next row is the one with the most missing pairs, and the first among equals. Most faults that depend on
+    parameters depend on one or two of them, so this choice finds them as well.
     """
     held = [pairs(row) for row in rows]
     missing = set().union(*held)

@@ -1,4 +1,7 @@
-"""Run by torchrun in tests/integrations/test_distributed.py: the same gradients as one process with the joined batch."""
+"""Checks, under torchrun, that several processes have the gradients of one process with the joined batch.
+
+Run by tests/integrations/test_distributed.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ROWS, PLACEHOLDER, WORDS = 3, 19, 4
 
 
 class Model(nn.Module):
-    """A speech language model by the Hugging Face contract, small enough to join batches of."""
+    """A speech language model with the interface of Hugging Face, whose batches can be joined."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,13 +42,13 @@ class Model(nn.Module):
         speech = self.adapter(features)
         hidden = torch.where((input_ids == PLACEHOLDER)[..., None], speech, self.embed(input_ids))
         states = hidden, self.block(hidden).tanh()
-        # As in training that shares a normaliser, so that only the alignment's mean is in question.
+        # As in training with one normaliser for all ranks, so that only the mean of the alignment loss is tested.
         loss = nn.functional.cross_entropy(self.head(states[1]).flatten(0, 1), labels.flatten(), reduction="sum") / 100
         return {"loss": loss, "hidden_states": states if output_hidden_states else None}
 
 
 def batch(rank: int, empty: bool) -> dict[str, Tensor]:
-    """Rows of a rank, of different lengths; without speech in all of them if `empty`."""
+    """The rows of a rank, of different lengths; all without speech if `empty`."""
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(3, 18, (ROWS, 12), generator=generator)
     for row in range(ROWS):
@@ -90,7 +93,7 @@ def check(start: Model, wrap: str, accumulate: str, empty_rank: int | None) -> N
     with mock.patch.object(otalign.distributed, "processes", lambda: 1):
         both = joined(**together)["loss"]
     own = joined.eval()(**together)["loss"]
-    # The ranks' own losses are parts of a sum, of which DDP gives the mean.
+    # The model losses of the ranks are parts of a sum, and DDP averages them.
     (both - own + own / world).backward()
     expected, single_metrics = gradients(joined), single.metrics()
 
@@ -102,7 +105,7 @@ def check(start: Model, wrap: str, accumulate: str, empty_rank: int | None) -> N
 
 
 def check_language_model(wrap: str) -> None:
-    """Qwen2-Audio with its pass over the text inside the wrapped forward: both ranks have one batch, and its gradients."""
+    """Qwen2-Audio, whose pass over the text runs inside the wrapped forward. All ranks have the same batch and its gradients."""
     case, other = CASES["qwen2_audio"](), CASES["qwen2_audio"]()
     criterion = InnerAlignmentLoss([0, 2])
     otalign.attach(other.model, criterion)
@@ -125,7 +128,7 @@ def check_language_model(wrap: str) -> None:
 
 
 def check_a_rank_that_lacks_something() -> None:
-    """A rank without labels, or without transcripts, takes part in what the others wait for."""
+    """A rank without labels, or without transcripts, joins the collectives that the other ranks wait for."""
     rank, handles = dist.get_rank(), []
     case = CASES["qwen2_audio"]()
     handles.append(otalign.attach(case.model, OTRegLoss(), accumulate="mean", on_missing="ignore"))
@@ -164,6 +167,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Without the interpreter's own end: threads of torch that wake up in it abort the process, now and then.
+    # Skips the shutdown of the interpreter: threads of torch that wake up during it sometimes abort the process.
     sys.stderr.flush()
     os._exit(0)

@@ -1,9 +1,11 @@
-"""Triton's interpreter for the tests: made quicker, and with programs that run together.
+"""Triton's interpreter for the tests: faster, and with programs that run concurrently.
 
-The interpreter replaces the functions of triton.language by its own whenever a kernel calls a function, which takes it
-most of its time: here it does so once a launch. It looks for overflows of integers at each addition, and does nothing with
-what it finds: here it does not look. What it works out of types again and again is kept. And it runs the programs of a launch one after the other, so that one
-waiting for another would wait for ever: `together` runs them as threads that hand on a baton, in an order drawn at random.
+Faster: the interpreter replaces the functions of triton.language by its own at every call inside a kernel, which takes most of
+its time. Here it does so once a launch. It checks each integer addition for overflow and ignores the result. Here it does not
+check. Facts about types are cached.
+
+Concurrently: the interpreter runs the programs of a launch one after the other, so a program that waits for another would wait
+for ever. `together` runs them as threads, one at a time, in random order.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from triton.runtime import interpreter
 
 
 def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`_patch_lang`, skipping modules that this launch has patched already."""
+    """`_patch_lang` that skips modules which this launch has patched already."""
     patched: set[int] = set()
 
     class Scope:
@@ -38,7 +40,7 @@ def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
         added = languages - patched
         if not added:
-            return None  # a call within a kernel, where nobody restores
+            return None  # a call inside a kernel: its caller does not restore
         patched.update(added)
         return Scope(patch(function), added)
 
@@ -46,7 +48,7 @@ def patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def kept(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`_get_np_dtype`, which makes a table of all types at every call."""
+    """`_get_np_dtype` with a cache: it builds a table of all types at every call."""
     known: dict[str, Any] = {}
 
     def get(of: Any) -> Any:
@@ -59,7 +61,7 @@ def kept(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def broadcast_unless_equal(broadcast: Callable[..., Any]) -> Callable[..., Any]:
-    """`broadcast_impl_value`, which has nothing to do for blocks of one shape and for scalars."""
+    """`broadcast_impl_value` with a shortcut for blocks of equal shape and for scalars."""
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
         of_lhs, of_rhs = ([*side.type.get_block_shapes()] if side.type.is_block() else None for side in (lhs, rhs))
@@ -69,7 +71,7 @@ def broadcast_unless_equal(broadcast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parts_kept(init: Callable[..., None]) -> Callable[..., None]:
-    """`tensor.__init__`, most of which is the same for all tensors of a type."""
+    """`tensor.__init__` with a cache: most attributes are the same for all tensors of a type."""
 
     def __init__(self: Any, handle: Any, type: Any) -> None:
         parts = type.__dict__.setdefault("_parts_of_tensors", {})
@@ -83,7 +85,7 @@ def parts_kept(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def shapes_kept(init: Callable[..., None]) -> Callable[..., None]:
-    """`block_type.__init__`, for the few types that there are."""
+    """`block_type.__init__` with a cache: there are few types."""
     known: dict[Any, dict[str, Any]] = {}
 
     def __init__(self: Any, element_ty: Any, shape: Any) -> None:
@@ -108,7 +110,7 @@ def make_quicker() -> None:
 
 
 class Baton:
-    """Threads of which one runs at a time; at a memory access it may hand on, to whichever the dice say."""
+    """Runs functions as threads, one at a time. At a memory access a thread may pass the baton to another, chosen at random."""
 
     def __init__(
         self, functions: list[Callable[[], None]], resume: Callable[[int], None], seed: int, odds: float
@@ -130,7 +132,7 @@ class Baton:
             raise self.failure
 
     def hand_on(self, *, waiting: bool) -> None:
-        """Let another run: always if this one waits for others, else now and then."""
+        """Let another thread run: always if this one waits for others, else with probability `odds`."""
         me = self.current
         self.idle = self.idle + 1 if waiting else 0
         if self.idle > 1000 * len(self.threads):
@@ -168,10 +170,10 @@ class Baton:
 
 @contextmanager
 def together(seed: int = 0, odds: float = 0.05) -> Iterator[list[int]]:
-    """All programs of a launch at the same time. Gives a list of how many there were, launch by launch.
+    """Run all programs of a launch concurrently. Yields a list with the number of programs of each launch.
 
-    They change places when one waits and, with these `odds`, at any load, store or atomic, so that what they hand each
-    other without a barrier between is read too early on some seed.
+    Programs switch when one waits and, with probability `odds`, at any load, store or atomic. So for some seed a value that
+    is exchanged without a barrier is read too early.
     """
     launches: list[int] = []
     builder = interpreter.interpreter_builder

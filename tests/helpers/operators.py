@@ -1,4 +1,4 @@
-"""Public calls that run every operator of the backends, and a record of the operators that they run."""
+"""Public calls that together run every operator, and a recorder of the operators that they run."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +9,7 @@ from .problems import draw, draw_weights, leaf
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of otalign's operators, with their arguments."""
+    """Records the calls of otalign's operators, with their arguments."""
 
     def __init__(self):
         super().__init__()

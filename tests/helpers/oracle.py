@@ -1,7 +1,7 @@
-"""A second oracle, in numpy and float64, that shares nothing with otalign.reference: the definition as it stands.
+"""A second oracle, in NumPy and float64, that shares no code with the reference backend: the definition, written out.
 
-Points without mass, and points that nothing reaches, are taken out; what is left is solved by plain alternating updates of
-exponents until they stand still; every number is then computed from its definition on the plan.
+Massless points, and points without allowed pairs, are removed. Plain alternating updates in the log domain then solve the rest
+until the potentials stop changing. All outputs are computed from their definitions on the plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Optimum(NamedTuple):
-    """`value` and `linear` are numbers, `plan` (n, m), `f` (n,), `g` (m,); potentials without a gauge."""
+    """`value` and `linear` are numbers, `plan` (n, m), `f` (n,), `g` (m,); the potentials have no fixed gauge."""
 
     value: float
     linear: float
@@ -27,12 +27,12 @@ def solve(C, a, b, reg, rho=(np.inf, np.inf), sweeps=200_000) -> Optimum:
     rows = (a > 0) & (np.isfinite(C) & (b > 0)).any(1)
     columns = (b > 0) & (np.isfinite(C) & (a > 0)[:, None]).any(0)
     kept, log_a, log_b = C[np.ix_(rows, columns)], np.log(a[rows]), np.log(b[columns])
-    keep_x, keep_y = (1.0 if np.isinf(r) else r / (r + reg) for r in rho)
+    damping_x, damping_y = (1.0 if np.isinf(r) else r / (r + reg) for r in rho)
     f, g = np.zeros(rows.sum()), np.zeros(columns.sum())
     for _ in range(sweeps if kept.size else 0):
         before = f
-        f = -keep_x * reg * log_sum(log_b + (g - kept) / reg, 1)
-        g = -keep_y * reg * log_sum(log_a[:, None] + (f[:, None] - kept) / reg, 0)
+        f = -damping_x * reg * log_sum(log_b + (g - kept) / reg, 1)
+        g = -damping_y * reg * log_sum(log_a[:, None] + (f[:, None] - kept) / reg, 0)
         if np.abs(f - before).max() <= 1e-14 * (1 + np.abs(f).max()):
             break
     plan = np.zeros_like(C)
@@ -44,13 +44,13 @@ def solve(C, a, b, reg, rho=(np.inf, np.inf), sweeps=200_000) -> Optimum:
     all_f, all_g = np.zeros(len(a)), np.zeros(len(b))
     all_f[rows], all_g[columns] = f, g
     with np.errstate(divide="ignore"):
-        other_f = -keep_x * reg * log_sum(log_b + (g - C[:, columns]) / reg, 1)
-        other_g = -keep_y * reg * log_sum(log_a[:, None] + (f[:, None] - C[rows]) / reg, 0)
+        other_f = -damping_x * reg * log_sum(log_b + (g - C[:, columns]) / reg, 1)
+        other_g = -damping_y * reg * log_sum(log_a[:, None] + (f[:, None] - C[rows]) / reg, 0)
     return Optimum(value, linear, plan, np.where(rows, all_f, other_f), np.where(columns, all_g, other_g))
 
 
 def log_sum(exponents: np.ndarray, axis: int) -> np.ndarray:
-    """log of the sum of exp along an axis; -inf where there is nothing to sum."""
+    """log of the sum of exp along an axis; -inf for an empty sum."""
     top = exponents.max(axis, keepdims=True, initial=-1e308)
     with np.errstate(divide="ignore"):
         return (top + np.log(np.exp(exponents - top).sum(axis, keepdims=True))).squeeze(axis)

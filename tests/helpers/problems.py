@@ -1,4 +1,4 @@
-"""Problems for the tests to solve, and how to compare what comes out."""
+"""Problems for the tests, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 import otalign
 
-# Converged to rounding, where the question is not how the iteration stops.
+# Converged up to rounding, for tests that do not depend on how the iteration stops.
 CONVERGED: dict[str, Any] = {"tol": 1e-12, "max_iter": 20_000}
 
 
 class Batch(NamedTuple):
-    """A ragged batch of points, `x` (B, N, D) and `y` (B, M, D), whose padding is poison."""
+    """A ragged batch of points, `x` (B, N, D) and `y` (B, M, D), whose padding is poison (NaN by default)."""
 
     x: Tensor
     y: Tensor
@@ -56,7 +56,7 @@ def draw(
     poison: float = math.nan,
     seed: int = 0,
 ) -> Batch:
-    """Random points at distances around one, padded by two rows of `poison` more than the longest item needs."""
+    """Random points at distances around one, padded with `poison` to two rows more than the longest item."""
     generator = torch.Generator().manual_seed(seed)
 
     def side(lengths: Sequence[int]) -> Tensor:
@@ -67,7 +67,7 @@ def draw(
     return Batch(side(x_lengths), side(y_lengths), torch.tensor(x_lengths), torch.tensor(y_lengths))
 
 
-# Lengths for a GPU: items that several programs share and items of one point, an empty one among them.
+# Lengths for a GPU: items that several programs share, items of one point, and an empty item.
 RAGGED = [750, 1, 0, 300, 129], [128, 5, 7, 100, 128]
 
 
@@ -76,7 +76,7 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 
 def draw_weights(lengths: Tensor, size: int, *, zeros: bool = False, seed: int = 1) -> Tensor:
-    """Positive weights (B, size), not normalised; with `zeros`, none for every third point but the first."""
+    """Positive weights (B, size), not normalised. With `zeros`, every third point has weight zero, but not the first point."""
     generator = torch.Generator().manual_seed(seed)
     weights = 0.2 + torch.rand(len(lengths), size, generator=generator, dtype=torch.float64)
     if zeros:
@@ -130,22 +130,22 @@ def identical(actual: Tensor, expected: Tensor) -> None:
 
 
 def rounded(actual: Tensor, expected: Tensor) -> None:
-    """Assert equality up to rounding: of integers and truth values none."""
+    """Assert equality up to rounding; integers and booleans must be identical."""
     if not expected.is_floating_point():
         return identical(actual, expected)
     return close(actual, expected, {torch.float64: 1e-10, torch.float32: 1e-5}.get(expected.dtype, 1e-2))
 
 
 def same_on(backend: str) -> Callable[[Tensor, Tensor], None]:
-    """How to compare what a backend makes of one problem in two places in memory.
+    """How to compare a backend's results for one problem at two places in memory.
 
-    To the last bit; but the reference promises no bits, for its products are torch's, whose BLAS may round by address.
+    To the last bit, except for the reference: its products are torch's, and the rounding of a BLAS may depend on the address.
     """
     return rounded if backend == "reference" else identical
 
 
 def states(layers: int = 3, x_lengths=(9, 1, 6, 0, 4), y_lengths=(4, 3, 6, 2, 1), D: int = 8, dtype=torch.float32):
-    """Speech and text of some layers, poisoned behind their lengths."""
+    """Speech and text states of some layers, with poison behind the lengths."""
     batches = [draw(x_lengths, y_lengths, D=D, dtype=torch.float64, seed=seed) for seed in range(layers)]
     lengths = batches[0].x_lengths, batches[0].y_lengths
     return [b.x.to(dtype) for b in batches], [b.y.to(dtype) for b in batches], *lengths

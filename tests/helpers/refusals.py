@@ -1,10 +1,10 @@
-"""Calls that must raise an error, and what its message must hold."""
+"""Calls that must raise an error, and the words that its message must contain."""
 
 import pytest
 
 
 def rejected(error, *words, **arguments):
-    """A parameter set: `sinkhorn_loss` of these arguments raises `error`, and the message holds the `words`."""
+    """A parameter set: `sinkhorn_loss` of these arguments raises `error`, and the message contains the `words`."""
     return pytest.param(error, words, arguments, id=next(iter(arguments)) + ": " + words[-1])
 
 

@@ -14,7 +14,7 @@ VOCABULARY, WIDTH, LAYERS, HEADS = 100, 32, 3, 2
 MELS, ENCODER_WIDTH = 8, 16
 PAD, BOS, END, AUDIO = 0, 1, 2, 99
 
-# A token recurs in each transcript: apart in the first, side by side in the second.
+# A token occurs twice in each transcript: apart in the first, side by side in the second.
 PROMPTS = [BOS, 11, 12], [BOS, 13]
 TRANSCRIPTS = [41, 42, 41, 43, 44, 45], [51, 52, 52, 53]
 
@@ -24,7 +24,7 @@ AUDIO_FRAMES = 40, 26
 
 @dataclass
 class Case:
-    """A model in train mode, arguments for its forward, and its part that makes the LLM's embeddings of speech."""
+    """A model in train mode, arguments for its forward, and the part that computes the speech embeddings for the LLM."""
 
     model: nn.Module
     batch: dict[str, Tensor]
@@ -45,7 +45,7 @@ def qwen2_audio() -> Case:
 
 
 def voxtral() -> Case:
-    """Its audio comes in chunks of one length: two for the first row, one for the second."""
+    """Its audio is cut into chunks of one length: two for the first row, one for the second."""
     stacked = 4
     config = transformers.VoxtralConfig(
         audio_config={
@@ -67,7 +67,7 @@ def voxtral() -> Case:
 
 
 def granite_speech() -> Case:
-    """Its projector turns every window into three embeddings; the LLM multiplies all that it reads by twelve."""
+    """Its projector makes three embeddings of every window; the LLM multiplies its input embeddings by twelve."""
     window, downsample, frames = 6, 2, (24, 14)
     config = transformers.GraniteSpeechConfig(
         encoder_config={
@@ -130,7 +130,7 @@ def audio_flamingo3() -> Case:
 
 
 def qwen2_5_omni() -> Case:
-    """Its projector is the last layer of its encoder; it has an encoder of images too, which nothing here reaches."""
+    """Its projector is the last layer of its encoder. It also has an image encoder, which these tests do not use."""
     config = transformers.Qwen2_5OmniThinkerConfig(
         audio_config={"d_model": ENCODER_WIDTH, "output_dim": WIDTH, "n_window": 8, **whisper(), **encoder()},
         vision_config={
@@ -171,7 +171,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def left_padded(batch: dict[str, Tensor], pad_id: int = PAD) -> dict[str, Tensor]:
-    """The same batch with the padding of its tokens in front of them."""
+    """The same batch with the padding on the left of its tokens."""
     order = batch["attention_mask"].argsort(dim=1, stable=True)
     moved = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask", "labels")}
     moved["input_ids"] = moved["input_ids"].masked_fill(moved["attention_mask"] == 0, pad_id)
@@ -208,12 +208,12 @@ def build(kind: type[transformers.PreTrainedModel], config: transformers.Pretrai
 
 
 def pooled(frames: int) -> int:
-    """How many embeddings frames give: a convolution halves them, rounding up, and a mean of pairs, rounding down."""
+    """The number of embeddings for so many frames: a convolution halves it, rounding up, then a mean of pairs, rounding down."""
     return (frames + 1) // 2 // 2
 
 
 def mel(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Features (B, MELS, T), zero behind each length, and the mask (B, T) of those that are not."""
+    """Features (B, MELS, T), zero behind each length, and the mask (B, T) of valid frames."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return torch.randn(len(lengths), MELS, max(lengths), generator=generator) * mask[:, None], mask.long()

@@ -1,4 +1,4 @@
-"""`otalign.attach` on real speech language models with few random weights, against the same sums written out."""
+"""`otalign.attach` on real speech language models with few random weights, compared with the same sums written out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAMES = sorted(CASES)
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layers", [(0,), (0, 2)])
-def test_what_is_added(name, layers):
-    """The loss and every gradient are the model's own plus the weighted mean by label tokens."""
+def test_added_loss_and_gradients(name, layers):
+    """Loss and gradients are those of the model plus the weighted alignment loss, averaged by label tokens."""
     case = CASES[name]()
     own, own_gradients = step(case)
     case.model.zero_grad()
@@ -94,7 +94,7 @@ def test_off_in_evaluation_and_generation():
 
 @pytest.mark.parametrize("name", ["audio_flamingo3", "qwen2_5_omni", "voxtral"])
 def test_accumulation_over_rows_is_exact(name):
-    """Rows one by one, with the number of labels in all of them, give the gradients of the batch."""
+    """Single rows, divided by the number of labels in all rows, give the gradients of the batch."""
     case = CASES[name]()
     otalign.attach(case.model, OTRegLoss(), weight=2.0)
     total = int((case.batch["labels"][:, 1:] != -100).sum())
@@ -115,8 +115,8 @@ def test_left_padding(name):
 
 @pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech"])
 @pytest.mark.parametrize("layers", [[0], [0, 1]])
-def test_transcripts_that_are_not_in_the_sequence(name, layers):
-    """Given by the batch or by a function, they mean what the labels mean where they say the same."""
+def test_transcripts_outside_the_sequence(name, layers):
+    """Transcripts from the batch or from a function give the same result as equal labels."""
     case = CASES[name]()
     criterion = (lambda: OTRegLoss(cost="sqeuclidean")) if layers == [0] else lambda: InnerAlignmentLoss(layers)
     ids = torch.cat([torch.full((2, 2), -100), case.batch["labels"]], 1)
@@ -154,7 +154,7 @@ def test_items_without_speech_or_text_are_skipped():
     loss = case.model.train()(**case.batch).loss
     assert handle.metrics()["otalign/skipped"] == 1
     case.batch["labels"][:, :] = -100
-    case.batch["labels"][:, -1] = END  # nothing but an end to predict
+    case.batch["labels"][:, -1] = END  # only the end token to predict
     loss, found = step(case)
     close(loss, case.model.eval()(**case.batch).loss, 1e-6)
     assert handle.metrics()["otalign/skipped"] == 2
@@ -195,8 +195,8 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_words_and_no_token_to_begin_with(name):
-    """Released configurations have no bos_token_id; then the pass over the text has nothing at all."""
+def test_no_words_and_no_bos_token(name):
+    """Released configurations have no bos_token_id. Without words the pass over the text then has no input."""
     case = CASES[name]()
     for config in (case.model.config, case.model.config.text_config):
         config.bos_token_id = None
@@ -210,7 +210,7 @@ def test_no_words_and_no_token_to_begin_with(name):
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
-def test_labels_that_are_not_masked_on_the_speech():
+def test_labels_that_cover_the_speech():
     case = CASES["voxtral"]()
     handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
     case.model(**case.batch)
@@ -221,7 +221,7 @@ def test_labels_that_are_not_masked_on_the_speech():
     assert handle.metrics()["otalign/loss"] == pytest.approx(expected)
 
 
-def test_weight_in_the_metrics_is_that_of_the_step():
+def test_metrics_show_the_weight_of_the_step():
     case = CASES["qwen2_audio"]()
     own, _ = step(case)
     handle = otalign.attach(case.model, OTRegLoss(warmup_steps=4), weight=lambda step: step + 1.0, accumulate="mean")
@@ -233,8 +233,8 @@ def test_weight_in_the_metrics_is_that_of_the_step():
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 1]])
-def test_items_that_are_packed_in_a_row(layers):
-    """Told apart by position_ids; at the embeddings they are what they are in rows of their own."""
+def test_items_packed_in_one_row(layers):
+    """position_ids separate packed items. At the embeddings the result equals that of separate rows."""
     case = CASES["qwen2_audio"]()
     criterion = OTRegLoss() if layers == [0] else InnerAlignmentLoss(layers)
     handle = otalign.attach(case.model, criterion)
@@ -255,14 +255,14 @@ def test_items_that_are_packed_in_a_row(layers):
     otalign.attach(case.model.train(), criterion, transcript="transcript_ids")
     with pytest.raises(ValueError, match="packed in a row"):
         case.model(**packed, transcript_ids=torch.ones(1, 3).long())
-    # Positions that are given without packing change nothing.
+    # position_ids without packing change nothing.
     expected = case.model(**case.batch, transcript_ids=torch.ones(2, 3).long()).loss
     plain = case.batch | {"position_ids": torch.arange(rows.shape[1]).expand_as(rows)}
     close(case.model(**plain, transcript_ids=torch.ones(2, 3).long()).loss, expected, 1e-6)
 
 
 def test_otreg_on_an_inner_layer(monkeypatch):
-    """The text's ids are as long as its states, also where nothing was cut off before, as on a GPU."""
+    """The ids of the text are as long as its states, also if no padding was cut off before, as on a GPU."""
     case = CASES["voxtral"]()
     losses = []
     for cut in (True, False):
@@ -276,8 +276,8 @@ def test_otreg_on_an_inner_layer(monkeypatch):
     assert losses[0] == pytest.approx(losses[1])
 
 
-def test_audio_that_is_not_attended_to_is_no_speech():
-    """Some collators add fake audio, under a mask of zeros, to rows without any."""
+def test_masked_audio_is_not_speech():
+    """Some collators add fake audio with a mask of zeros to rows without audio."""
     case = CASES["qwen2_audio"]()
     handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
     case.batch["attention_mask"][0, case.batch["input_ids"][0] == case.audio_token_id] = 0
@@ -285,8 +285,8 @@ def test_audio_that_is_not_attended_to_is_no_speech():
     assert handle.metrics()["otalign/skipped"] == 1
 
 
-def test_nan_is_seen_in_the_metrics():
-    """Trainer's log shows a loss of NaN as 0."""
+def test_metrics_show_nan():
+    """The log of Trainer shows a NaN loss as 0."""
     case = CASES["qwen2_audio"]()
     handle = otalign.attach(case.model, OTRegLoss())
     case.batch["input_features"][0, 0, 0] = torch.nan

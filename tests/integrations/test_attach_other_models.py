@@ -1,4 +1,4 @@
-"""`otalign.attach` on models that are not Hugging Face's: masks of their own, inner language models, other outputs."""
+"""`otalign.attach` on models from outside Hugging Face: with their own masks, inner language models, other outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Returned(NamedTuple):
 
 
 class Merged(nn.Module):
-    """Speech in front of the text, as SLAM-LLM and Ultravox merge them; `gives` says what is returned."""
+    """Speech in front of the text, as in SLAM-LLM and Ultravox. `gives` chooses the form of the output."""
 
     def __init__(self, gives: str):
         super().__init__()
@@ -63,7 +63,7 @@ def loss_of(output) -> Tensor:
 @pytest.mark.parametrize(
     "gives", ["output", "output and accuracy", "loss and statistics", "named tuple", "dict", "loss"]
 )
-def test_models_with_masks_of_their_own(gives):
+def test_models_with_their_own_masks(gives):
     torch.manual_seed(0)
     model = Merged(gives)
     audio, audio_lengths = torch.randn(2, 6, 5), torch.tensor([6, 4])
@@ -97,7 +97,7 @@ def test_a_model_without_a_loss_is_left_alone():
         identical(model(*batch), own)
 
 
-def test_a_model_without_hidden_states_is_told():
+def test_a_model_without_hidden_states_is_reported():
     model = Merged("dict")
     model.forward = lambda output_hidden_states=None, **batch: Merged.forward(model, **batch)
     mask = torch.ones(2, 10, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What `otalign.attach` lacks, refuses or warns of: batches, arguments, models."""
+"""Batches, arguments and models that `otalign.attach` refuses or warns about."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_model_that_ignores_the_number_of_labels_is_named():
     for _ in range(5):
         step(case, num_items_in_batch=torch.tensor(own))  # in which it cannot be told
     with pytest.warns(UserWarning, match="Qwen2AudioForConditionalGeneration ignores num_items_in_batch"):
-        for _ in range(3):  # it is not looked at in each
+        for _ in range(3):  # not every step checks it
             step(case, num_items_in_batch=torch.tensor(100))
     other = CASES["voxtral"]()
     otalign.attach(other.model, OTRegLoss())
@@ -45,7 +45,7 @@ def test_missing_parts():
         case.model(**without)
 
 
-def test_a_placeholder_that_is_nowhere():
+def test_a_placeholder_that_never_occurs():
     case = CASES["qwen2_audio"]()
     own, _ = step(case)
     handle = otalign.attach(case.model, OTRegLoss(), audio_token_id=98)
@@ -62,7 +62,7 @@ class Overridden(OTRegLoss):
         return 2 * super().forward(*arguments, **options)
 
 
-def test_what_functions_of_the_batch_may_give():
+def test_what_functions_of_the_batch_may_return():
     case = CASES["qwen2_audio"]()
     ids = case.batch["input_ids"]
     for options, message in (
@@ -128,7 +128,7 @@ def test_bad_arguments():
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             otalign.attach(case.model, **({"loss": OTRegLoss()} | options))
-    assert not case.model._forward_hooks  # nothing is left of what failed
+    assert not case.model._forward_hooks  # a failed call leaves no hooks
     handle = otalign.attach(case.model, InnerAlignmentLoss([0, 9]))
     with pytest.raises(ValueError, match="the model has 4 hidden states"):
         case.model(**case.batch)
@@ -146,7 +146,7 @@ def test_bad_arguments():
 
 
 def test_placeholders_that_the_model_expands():
-    """Legacy inputs of Qwen2-Audio: one placeholder for a whole recording."""
+    """The legacy inputs of Qwen2-Audio have one placeholder for a whole recording."""
     case = CASES["qwen2_audio"]()
     case.model.config.ignore_index = -100
     rows, labels = [], []

@@ -1,4 +1,4 @@
-"""`otalign.attach` on models that something else wraps, recomputes, compiles, copies or lets fail."""
+"""`otalign.attach` on models that are wrapped, recomputed, compiled, copied, or raise an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_gradient_checkpointing(name, reentrant):
 
 
 def test_a_checkpoint_around_the_model_runs_the_hooks_twice():
-    """Then each run adds the loss to its own output, and the gradients are those of one."""
+    """Each run adds the loss to its own output, and the gradients are those of one run."""
     case = CASES["qwen2_audio"]()
     otalign.attach(case.model, OTRegLoss(), weight=1.0)
     loss, expected = step(case)
@@ -60,7 +60,7 @@ def test_under_compile():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_under_prefix_tuning(first):
-    """Which gives the model a cache in training."""
+    """Prefix tuning gives the model a cache in training."""
     import peft
 
     case = CASES["voxtral"]()
@@ -71,7 +71,7 @@ def test_under_prefix_tuning(first):
         token_dim=32,
         num_attention_heads=2,
     )
-    expected = sum(spelled_out(case)) / 2  # of embeddings, which a prefix leaves as they are
+    expected = sum(spelled_out(case)) / 2  # embeddings: a prefix does not change them
     if first:
         handle = otalign.attach(case.model, OTRegLoss(), accumulate="mean")
         adapted = peft.get_peft_model(case.model, options).train()
@@ -122,14 +122,14 @@ def test_after_an_error_in_the_model_and_in_a_copy():
     identical(case.model(**case.batch).loss, expected)
     twin = copy.deepcopy(case.model)
     identical(twin(**case.batch).loss, expected)
-    more = otalign.attach(twin, OTRegLoss())  # beside the one that came with the copy
+    more = otalign.attach(twin, OTRegLoss())  # in addition to the one of the copy
     assert twin(**case.batch).loss > expected
     assert more.metrics()["otalign/loss"] > 0
     identical(case.model(**case.batch).loss, expected)
 
 
 def test_a_checkpoint_around_the_model_is_one_step():
-    """The second run has the first one's weight, and does not count."""
+    """The second run uses the weight of the first, and does not count as a step."""
     found = []
     for around in (False, True):
         case = CASES["qwen2_audio"]()
@@ -147,7 +147,7 @@ def test_a_checkpoint_around_the_model_is_one_step():
     assert found[0][1] == pytest.approx(found[1][1])
 
 
-def test_losses_on_a_wrapper_and_on_what_is_inside():
+def test_losses_on_a_wrapper_and_on_its_inner_model():
     import peft
 
     case = CASES["qwen2_audio"]()
@@ -159,7 +159,7 @@ def test_losses_on_a_wrapper_and_on_what_is_inside():
     assert outer.metrics()["outer/loss"] > 0
 
 
-def test_hidden_states_that_the_configuration_asks_for():
+def test_output_hidden_states_in_the_configuration():
     case = CASES["qwen2_audio"]()
     case.model.config.output_hidden_states = case.model.config.text_config.output_hidden_states = True
     otalign.attach(case.model, OTRegLoss())

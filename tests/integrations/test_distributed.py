@@ -1,4 +1,4 @@
-"""Training on several processes, by torchrun and gloo: see distributed_worker.py for what they check."""
+"""Training on several processes with torchrun and gloo. helpers/distributed_worker.py makes the checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORKER = Path(__file__).parents[1] / "helpers/distributed_worker.py"
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_give_the_gradients_of_one(processes):
-    """DDP and FSDP2, by items and by tokens, with and without a rank that has nothing to align."""
+    """DDP and FSDP2, averaged by items and by tokens, with and without a rank that has nothing to align."""
     command = [
         sys.executable,
         "-m",

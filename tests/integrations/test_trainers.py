@@ -1,4 +1,4 @@
-"""Real trainers, unmodified, with a loss attached: what they optimise, log, save and resume."""
+"""Unmodified trainers with an attached loss: what they optimise, log, save and resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 6
 
 
 class Rows(torch.utils.data.Dataset):
-    """The rows of a case's batch over and over, in tokens of different numbers."""
+    """The rows of a case's batch, repeated, with different numbers of tokens."""
 
     def __init__(self, case: Case, more: dict[str, Tensor] | None = None, count: int = 24):
         self.batch, self.count = {**case.batch, **(more or {})}, count
@@ -105,10 +105,10 @@ class StopAt(transformers.TrainerCallback):
 
 
 def resumable(folder: Path, stop: int = STEPS, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], list[float]]:
-    """The model's weights at the end, and the loss's that were logged.
+    """The weights of the model at the end, and the logged weights of the loss.
 
-    Trainer writes the names that the Hub has and reads them as if they were the model's: of these classes not one fits, and it goes
-    on with the weights that the model has (transformers 5.23). So they are loaded here.
+    Trainer saves weights under the names of the Hub, but loads them by the names of the model. For these classes no name matches,
+    and Trainer continues with the current weights (transformers 5.23). So this function loads them.
     """
     case = CASES["qwen2_audio"]()
     if checkpoint is not None:
@@ -132,7 +132,7 @@ def resumable(folder: Path, stop: int = STEPS, checkpoint: Path | None = None) -
 
 @pytest.mark.filterwarnings("ignore:.*ignores num_items_in_batch")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_resuming_is_as_if_nothing_had_happened(tmp_path):
+def test_resumed_training_equals_uninterrupted_training(tmp_path):
     """Qwen2-Audio under Trainer with checkpointing, accumulation and bfloat16, stopped at half of its steps."""
     whole, weights = resumable(tmp_path / "whole")
     assert weights == pytest.approx([0, 0.125, 0.25, 0.375, 0.5, 0.5])
@@ -143,8 +143,8 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path):
         identical(value, whole[name])
 
 
-def test_label_smoothing_takes_the_labels(tmp_path):
-    """Trainer then computes the loss by itself: there is none to add to, which is said once."""
+def test_label_smoothing_removes_the_labels(tmp_path):
+    """Trainer then computes the loss itself. There is none to add to, and one warning says so."""
     case = CASES["audio_flamingo3"]()
     otalign.attach(case.model, OTRegLoss())
     with pytest.warns(UserWarning, match="no alignment loss for this batch"):
@@ -167,7 +167,7 @@ def test_transcript_ids_reach_the_loss(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_accumulation_in_trainer_is_exact(tmp_path, accumulation):
-    """Two batches of two rows, or one of four, move the weights alike: the model's own loss and the attached one."""
+    """Two batches of two rows change the weights like one batch of four: by the model's loss and by the attached one."""
     case = CASES["audio_flamingo3"]()
     otalign.attach(case.model, OTRegLoss(), weight=3.0)
     options = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
@@ -227,7 +227,7 @@ def test_lightning(tmp_path):
 
 
 def test_a_plain_loop():
-    """Embeddings overfit to one batch: both parts of the loss fall, the alignment's because it is trained on."""
+    """Embeddings overfit one batch: both parts of the loss fall, the alignment loss because it is trained."""
     case = CASES["qwen2_5_omni"]()
     handle = otalign.attach(case.model, OTRegLoss(), weight=5.0)
     optimizer = torch.optim.AdamW(case.model.parameters(), 3e-3)
@@ -243,7 +243,7 @@ def test_a_plain_loop():
 
 @pytest.mark.parametrize("name", ["voxtral", "audio_flamingo3"])
 def test_accelerate_accumulates_exactly(name):
-    """Batches of unlike size in a step, as docs/trainers.md has them, change the weights as one batch does."""
+    """Batches of different size in one step, as in docs/trainers.md, change the weights like one batch."""
     import accelerate
 
     case, whole = CASES[name](), CASES[name]()

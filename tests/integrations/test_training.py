@@ -1,4 +1,4 @@
-"""Does training with the loss pull speech towards its text?"""
+"""Does training with the loss move speech towards its text?"""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ TEXTS, STATES, WORDS = 6, 16, 12
 
 @pytest.fixture
 def corpus():
-    """Sentences of word vectors, and "speech" that holds every word for some frames, in another basis, with noise."""
+    """Sentences of word vectors, and "speech": each word for some frames, in another basis, with noise."""
     generator = torch.Generator().manual_seed(11)
     words = torch.nn.functional.normalize(torch.randn(WORDS, STATES, generator=generator), dim=-1)
     basis = torch.linalg.qr(torch.randn(STATES, STATES, generator=generator)).Q
@@ -31,7 +31,7 @@ def corpus():
 
 
 def accuracy(speech, text, speech_lengths, text_lengths, owners, **options) -> float:
-    """Share of the frames whose most likely token is the one that they were made from."""
+    """The share of frames whose most likely token is the right one."""
     plan = otalign.solve(speech.detach(), text, speech_lengths, text_lengths, **options).plan()
     right = [
         float((plan[index, : len(owner)].argmax(-1) == owner).float().mean()) for index, owner in enumerate(owners)
@@ -53,13 +53,13 @@ def train(model, loss, steps=120):
 
 @pytest.mark.parametrize("objective", ["value", "plan_cost", "transport", "divergence"])
 def test_alignment_emerges(corpus, objective):
-    """From an adapter that knows nothing, with a temporal prior as the only hint."""
+    """From an untrained adapter, with a temporal prior as the only information on time."""
     speech, text, speech_lengths, text_lengths, owners = corpus
     model = torch.nn.Linear(STATES, STATES)
     options = {"reg": 0.1, "prior": Prior.quadratic(2.0), "backend": "cpu"}
     criterion = otalign.SinkhornLoss(objective=objective, **options)
     lengths = (speech_lengths, text_lengths)
-    alone = {"reg": 0.1, "backend": "cpu"}  # judged without the hint
+    alone = {"reg": 0.1, "backend": "cpu"}  # measured without the prior
     before = accuracy(model(speech), text, *lengths, owners, **alone)
     losses = train(model, lambda: criterion(model(speech), text, *lengths))
     after = accuracy(model(speech), text, *lengths, owners, **alone)

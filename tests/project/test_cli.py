@@ -1,4 +1,4 @@
-"""The command line: what it prints and saves, and that mistakes are told in one line."""
+"""The command line: what it prints and saves, and its one-line error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from otalign.speech import alignment_path_score, sequence_similarity
 
 from ..helpers.problems import close, rounded
 
-CHECKED = {"reference": None, "cpu": None}  # Triton's interpreter is for the subprocesses of other tests
+CHECKED = {"reference": None, "cpu": None}  # Triton's interpreter is meant for the subprocesses of other tests
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_hot(folder):
-    """Three tokens, each said for two frames: the plan is known exactly."""
+    """Three tokens of two frames each: the plan is known exactly."""
     np.save("text.npy", np.eye(3, 4, dtype=np.float32))
     np.save("speech.npy", np.eye(3, 4, dtype=np.float32).repeat(2, axis=0))
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one line on stderr of a call that must fail with exit status 2."""
+    """The single line on stderr of a call that must fail with exit status 2."""
     try:
         status = main(argv)
     except SystemExit as exit:
@@ -64,7 +64,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [[], ["doctor"]])
-def test_doctor_checks_what_is_there(quick, capsys, argv):
+def test_doctor_checks_available_backends(quick, capsys, argv):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     for label, text in doctor.report():
@@ -82,7 +82,7 @@ def broken(monkeypatch, make):
     )
 
 
-def test_doctor_can_leave_the_checks_out(capsys):
+def test_doctor_can_skip_the_checks(capsys):
     assert main(["doctor", "--report-only"]) == 0
     said = capsys.readouterr().out
     assert "backend cpu" in said
@@ -165,7 +165,7 @@ def test_align_agrees_with_the_library(folder, capsys):
     options = {"prior": Prior.quadratic(1.5), "unbalanced": (math.inf, 0.5), "backend": "reference"}
     result = otalign.solve(speech[None], text[None], reg=0.2, cost="sqeuclidean", tol=1e-5, max_iter=400, **options)
     held = np.load("out.npz")
-    rounded(torch.tensor(held["plan"]), result.plan()[0])  # a file lies elsewhere in memory
+    rounded(torch.tensor(held["plan"]), result.plan()[0])  # a file is at another address
     assert held["frame"].tolist() == result.assign_y()[0].tolist()
     assert held["share"].sum() == pytest.approx(1)
     assert held["mass"] == pytest.approx(float(result.plan().sum()), rel=1e-5)
@@ -186,7 +186,7 @@ def test_align_saves_csv_with_labels_of_a_file(one_hot):
     assert [row["frame"] for row in rows] == ["0", "2", "4"]
 
 
-def test_align_tells_of_what_did_not_converge(folder, capsys):
+def test_align_reports_items_that_did_not_converge(folder, capsys):
     np.save("speech.npy", np.random.default_rng(0).normal(size=(30, 3)))
     np.save("text.npy", np.random.default_rng(1).normal(size=(9, 3)))
     assert main(["align", "speech.npy", "text.npy", "--reg", "0.01", "--max-iter", "2"]) == 0
@@ -198,7 +198,7 @@ def test_align_tells_of_what_did_not_converge(folder, capsys):
     assert "widen the band, or relax one side" in capsys.readouterr().err
 
 
-def test_ends_of_names_in_capitals(one_hot):
+def test_file_extensions_in_capitals(one_hot):
     for name in ("plan.PNG", "all.NPZ", "all.JSON", "all.CSV"):
         assert main(["align", "speech.npy", "text.npy", "--plot" if "PNG" in name else "--out", name]) == 0
     assert np.load("all.NPZ")["plan"].shape == (6, 3)
@@ -347,7 +347,7 @@ def test_a_picture_needs_matplotlib(one_hot, capsys, monkeypatch, command):
 
 
 def states(items: int = 3, layers: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of speech and text, `(L, B, N, D)` with NaN behind the lengths; one item is empty."""
+    """States of speech and text, `(L, B, N, D)` with NaN behind the lengths; one item is empty."""
     n, m = torch.tensor([9, 4, 0][:items]), torch.tensor([3, 5, 2][:items])
     speech, text = torch.randn(layers, items, 9, 6), torch.randn(layers, items, 5, 6)
     for values, lengths in ((speech, n), (text, m)):
@@ -375,7 +375,7 @@ def test_score_agrees_with_the_library(folder, capsys, metric):
     expected = alignment_path_score(list(speech), list(text), n, m, metric=metric)
     similarity = sequence_similarity(list(speech), list(text), n, m, metric=metric)
     assert held["items"] == 3
-    # To rounding: a file lies elsewhere in memory, and torch's products may round by address.
+    # Up to rounding: a file is at another address, and the rounding of torch's products may depend on it.
     assert held["item_scores"][2] is None
     assert held["item_scores"][:2] == pytest.approx(expected.score[:2].tolist(), rel=1e-5)
     assert held["score"] == pytest.approx(float(expected.score.nanmean()), rel=1e-5)
@@ -432,7 +432,7 @@ def test_layers_keep_their_numbers(folder):
 
 
 @pytest.mark.parametrize("dtype", [">f4", "f2", "f8", "i4", "u1"])
-def test_numbers_of_every_kind_are_read(folder, dtype):
+def test_states_of_every_dtype_are_read(folder, dtype):
     values = np.arange(6).reshape(2, 3)
     np.save("values.npy", values.astype(dtype))
     close(files.points("values.npy"), torch.arange(6.0).reshape(2, 3).to(files.points("values.npy").dtype), 0)
@@ -488,7 +488,7 @@ SMALL = ["bench", "--batch", "2", "--frames", "9", "--tokens", "4", "--dim", "8"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_bench_times_what_it_is_asked_for(capsys, monkeypatch, dtype):
+def test_bench_times_the_requested_problem(capsys, monkeypatch, dtype):
     monkeypatch.setattr(bench, "BURST", 0)
     argv = [*SMALL, "--dtype", dtype, "--backend", "cpu", "reference", "--reg", "0.2", "--cost", "sqeuclidean"]
     monkeypatch.setattr(bench, "_burst", lambda call, device: call() and 2.0)
@@ -541,7 +541,7 @@ def test_bench_waits_for_a_gpu(monkeypatch):
     assert log == ["record", "call", "record", "synchronize"]
 
 
-def test_bench_leaves_out_what_cannot_compute_it(capsys, monkeypatch):
+def test_bench_leaves_out_backends_that_cannot_compute_it(capsys, monkeypatch):
     monkeypatch.setattr(bench, "of_device", lambda device: ["cuda", "cpu"])
     arguments = argparse.Namespace(backend=None, device="cpu", reg=0.1, cost="cosine")
     batch = bench.Batch(torch.rand(1, 3, 2, requires_grad=True), torch.rand(1, 2, 2, requires_grad=True), None, None)
@@ -573,7 +573,7 @@ def test_bench_refuses(capsys, monkeypatch, arguments, message):
     assert message in refused(capsys, *SMALL, *arguments.split())
 
 
-# All of it -------------------------------------------------------------------------------------------------------------
+# All commands -------------------------------------------------------------------------------------------------------------
 
 
 def test_version(capsys):
@@ -597,7 +597,7 @@ def test_unknown_command(capsys):
     assert "invalid choice: 'frobnicate'" in refused(capsys, "frobnicate")
 
 
-def test_a_pipe_that_closes_is_no_error(one_hot):
+def test_a_closed_pipe_is_no_error(one_hot):
     argv = [sys.executable, "-m", "otalign", "align", "speech.npy", "text.npy"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

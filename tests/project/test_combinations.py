@@ -1,4 +1,4 @@
-"""Does the choice of combinations that `make test` runs leave out no pair, and is it short?"""
+"""Does the choice of combinations for `make test` contain every pair, and is it short?"""
 
 from itertools import combinations, product
 
@@ -20,7 +20,7 @@ def enumerate_names(values):
     [((4, 4), 16), ((4, 4, 4), 20), ((2, 2, 2), 5), ((2, 3, 4, 4), 20), ((3, 2, 2, 2, 2, 2), 10), ((5,), 5)],
     ids=str,
 )
-def test_every_pair_of_values_is_there(sizes, most):
+def test_every_pair_of_values_is_covered(sizes, most):
     rows = rows_of(*sizes)
     chosen = [rows[index] for index in covering(rows)]
     assert len(chosen) <= most
@@ -30,19 +30,19 @@ def test_every_pair_of_values_is_there(sizes, most):
         assert {row[name] for row in chosen} == set(range(size))
 
 
-def test_pairs_that_do_not_occur_are_not_asked_for():
+def test_only_pairs_that_occur_are_covered():
     rows = [row for row in rows_of(3, 3, 3) if row["p0"] != row["p1"]]
     chosen = [rows[index] for index in covering(rows)]
     assert {(row["p0"], row["p1"]) for row in chosen} == {(a, b) for a in range(3) for b in range(3) if a != b}
 
 
 def test_same_choice_for_the_same_rows():
-    """Processes that share the tests have to agree on them."""
+    """The processes that share the tests must choose the same ones."""
     rows = rows_of(3, 4, 2, 3)
     assert covering(rows) == covering([dict(reversed(row.items())) for row in rows])
     assert covering(rows) == sorted(set(covering(rows)))
 
 
-def test_without_parameters_all_that_there_is():
+def test_rows_without_parameters():
     assert covering([{}]) == [0]
     assert covering([]) == []

@@ -20,20 +20,20 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """The Python of a page: the line each block begins behind, and its text."""
+    """The Python blocks of a page: the number of the line before each block, and its text."""
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(text[: block.start()].count("\n") + 1, block[1]) for block in found]
 
 
 def compiled(page: Path) -> list[Any]:
-    """Each block with the page's own line numbers, for messages."""
+    """Each block compiled with the line numbers of the page, for error messages."""
     return [compile("\n" * line + source, str(page), "exec", dont_inherit=True) for line, source in blocks(page)]
 
 
 @pytest.mark.parametrize("name", EXECUTED)
 def test_snippets_run(name, tmp_path, monkeypatch):
-    """One page is one namespace, in which its blocks run in order."""
+    """The blocks of a page run in order in one namespace."""
     monkeypatch.chdir(tmp_path)
     code, names = compiled(DOCS / f"{name}.md"), {"__name__": "page"}
     assert code
@@ -46,8 +46,8 @@ def test_snippets_are_python(page):
     compiled(page)
 
 
-def test_snippets_of_trainers_use_what_there_is():
-    """They need a model and data, and so are not run; but what they call on otalign has to be there, by these names."""
+def test_snippets_of_trainers_use_existing_names():
+    """They need a model and data, so they do not run. But the names of otalign that they use must exist."""
     import otalign
 
     called = 0
@@ -93,7 +93,7 @@ def hooks() -> Any:
 
 
 def test_formulas_of_docstrings_become_html():
-    """All of them: an unknown command is an error, and nothing of LaTeX is left over."""
+    """All formulas: an unknown command is an error, and no LaTeX is left over."""
     render, seen = hooks().rendered, 0
     for file in sorted((ROOT / "otalign").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -124,8 +124,8 @@ def test_docstrings_keep_their_angle_brackets():
     assert render("Of one.\n\nExample:\n    >>> 1 < 2\n    True").endswith("Examples:\n    >>> 1 < 2\n    True")
 
 
-def test_pictures_are_of_the_pages_example():
-    """docs/figures/make_choosing.py takes the first two blocks of the page, which therefore have to define these names."""
+def test_pictures_show_the_example_of_the_page():
+    """docs/figures/make_choosing.py runs the first two blocks of the page, so these must define the names that it uses."""
     names: dict[str, Any] = {}
     for block in compiled(DOCS / "choosing.md")[:2]:
         exec(block, names)

@@ -1,4 +1,4 @@
-"""Does it import lightly, tell what is there, and choose and refuse backends as it says?"""
+"""Is the import light, and does the package report, choose and refuse backends as documented?"""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def forgetful():
-    """What is known of the extension is found out anew, within the test and after it."""
+    """Nothing about the extension is cached, within the test and after it."""
     backends._extension.cache_clear()
     yield
     backends._extension.cache_clear()
@@ -42,7 +42,7 @@ def not_built(monkeypatch, forgetful):
 
 
 def test_import_is_light():
-    """Neither Triton nor the extension, nor anything that only some callers need."""
+    """It loads neither Triton nor the extension, nor modules that only some callers need."""
     code = (
         "import sys, torch; before = set(sys.modules); import otalign; loaded = set(sys.modules) - before; "
         "print(*sorted(loaded))"
@@ -131,8 +131,8 @@ def test_auto_on_a_gpu_is_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["otalign.sinkhorn_loss", "torch.compile(otalign.sinkhorn_loss, backend='eager')"])
-def test_auto_warns_once_of_the_reference_and_says_why(tmp_path, loss):
-    """In a process of its own, where nothing was resolved before. A call that asks for the reference does not warn."""
+def test_auto_warns_once_that_it_uses_the_reference(tmp_path, loss):
+    """In its own process, where no backend was resolved before. A call with backend="reference" does not warn."""
     code = (
         "import torch, otalign; x = torch.rand(1, 3, 2); expected = otalign.sinkhorn_loss(x, x, backend='reference'); "
         f"loss = {loss}; print(all(torch.equal(loss(x, x), expected) for _ in range(3)))"
@@ -145,7 +145,7 @@ def test_auto_warns_once_of_the_reference_and_says_why(tmp_path, loss):
     assert f"no _C*.so in OTALIGN_EXT_DIR={tmp_path}" in warned
 
 
-def test_auto_warns_of_nothing_where_the_engine_is():
+def test_auto_does_not_warn_if_the_engine_is_built():
     done = python(
         "-W",
         "error::RuntimeWarning",
@@ -177,13 +177,13 @@ def test_triton_that_cannot_be_used(monkeypatch, module, reason):
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_asking_for_an_engine_that_is_not_built(not_built, name):
+def test_an_engine_that_is_not_built_is_an_error(not_built, name):
     with pytest.raises(RuntimeError, match=rf"backend '{name}' is not available: .*otalign\._C"):
         otalign.sinkhorn_loss(*draw(), backend=name)
 
 
 def test_the_reason_of_a_failed_build_is_kept(not_built, monkeypatch):
-    """What the compiler said at installation is said again when the engine is asked for."""
+    """The error of a call with the engine contains the compiler's message from the installation."""
     info = type(sys)("otalign._build_info")
     info.EXTENSION = "c++: command not found"
     monkeypatch.setitem(sys.modules, "otalign._build_info", info)
@@ -191,7 +191,7 @@ def test_the_reason_of_a_failed_build_is_kept(not_built, monkeypatch):
 
 
 def test_an_extension_from_elsewhere(monkeypatch, forgetful, tmp_path):
-    """OTALIGN_EXT_DIR points to another build of the engine, and says so where there is none."""
+    """OTALIGN_EXT_DIR points to another build of the engine. If there is none, the error names the variable."""
     monkeypatch.setenv("OTALIGN_EXT_DIR", str(tmp_path))
     assert str(tmp_path) in backends.available()["cpu"]
     with pytest.raises(RuntimeError, match="OTALIGN_EXT_DIR"):
@@ -210,7 +210,7 @@ def test_debug_is_a_context():
     assert not debugging()
 
 
-def test_module_shows_and_takes_its_options():
+def test_module_repr_and_options():
     criterion = otalign.SinkhornLoss(reg=0.2, cost="sqeuclidean", prior=otalign.Prior.band(3))
     assert "reg=0.2" in repr(criterion)
     assert "sqeuclidean" in repr(criterion)
@@ -230,7 +230,7 @@ def test_module_can_be_copied_and_saved(tmp_path):
 
 
 def test_the_example_of_every_docstring():
-    """They are run here with the names that a reader has imported."""
+    """The examples run with the names that a reader has imported."""
     import doctest
 
     names = ["functional", "modules", "layout", "prior", "problem", "result", "backends"]

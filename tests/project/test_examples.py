@@ -1,4 +1,4 @@
-"""Every example trains for a few steps, and moves what it should."""
+"""Every example trains for a few steps, and improves what it should."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch):
-    """The names in an example, run as if it were started from its folder."""
+    """The namespace of an example, run as if started from its folder."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def names(file: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_lightning(example, tmp_path):
 
 @pytest.mark.slow
 def test_ddp():
-    """By torchrun, on two processes."""
+    """With torchrun, on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(EXAMPLES / "ddp.py"), "--steps", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -69,7 +69,7 @@ def test_conventions_agree(example):
 
 @pytest.mark.filterwarnings("ignore")
 def test_notebook(monkeypatch):
-    """All its cells, with a model that is hardly trained."""
+    """Runs all cells, with a model trained for few steps."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     matplotlib.use("Agg")
     cells = json.loads((EXAMPLES / "alignments.ipynb").read_text())["cells"]

@@ -1,4 +1,4 @@
-"""Does the GPU benchmark check, refuse and report as it says? On the CPU, at toy sizes."""
+"""Does the GPU benchmark check, refuse and report as documented? On the CPU, at toy sizes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def small():
     return make_batch(SMALL._replace(B=2, N=20, M=10))
 
 
-def test_truth_is_the_reference(small):
+def test_truth_agrees_with_the_reference(small):
     import gpu_oracle
 
     import otalign
@@ -90,10 +90,10 @@ def test_rows(tmp_path):
         "small, ragged, early exit",
     }
     for row in rows:
-        assert bool(row["median_us"]) == (row["match"] == "True"), "a time for right answers, and only for them"
+        assert bool(row["median_us"]) == (row["match"] == "True"), "exactly the right results have a time"
         assert "dry run" in row["device"]
         if row["provider"] != "POT":
-            assert row["match"].startswith("missing: "), "who takes no part has a row that says why"
+            assert row["match"].startswith("missing: "), "a library that cannot run has a row with the reason"
     timed = [row for row in rows if row["median_us"]]
     assert timed
     for row in timed:
@@ -105,7 +105,7 @@ def test_rows(tmp_path):
 
 
 def test_equal_marginal_error(tmp_path):
-    """Who iterates in another way makes as many iterations as bring it as far, and not many more."""
+    """A library with another iteration runs until its marginal error is as small, and not much longer."""
     import gpu
     import gpu_oracle
 
@@ -140,7 +140,7 @@ def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
     assert all(row["match"] == "False" and not row["median_us"] for row in converging)
 
 
-def test_a_failure_of_ours_is_an_error(tmp_path, monkeypatch):
+def test_a_failure_of_otalign_is_an_error(tmp_path, monkeypatch):
     import gpu_providers
 
     def broken(task):
@@ -245,7 +245,7 @@ def test_results_are_added_by_device(tmp_path):
         gpu_report.add(session, tmp_path / "results")
 
 
-def test_session_writes_down_what_fails(tmp_path):
+def test_session_records_failures(tmp_path):
     import gpu_session
 
     python, log = sys.executable, tmp_path / "log.txt"
@@ -276,7 +276,7 @@ def test_session_fits_into_nine_minutes(tmp_path):
 
 
 def test_session_runs_every_gpu_test(tmp_path):
-    """It names the files, so that no other test's imports can fail it: these have to be all that are marked."""
+    """The session names files, so that imports of other tests cannot fail it. These must be all files with marked tests."""
     import gpu_session
 
     marked = [
@@ -289,7 +289,7 @@ def test_session_runs_every_gpu_test(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_session_goes_on_without_what_hangs(tmp_path, monkeypatch, fails):
+def test_session_continues_without_kernels_that_hang(tmp_path, monkeypatch, fails):
     import gpu_session
 
     def steps(out, site, wheels, *, dry):

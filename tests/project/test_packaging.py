@@ -1,4 +1,4 @@
-"""What an installation holds, what it imports, and what it says where something is missing."""
+"""What an installation contains, what it imports, and its messages if something is missing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_triton_kernels_is_inside_the_package(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy to build in, so that the builds of these tests never touch the installed extension."""
+    """A copy of the tree to build in: builds of these tests never touch the installed extension."""
     copy = tmp_path / "checkout"
     junk = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "*.so", "_build_info.py", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=junk)
@@ -72,7 +72,7 @@ def install(checkout: Path, target: Path, **env: str) -> str:
 
 @pytest.mark.slow
 def test_wheel_has_the_extension_and_its_tag(checkout):
-    for _ in range(2):  # the second meets the build folder of the first
+    for _ in range(2):  # the second build finds the build folder of the first
         python("-m", "pip", "wheel", "--no-deps", "-w", "dist", ".", cwd=checkout, OTALIGN_REQUIRE_EXT="1")
     (wheel,) = (checkout / "dist").iterdir()
     assert not wheel.name.endswith("-none-any.whl")
@@ -94,7 +94,7 @@ def test_without_a_compiler_it_installs_and_says_so(checkout, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variable", ["OTALIGN_REQUIRE_EXT", "OTALIGN_BUILD_CUDA"])
-def test_what_was_asked_for_is_built_or_fails(checkout, tmp_path, variable):
+def test_what_is_required_is_built_or_fails(checkout, tmp_path, variable):
     with pytest.raises(AssertionError, match=r"error: .*/nonexistent/c\+\+"):
         install(checkout, tmp_path / "site", CXX="/nonexistent/c++", **{variable: "1"})
 

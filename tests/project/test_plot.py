@@ -1,4 +1,4 @@
-"""Pictures: what they show, and that they can be drawn for the shortest and the longest items."""
+"""Plots: what they show, and that they work for the shortest and the longest items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 
 def drawn(ax) -> None:
-    """Let the renderer find what is wrong."""
+    """Render the plot: some errors appear only then."""
     figure = ax.figure
     figure.canvas.draw()
 
@@ -34,7 +34,7 @@ def test_plan(n, m):
 
 
 def test_a_narrow_ridge_stays_visible():
-    """3000 frames have fewer pixels: an entry that is alone must not be averaged away."""
+    """There are fewer pixels than the 3000 frames: a single large entry must not be averaged away."""
     plan = torch.zeros(3000, 10)
     plan[1234, 4] = 1e-3
     (image,) = plot.plan(plan).get_images()
@@ -66,8 +66,8 @@ def test_path_leaves_out_the_padding():
     assert len(ax.get_lines()[0].get_xdata()) == 2
 
 
-def test_distances_keep_their_valley():
-    """Of 3000 frames the nearest is what is seen."""
+def test_the_nearest_frame_stays_visible():
+    """Of several frames in one pixel, the nearest is shown."""
     distances = torch.rand(3000, 10) + 1
     distances[1234, 4] = 0
     ax = plot.path(distances, distances.argmin(0), metric="euclidean")
@@ -78,7 +78,7 @@ def test_distances_keep_their_valley():
         plot.path(distances, distances.argmin(0), metric="dot")
 
 
-def test_tokens_are_no_formulas():
+def test_tokens_are_not_read_as_formulas():
     drawn(plot.plan(torch.rand(5, 3), tokens=["$$", "$_$", "$x_2$"]))
 
 
@@ -98,7 +98,7 @@ def test_layers():
     assert plot.layers({"distance": [1.0, 2.0]}, right="distance").figure.axes[1].get_ylabel() == "distance (dashed)"
     with pytest.raises(ValueError, match=r"right: expected labels among \['APS'\], got \['typo'\]"):
         plot.layers({"APS": [0.1]}, right=["typo"])
-    assert left.get_zorder() > right.get_zorder()  # the legend is the left one's
+    assert left.get_zorder() > right.get_zorder()  # the left axes have the legend
 
 
 def test_potentials_padded_and_packed():

@@ -1,4 +1,4 @@
-"""The study of examples/study: its parts by hand and against scipy, and all of its stages in miniature, on tones for speech."""
+"""The study of examples/study: its parts, compared with hand-computed results and SciPy, and all stages in small, on tones."""
 
 import math
 
@@ -23,7 +23,7 @@ def model():
 
 
 def spelled(texts: list[str], frames: int = 10) -> Recordings:
-    """Recordings in which every word is a code of its own that lasts some frames, under noise."""
+    """Recordings in which every word is its own code for some frames, with noise."""
     generator = torch.Generator().manual_seed(1)
     codes = torch.randn(len(world.VOCABULARY), WIDTH, generator=generator)
     states = [codes[world.encode(text)].repeat_interleave(frames, 0) for text in texts]
@@ -71,7 +71,7 @@ def test_correlation_draws_whole_groups():
     assert found.pearson == pytest.approx(scipy.stats.pearsonr(x, y).statistic)
     assert found.spearman == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     assert found.low < found.r_squared < found.high
-    # Copies of a point add no evidence if they are known to be of one group.
+    # Copies of a point add no evidence if they belong to one group.
     copies = stats.correlation(np.repeat(x, 20), np.repeat(y, 20), np.repeat(np.arange(12), 20).tolist())
     assert copies.r_squared == pytest.approx(found.r_squared)
     assert (copies.low, copies.high) == pytest.approx((found.low, found.high))
@@ -80,7 +80,7 @@ def test_correlation_draws_whole_groups():
 
 @torch.no_grad()
 @pytest.mark.parametrize("build, width", [(Encoder, 80), (Adapter, WIDTH)])
-def test_models_do_not_feel_padding(build, width):
+def test_padding_does_not_change_the_models(build, width):
     torch.manual_seed(0)
     network = build().eval()
     lengths = torch.tensor([41, 8, 25])
@@ -94,7 +94,7 @@ def test_models_do_not_feel_padding(build, width):
 
 
 @torch.no_grad()
-def test_answers_do_not_feel_batch_mates(model):
+def test_other_items_do_not_change_the_answers(model):
     embedded, lengths = torch.randn(4, 12, WIDTH), torch.tensor([12, 3, 7, 9])
     texts = world.sentences(4, seed=3)
     for task in world.TASKS:
@@ -111,8 +111,8 @@ def test_answers_do_not_feel_batch_mates(model):
     assert labels[0].tolist() == [-100] * 14 + [5]
 
 
-def test_arms_differ_by_the_regulariser_alone(model):
-    """With a weight of zero every arm is the one without: same beginning, same batches."""
+def test_arms_differ_only_in_the_regulariser(model):
+    """With weight zero every arm equals the arm without a regulariser: same start, same batches."""
     data = spelled(world.sentences(8, seed=0))
     runs = [
         adapting.train(model, data, {"test": [data]}, arm, seed=5, checkpoints=(3,), batch=4)
@@ -126,7 +126,7 @@ def test_arms_differ_by_the_regulariser_alone(model):
 
 @pytest.mark.slow
 def test_regularisers_close_the_gap(model):
-    """What the study asks is whether errors fall; that the gap does is what the losses are for."""
+    """The losses must reduce the gap. Whether the errors fall too is the question of the study."""
     data = spelled(world.sentences(16, seed=0))
     arms = Arm(), Arm("otreg", 10.0), Arm("aista", 10.0, (0, 1))
     runs = [adapting.train(model, data, {"test": [data]}, arm, seed=0, checkpoints=(60,), batch=8) for arm in arms]
@@ -138,7 +138,7 @@ def test_regularisers_close_the_gap(model):
 
 
 def tones(voice: Voice, text: str) -> Tensor:
-    """A tone for each letter, in a register for each voice."""
+    """A tone for each letter; each voice has its own register."""
     register = 1 + 0.1 * (len(str(voice)) % 5)
     time = torch.arange(int(0.06 / voice.speed * SAMPLE_RATE)) / SAMPLE_RATE
     pitches = [0 if c == " " else 200 + 120 * (ord(c) - ord("a")) for c in text]
@@ -166,7 +166,7 @@ def test_all_stages_in_miniature(tmp_path):
     report.report(results, page)
     assert page.read_text() == text
 
-    # What is frozen is made once, and anew for another design.
+    # Frozen parts are computed once, and again for another design.
     file = tmp_path / "work" / "bench.pt"
     made = file.stat().st_mtime_ns
     assert stages.prepare(design, tmp_path / "work", 2, tones) == file

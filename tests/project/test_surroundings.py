@@ -1,4 +1,4 @@
-"""Do torch's defaults, its device and its dtype, leave everything alone that is given tensors on the CPU?"""
+"""Do results for tensors on the CPU stay the same under other defaults of torch for device and dtype?"""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_solver(name, defaults, backend):
 
 @pytest.mark.parametrize("defaults", [default_device, default_dtype])
 @pytest.mark.parametrize("name", OTHERS)
-def test_everything_else(name, defaults):
+def test_other_public_functions(name, defaults):
     expected = tensors(OTHERS[name]())
     with defaults():
         found = tensors(OTHERS[name]())
@@ -153,7 +153,7 @@ def compare(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_metrics_keep_their_counts():
-    """torchmetrics moves them to the default device, on which they would have no values."""
+    """torchmetrics moves them to the default device, where they would have no values."""
     metrics = pytest.importorskip("otalign.speech.metrics")
     expected = metrics.AlignmentPathMetric(layers=2)
     expected.update(SPEECH, TEXT, N, M)

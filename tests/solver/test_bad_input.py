@@ -1,4 +1,4 @@
-"""Is every input that cannot be meant refused, in words that name the argument, what was expected and what came?"""
+"""Is every invalid input refused, with a message that names the argument, what was expected and what was given?"""
 
 import math
 
@@ -81,12 +81,12 @@ def test_packed(error, words, arguments):
     check(otalign.sinkhorn_loss, error, words, packed | arguments)
 
 
-def test_nested_of_the_old_layout():
+def test_strided_nested_tensors():
     nested = torch.nested.nested_tensor([torch.randn(3, 3), torch.randn(2, 3)], layout=torch.strided)
     check(otalign.sinkhorn_loss, ValueError, ["x:", "torch.jagged", "strided"], {"x": nested, "y": Y})
 
 
-def test_nested_brings_its_lengths():
+def test_nested_tensors_have_their_own_lengths():
     nested = torch.nested.nested_tensor([torch.randn(3, 3), torch.randn(2, 3)], layout=torch.jagged)
     arguments = {"x": nested, "y": Y, "x_lengths": torch.tensor([3, 2])}
     check(otalign.sinkhorn_loss, ValueError, ["x:", "its own lengths"], arguments)
@@ -148,7 +148,7 @@ def test_numbers(error, words, arguments):
 
 @pytest.mark.parametrize("argument", ["cost", "objective", "reduction", "backend"])
 def test_unknown_words(argument):
-    """The message lists the words that are known."""
+    """The message lists the valid words."""
     known = {"cost": "sqeuclidean", "objective": "transport", "reduction": "none", "backend": "triton"}[argument]
     check(otalign.sinkhorn_loss, ValueError, [f"{argument}:", known, "'what'"], {"x": X, "y": Y, argument: "what"})
     check(otalign.sinkhorn_loss, TypeError, [f"{argument}:", known, "int"], {"x": X, "y": Y, argument: 2})
@@ -181,14 +181,14 @@ def test_given_cost(error, words, arguments):
 
 
 def test_reg_of_a_given_cost_has_no_default():
-    """Its unit is the cost's, and that is the caller's."""
+    """Its unit is that of the cost, which only the caller knows."""
     with pytest.raises(TypeError, match="reg"):
         otalign.solve_cost(torch.rand(1, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
-def test_a_backend_that_is_not_there(name, monkeypatch):
-    """An error with the reason; never another backend in silence."""
+def test_missing_backend_is_refused(name, monkeypatch):
+    """An error gives the reason. Another backend is never used silently."""
     monkeypatch.setattr(otalign.backends, "reason_missing", lambda name: f"{name} is on holiday")
     check(otalign.sinkhorn_loss, RuntimeError, [repr(name), "on holiday"], {"x": X, "y": Y, "backend": name})
 
@@ -203,14 +203,14 @@ def test_the_cpu_backend_refuses_other_devices():
 
 
 def test_the_triton_backend_refuses_the_cpu(monkeypatch):
-    """Unless Triton interprets, as it does in these tests."""
+    """Only Triton's interpreter, which these tests use, takes tensors on the CPU."""
     monkeypatch.setattr(otalign.backends, "_interpreting", lambda: False)
     words = ["backend", "'triton'", "GPU", "TRITON_INTERPRET=1", "cpu"]
     check(otalign.sinkhorn_loss, ValueError, words, {"x": X, "y": Y, "backend": "triton"})
 
 
 def test_nothing_is_computed_before_the_check(monkeypatch):
-    """A bad word at the end is refused before any kernel has run."""
+    """An invalid last argument is refused before any kernel runs."""
 
     def launched(name):
         raise AssertionError(f"{name} was launched")
@@ -221,7 +221,7 @@ def test_nothing_is_computed_before_the_check(monkeypatch):
             otalign.sinkhorn_loss(X, Y, prior=Prior.band(1), **arguments)
 
 
-# What is refused when a module is made, and not at its first call ------------------------------------------------------
+# What is refused when a module is created, not at its first call ------------------------------------------------------
 
 OPTIONS = [
     rejected(ValueError, "reg:", "> 0", "-1", reg=-1),
@@ -240,7 +240,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("make", [otalign.SinkhornLoss, otalign.speech.OTRegLoss, otalign.speech.InnerAlignmentLoss])
 @pytest.mark.parametrize("error, words, arguments", OPTIONS)
-def test_modules_refuse_when_they_are_made(make, error, words, arguments):
+def test_modules_refuse_when_created(make, error, words, arguments):
     layers = {"layers": [0]} if make is otalign.speech.InnerAlignmentLoss else {}
     check(make, error, words, layers | arguments)
 
@@ -281,7 +281,7 @@ def test_modules_refuse_when_they_are_made(make, error, words, arguments):
         (Prior, TypeError, ["weight", "number", "str"], {"kind": "quadratic", "parameters": ("1",)}),
     ],
 )
-def test_what_else_is_refused_when_made(make, error, words, arguments):
+def test_other_arguments_refused_when_created(make, error, words, arguments):
     check(make, error, words, arguments)
 
 
@@ -335,8 +335,8 @@ def test_weights_of_items(error, words, arguments):
 # Numbers ---------------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_of_numpy(backend):
-    """And of tensors without dimensions, where there is a number to read."""
+def test_numpy_numbers(backend):
+    """NumPy numbers, and tensors without dimensions, are valid numbers."""
     numpys = {
         "reg": numpy.float32(0.125), "max_iter": numpy.int64(7), "tol": numpy.float64(1e-3),
         "unbalanced": (numpy.float32(0.5), None), "prior": Prior.quadratic(numpy.float32(0.5)),
@@ -351,7 +351,7 @@ def test_numbers_of_numpy(backend):
     assert torch.equal(otalign.sinkhorn_loss(X, Y, backend=backend, **numpys), expected)
 
 
-def test_one_side_relaxed_in_words_of_none(backend):
+def test_none_means_a_strict_side(backend):
     for given, meant in (((None, 0.3), (math.inf, 0.3)), ((0.3, None), (0.3, math.inf)), ((None, None), None)):
         found = otalign.sinkhorn_loss(X, Y, unbalanced=given, backend=backend)
         assert torch.equal(found, otalign.sinkhorn_loss(X, Y, unbalanced=meant, backend=backend))
@@ -376,12 +376,12 @@ def test_one_side_relaxed_in_words_of_none(backend):
         rejected(TypeError, "unbalanced:", "number", "bool", unbalanced=(None, numpy.bool_(True))),
     ],
 )
-def test_odd_numbers(error, words, arguments):
+def test_numbers_of_other_types_and_sizes(error, words, arguments):
     check(otalign.sinkhorn_loss, error, words, {"x": X, "y": Y} | arguments)
 
 
 def test_float64_takes_a_smaller_reg():
-    """At the limit what is smaller than the costs by 300 orders of magnitude is an assignment."""
+    """At the limit, where reg is 300 orders of magnitude below the costs, the plan is an assignment."""
     C = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
     assert float(otalign.solve_cost(C, reg=1e-39).value) == pytest.approx(0, abs=1e-30)
     check(otalign.solve_cost, ValueError, ["reg:", "smallest normal float64"], {"C": C, "reg": 1e-309})
@@ -392,15 +392,15 @@ def start(g, f=0.0):
 
 
 @pytest.mark.parametrize("g", [math.nan, math.inf, -math.inf, 1e30, -6e3])
-def test_starts(backend, g):
-    """Beyond 1e5 reg, a float32 has no digits left for what is added."""
+def test_invalid_starts(backend, g):
+    """Beyond 1e5 reg, a potential in float32 has too few digits."""
     words = ["init:", "finite", "100000"]
     arguments = {"x": X, "y": Y, "reg": 0.05, "backend": backend}
     check(otalign.solve, ValueError, words, arguments | start(g))
     check(otalign.solve, ValueError, words, arguments | start(0.0, f=math.nan))
     per_item = {"reg": torch.tensor([1e5, 0.05])}
     check(otalign.solve, ValueError, words, arguments | per_item | start(g))
-    lengths = {"y_lengths": torch.tensor([1, 1])}  # behind which nothing is read
+    lengths = {"y_lengths": torch.tensor([1, 1])}  # the padding is not read
     assert otalign.solve(**arguments, **lengths, **start(g)).converged.all()
 
 

@@ -1,4 +1,4 @@
-"""Are the answers right where they can be worked out by hand?"""
+"""Are the results right for problems with a closed-form solution?"""
 
 import math
 
@@ -14,7 +14,7 @@ RHOS = [None, 0.7, (0.2, 3.0), (INF, 0.5), (0.5, INF)]
 
 
 def grid(mean, deviation, size):
-    """Points (size, 1) that cover a normal distribution, and its weights there."""
+    """A grid of points (size, 1) for a normal distribution, and the weights of the points."""
     x = mean + deviation * torch.linspace(-8, 8, size, dtype=torch.float64)
     return x[:, None], torch.exp(-(((x - mean) / deviation) ** 2) / 2)
 
@@ -44,7 +44,7 @@ def test_unbalanced_diracs(backend):
 
 @pytest.mark.parametrize("reg", [10.0, 0.5, 0.05])
 def test_circulant_cost(backend, reg):
-    """Where all rows hold the same costs, the potentials are constant: value = -reg log mean exp(-C / reg)."""
+    """If all rows hold the same costs, the potentials are constant: value = -reg log mean exp(-C / reg)."""
     row = torch.rand(6, dtype=torch.float64)
     C = torch.stack([row.roll(shift) for shift in range(6)])
     result = otalign.solve_cost(C[None], reg=reg, backend=backend, **CONVERGED)
@@ -65,7 +65,7 @@ def test_permutation(backend):
 
 
 def test_sorting(backend):
-    """On the line the optimal transport sorts."""
+    """In one dimension the optimal plan matches sorted points."""
     x, y = (torch.randperm(12)[:, None] + 0.3 * torch.rand(12, 1, dtype=torch.float64) for _ in "xy")
     expected = (x.sort(0).values - y.sort(0).values).square().mean()
     result = solve_one(x, y, cost="sqeuclidean", reg=0.05, tol=1e-3, max_iter=20_000, backend=backend)
@@ -123,7 +123,7 @@ def test_optimality(backend, rho, weights):
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-4])
 def test_error_is_the_marginal_error(backend, tol):
-    """`error` is the L1 distance of the row sums from a, columns being exact; and it is why the iteration stopped."""
+    """`error` is the L1 distance of the row sums from a (the columns are exact), and the iteration stops by it."""
     batch = draw([9, 6, 3], [5, 8, 2])
     options = {"reg": 0.05, "cost": "sqeuclidean", "backend": backend}
     result = otalign.solve(*batch, tol=tol, max_iter=10_000, **options)
@@ -139,7 +139,7 @@ def test_error_is_the_marginal_error(backend, tol):
     assert result.converged.all()
 
 
-def test_value_short_of_convergence_is_off_by_the_square_of_the_error(backend):
+def test_value_before_convergence_has_a_quadratic_error(backend):
     batch = draw([20], [12])
     options = {"reg": 0.1, "cost": "sqeuclidean", "backend": backend}
     best = otalign.solve(*batch, **options, **CONVERGED).value
@@ -151,7 +151,7 @@ def test_value_short_of_convergence_is_off_by_the_square_of_the_error(backend):
 @pytest.mark.parametrize("rho", [None, (0.4, 1.5), (INF, 0.5)])
 @pytest.mark.parametrize("prior", [None, otalign.Prior.quadratic(1.0)])
 def test_divergence_is_its_definition(backend, rho, prior):
-    """v(x, y) - (v(x, x) + v(y, y)) / 2, where a side that meets itself keeps its weights and its relaxation."""
+    """v(x, y) - (v(x, x) + v(y, y)) / 2, where a self term keeps the weights and the relaxation of its side."""
     batch = draw([8, 3], [5, 6])
     x, y, n, m = batch
     a, b = draw_weights(n, x.shape[1]), draw_weights(m, y.shape[1])
@@ -161,7 +161,7 @@ def test_divergence_is_its_definition(backend, rho, prior):
     within_x = otalign.solve(x, x, n, n, a, a, unbalanced=of_x, **options).value
     within_y = otalign.solve(y, y, m, m, b, b, unbalanced=of_y, **options).value
     losses = otalign.sinkhorn_loss(*batch, a, b, unbalanced=rho, objective="divergence", reduction="none", **options)
-    close(losses, across - (within_x + within_y) / 2, 1e-6)  # alternating updates of self terms are slow
+    close(losses, across - (within_x + within_y) / 2, 1e-6)  # alternating updates converge slowly for self terms
 
 
 def test_divergence_is_zero_only_for_equal_measures(backend):

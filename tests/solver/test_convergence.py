@@ -1,4 +1,4 @@
-"""Does a user hear, once and at the line that called, of items that did not converge, and can read how far they are?"""
+"""Does one warning at the calling line report items that did not converge, and can a user read their errors?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HARD = {"reg": 0.01, "max_iter": 3}
 
 
 def heard(function):
-    """The warnings of a call, every time that one is made."""
+    """All warnings of a call, repeated ones too."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
@@ -55,14 +55,14 @@ def test_message_and_place(backend):
         lambda: torch.nn.Sequential(Pair(otalign.SinkhornLoss(**HARD)))((X, Y)),
     ],
 )
-def test_every_way_in(call):
+def test_every_public_function_warns_at_its_caller(call):
     (warning,) = heard(call)
     assert warning.filename == __file__
     assert warning.lineno in range(*lines_of(call))
 
 
 class Pair(torch.nn.Module):
-    """A user's module around ours: its own line is the place."""
+    """A user's module around ours: the warning names a line of this module."""
 
     def __init__(self, loss):
         super().__init__()
@@ -82,24 +82,21 @@ def test_divergence_warns_of_its_three_solves():
     assert heard(lambda: otalign.sinkhorn_loss(X, Y, objective="divergence", **HARD))
 
 
-def test_once_a_line_whatever_the_numbers():
-    """Python's own filter, which goes by the text, and the text has the error in it."""
+def test_one_warning_per_line_for_any_error():
+    """Python's own filter compares texts, and these contain the error: it would show each of these warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for scale in (1.0, 2.0, 3.0):
             otalign.sinkhorn_loss(scale * X, Y, cost="sqeuclidean", **HARD)
         otalign.sinkhorn_loss(X, Y, **HARD)
-    assert [warning.lineno for warning in caught] == [test_line(4), test_line(5)]
+    assert [warning.lineno for warning in caught] == [line_of_test(4), line_of_test(5)]
 
 
-def test_line(offset):
-    return test_once_a_line_whatever_the_numbers.__code__.co_firstlineno + offset + 1
+def line_of_test(offset):
+    return test_one_warning_per_line_for_any_error.__code__.co_firstlineno + offset + 1
 
 
-test_line.__test__ = False
-
-
-def test_an_error_where_it_is_made_one():
+def test_warnings_can_be_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         with pytest.raises(ConvergenceWarning, match="did not converge"):
@@ -117,17 +114,17 @@ def test_an_error_where_it_is_made_one():
         lambda: otalign.sinkhorn_loss(X, Y, reg=1.0, max_iter=1, tol=2.0),
     ],
 )
-def test_silence(call):
+def test_no_warning_without_need(call):
     assert not heard(call)
 
 
-def test_silence_under_compile():
+def test_no_warning_under_compile():
     compiled = torch.compile(lambda x, y: otalign.sinkhorn_loss(x, y, **HARD), fullgraph=True, backend="aot_eager")
     assert not heard(lambda: compiled(X, Y))
 
 
-def test_silence_of_faked_tensors():
-    """Which have no errors to look at."""
+def test_no_warning_for_fake_tensors():
+    """Fake tensors have no values, so no errors either."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
@@ -135,7 +132,7 @@ def test_silence_of_faked_tensors():
         assert not heard(lambda: otalign.sinkhorn_loss(x, y, **HARD))
 
 
-# The last call's ------------------------------------------------------------------------------------------------------
+# The error of the last call ------------------------------------------------------------------------------------------------------
 
 
 def test_last(backend):

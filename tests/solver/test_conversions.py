@@ -1,6 +1,6 @@
-"""The conversions of docs/conversions.md that no library is needed for: their definitions, solved in numpy.
+"""Those conversions of docs/conversions.md that need no other library: their definitions, solved in NumPy.
 
-Masses other than one, problems that are regularised by the plan's own entropy (OTT's), and a relaxation for each item.
+Total masses other than one, regularisation by the plan's own entropy (as in OTT), and a relaxation for each item.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def term(rho, p, q):
 
 
 def fixed_point(kernel, a, b, reg, rho):
-    """The plan diag(u) K diag(v) whose marginals are a and b as far as rho asks: Chizat et al. 2018, algorithm 1."""
+    """The plan diag(u) K diag(v) with marginals relaxed by rho: Chizat et al. 2018, algorithm 1."""
     power_x, power_y = (1.0 if math.isinf(r) else r / (r + reg) for r in rho)
     u, v = np.ones(len(a)), np.ones(len(b))
     for _ in range(20_000):
@@ -53,7 +53,7 @@ RELAXATIONS = [(0.5, 0.5), (0.2, 3.0), (math.inf, 0.4), (0.7, math.inf)]
 
 @pytest.mark.parametrize("rho", RELAXATIONS)
 def test_masses_other_than_one(rho):
-    """The plan is T times that of weights that sum to one, and the value follows."""
+    """The plan is T times the plan for weights that sum to one; the value follows from it."""
     rho_x, rho_y = rho
     total_a, total_b = A.sum(), B.sum()
     plan, value = solve(C, A, B, reg=REG, unbalanced=rho)  # which normalises A and B
@@ -101,7 +101,7 @@ def test_regularised_by_the_plans_own_entropy(tau):
 
 
 def test_a_relaxation_for_each_item(backend):
-    """Everything over rho: the plan is the same and the value is over rho."""
+    """Divide everything by rho: the plan stays, and the value is divided by rho."""
     cost = torch.rand(3, N, M, dtype=torch.float64)
     rho, reg = torch.tensor([0.2, 1.0, 3.0]).double(), torch.tensor([0.1, 0.3, 0.2]).double()
     exact = {"tol": 1e-10, "max_iter": 10_000, "backend": backend}

@@ -1,4 +1,4 @@
-"""Are costs and gradients right at both ends of the numbers, and NaN wherever something is not a number?"""
+"""Are costs and gradients right for the largest and the smallest numbers, and NaN for items with NaN?"""
 
 import math
 
@@ -21,12 +21,12 @@ def solved(x, y, **options):
 
 
 def truth(x, y, **options):
-    """The same in float64, the points as they were rounded: inside its range are all squares of float32."""
+    """The same problem in float64, with the rounded points. The squares of all float32 numbers are within its range."""
     return solved(x.double(), y.double(), backend="reference", **options)
 
 
 def agree(ours, expected, tolerance):
-    """Row by row, each by its own size, wherever float32 can hold it."""
+    """Compare row by row, relative to the size of the row, wherever float32 can represent it."""
     highest = torch.finfo(ours.dtype).max
     size = expected.abs().amax(-1, keepdim=True)
     held = (size < highest / 4).expand_as(expected) & (size > torch.finfo(ours.dtype).tiny * 1e4)
@@ -62,7 +62,7 @@ def test_extreme_points_on_both_sides(backend):
 @pytest.mark.parametrize("norm", DOUBLE_NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_points_in_float64(backend, norm):
-    """The cosine does not know lengths: the gradient by a point is that by its direction, over its length."""
+    """The cosine ignores norms: the gradient by a point is the gradient by its direction, divided by its norm."""
     x, y = (torch.randn(1, n, 7, dtype=torch.float64) for n in (6, 5))
     factor = 2.0 ** round(math.log2(norm))
     extreme = x.clone()
@@ -83,7 +83,7 @@ def test_extreme_points_in_float64(backend, norm):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_nan_beside_an_extreme_norm(backend, dtype):
-    """Whatever is done for the one, the other makes its item NaN; and only that."""
+    """Rescaling the extreme point does not hide the NaN: its item is NaN, and only this item."""
     x, y = torch.randn(2, 6, 5, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
     x[:, 3] *= 1e-20
     spoilt = x.clone()
@@ -104,7 +104,7 @@ def test_a_row_of_nan_beside_an_extreme_norm(backend, dtype):
 @pytest.mark.parametrize("scale", [1e-28, 1e-25, 1e-22, 1e-19, 1e18, 1e20, 1e30, 1e36])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_extreme_distances(backend, scale):
-    """Their squares leave the range of float32; they do not."""
+    """The squared distances leave the range of float32; the distances do not."""
     x, y = scale * torch.randn(1, 6, 7), scale * torch.randn(1, 5, 7)
     x[0, 1] = y[0, 1] = 0
     options = {"cost": "euclidean"}
@@ -120,7 +120,7 @@ def test_extreme_distances(backend, scale):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_close_points_of_extreme_norms(backend):
-    """Squared norms overflow, the squared distances do not."""
+    """The squared norms overflow; the squared distances do not."""
     x = 1e20 * torch.ones(1, 3, 4)
     y = x.clone()
     y[0, :, 0] *= 1 + 2.0**-20

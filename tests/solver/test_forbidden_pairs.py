@@ -1,4 +1,4 @@
-"""Does a cost of plus infinity forbid its pair, and nothing else?"""
+"""Does a cost of +inf forbid exactly its pair?"""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_gradient_of_the_linear_value(backend):
     assert (cost.grad[~ALLOWED] == 0).all()
 
 
-def test_segments_are_problems_of_their_own(backend):
-    """Frames that may reach the words of their own segment only, strictly: two blocks, each with its share of the mass."""
+def test_segments_are_separate_problems(backend):
+    """Frames may only be aligned with words of their own segment: two blocks, each with its share of the mass."""
     allowed = torch.zeros(1, 6, 4, dtype=torch.bool)
     allowed[:, :3, :2] = allowed[:, 3:, 2:] = True
     cost = C[:1].masked_fill(~allowed, math.inf)
@@ -80,8 +80,11 @@ def test_segments_are_problems_of_their_own(backend):
     assert (result.plan()[~allowed] == 0).all()
 
 
-def test_a_point_that_nothing_reaches(backend):
-    """Relaxed it is dropped, for its weight times rho; strict it keeps the item from converging. Neither is NaN."""
+def test_a_point_without_allowed_pairs(backend):
+    """On a relaxed side the point is dropped, and costs rho times its weight. On a strict side the item does not converge.
+
+    Neither is NaN.
+    """
     cost = C.clone()
     cost[0, 2] = math.inf
     relaxed = otalign.solve_cost(cost, unbalanced=(0.5, 0.5), backend=backend, **EXACT)
@@ -97,7 +100,7 @@ def test_a_point_that_nothing_reaches(backend):
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_what_is_no_cost_stays_its_items_own_matter(backend, bad):
+def test_invalid_cost_affects_only_its_item(backend, bad):
     cost = C.masked_fill(~ALLOWED, math.inf)
     expected = otalign.solve_cost(cost, unbalanced=(math.inf, 0.5), backend=backend, **EXACT)
     cost[0, 1, 1] = bad

@@ -1,4 +1,4 @@
-"""Are the gradients those of finite differences?"""
+"""Do the gradients agree with finite differences?"""
 
 import math
 
@@ -24,7 +24,7 @@ def batch() -> Batch:
 
 
 def smooth(result: otalign.OTResult) -> tuple[torch.Tensor, ...]:
-    """Everything of a result that has an exact gradient."""
+    """All outputs of a result that have an exact gradient."""
     return result.value, result.value_linear, result.plan()
 
 
@@ -88,7 +88,7 @@ def test_points_with_zero_weights(backend, rho):
 @pytest.mark.parametrize("rho", [None, 0.6])
 @pytest.mark.parametrize("output", ["value", "value_linear"])
 def test_weights_that_are_zero(backend, output, rho):
-    """What a first bit of weight would change: a derivative from the side on which weights are allowed."""
+    """The gradient is the one-sided derivative towards positive weights."""
     C = torch.rand(1, 4, 3, dtype=torch.float64)
     a, b = torch.tensor([[1.0, 2, 0, 1]]).double(), torch.tensor([[1.0, 0, 2]]).double()
 
@@ -174,7 +174,7 @@ def test_plan_cost_does_not_train_the_weights(backend, batch):
 
 
 def test_transport_is_not_plan_cost(backend, batch):
-    """The gradient that leaves out how the plan moves is another one; it has its own name."""
+    """plan_cost ignores how the plan changes, so its gradient differs from that of transport."""
     gradients = []
     for objective in ("transport", "plan_cost"):
         leaves = batch.requires_grad()
@@ -206,7 +206,7 @@ def test_hessian_by_given_cost_and_weights():
 
 
 def test_hessian_is_right_or_refused(backend, batch):
-    """A backend that cannot differentiate twice says so, instead of leaving terms out."""
+    """A backend without second derivatives raises an error instead of leaving out terms."""
     direction = torch.randn_like(batch.x)
 
     def product(backend):

@@ -1,4 +1,4 @@
-"""Do the helpers of otalign.layout pack what the marks of other toolkits mean?"""
+"""Do the helpers of otalign.layout pack points by the masks, lengths and spans of other toolkits?"""
 
 import pytest
 import torch
@@ -70,8 +70,8 @@ def test_spans():
         lambda h: layout.from_spans(h, [[(0, 3)], [(0, 2)]]),
     ],
 )
-def test_what_they_give_goes_into_the_loss(pack, backend):
-    """With gradients back to the states, the same as with lengths."""
+def test_packed_points_go_into_the_loss(pack, backend):
+    """The loss, and the gradients by the states, are the same as with lengths."""
     h, same, y = leaf(H.sin().double()), leaf(H.sin().double()), torch.randn(2, 3, 3).double()
     values, cu_seqlens = pack(h)
     loss = otalign.sinkhorn_loss(values, y, cu_seqlens_x=cu_seqlens, backend=backend)
@@ -84,7 +84,7 @@ def test_what_they_give_goes_into_the_loss(pack, backend):
 
 @pytest.mark.parametrize("helper", [layout.from_mask, layout.from_padding_mask])
 def test_float_masks_are_refused(helper):
-    """1 and 0, or 0 and -inf? They cannot be told apart, so neither is taken."""
+    """A float mask may mean 1 and 0, or 0 and -inf. These cannot be distinguished, so both are refused."""
     with pytest.raises(TypeError, match=r"mask: .*torch\.float32"):
         helper(H, MASK.float())
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 4\), got \(2, 3\)"):
@@ -128,7 +128,7 @@ def test_bad_spans():
 
 
 def test_to_padded_undoes_packing():
-    """Any convention, also padding on the left and holes, comes out in front and zero behind; gradients go back."""
+    """From any mask, with padding on the left or holes too, the points come first and zeros follow. Gradients flow back."""
     h = torch.randn(3, 5, 2, requires_grad=True)
     mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     padded, lengths = layout.to_padded(*layout.from_mask(h, mask))

@@ -1,4 +1,4 @@
-"""Does it matter how the points lie in memory? It must not."""
+"""Are the results independent of the layout of the points in memory?"""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def batch():
 
 
 def solve_with_gradients(leaves, objective, backend, **extra):
-    """Losses (B,) of keyword arguments, and the gradients of x and y."""
+    """Losses (B,) for these keyword arguments, and the gradients of x and y."""
     loss = otalign.sinkhorn_loss(**leaves, objective=objective, reduction="none", backend=backend, **OPTIONS, **extra)
     loss.backward(torch.linspace(1, 2, len(loss)).to(loss))
     return loss.detach(), leaves["x"].grad, leaves["y"].grad
@@ -34,7 +34,7 @@ def packed(batch):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_packed_is_padded(backend, batch, objective):
+def test_packed_equals_padded(backend, batch, objective):
     same = same_on(backend)
     loss, dx, dy = solve_with_gradients(padded(batch), objective, backend)
     packed_loss, packed_dx, packed_dy = solve_with_gradients(packed(batch), objective, backend)
@@ -44,7 +44,7 @@ def test_packed_is_padded(backend, batch, objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_by_one(backend, batch, objective):
+def test_batch_equals_single_items(backend, batch, objective):
     loss, dx, dy = solve_with_gradients(padded(batch), objective, backend)
     for index, (x, y) in enumerate(batch.items()):
         leaves = {"x": leaf(x[None]), "y": leaf(y[None])}
@@ -57,7 +57,7 @@ def test_one_by_one(backend, batch, objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_jagged_is_packed(backend, batch, objective):
+def test_jagged_equals_packed(backend, batch, objective):
     same = same_on(backend)
     arguments = packed(batch)
     loss, dx, dy = solve_with_gradients(arguments, objective, backend)
@@ -90,7 +90,7 @@ def test_the_sides_may_differ_in_layout(backend, batch):
 
 
 def features_first(t):
-    return t.transpose(1, 2).contiguous().transpose(1, 2)  # as a convolution gives them
+    return t.transpose(1, 2).contiguous().transpose(1, 2)  # as a convolution returns them
 
 
 @pytest.mark.parametrize("objective", ["value", "transport"])
@@ -112,7 +112,7 @@ def test_strides(backend, batch, view, objective, dtype):
 
 
 def test_expanded_points(backend):
-    """One text for every item: stride zero, and gradients add up."""
+    """One text for all items has stride zero, and its gradients add up."""
     same = same_on(backend)
     x, text = torch.randn(3, 6, 4, dtype=torch.float64), leaf(torch.randn(5, 4, dtype=torch.float64))
     copies = leaf(text[None].repeat(3, 1, 1))
@@ -204,7 +204,7 @@ def test_rows_behind_the_last_packed_item_are_not_read(backend, batch):
 
 @pytest.mark.parametrize("longest", [9, 14])
 def test_max_seqlen(backend, batch, longest):
-    """It spares a look at the offsets, and only sets the size of the plan."""
+    """max_seqlen saves reading the offsets. It only sets the size of the plan."""
     same = same_on(backend)
     arguments = batch.packed()
     expected = otalign.solve(**arguments, backend=backend)

@@ -1,6 +1,6 @@
-"""Points without mass, points that nothing reaches, forbidden pairs, and numbers at the edge: what stays exact, what is NaN.
+"""Massless points, points without allowed pairs, forbidden pairs and extreme numbers: what stays exact, and what is NaN.
 
-Compared with tests/helpers/oracle.py, which shares nothing with the backends, for every backend; CUDA's kernels run on the CPU.
+Every backend is compared with tests/helpers/oracle.py, which shares no code with the backends. The CUDA kernels run on the CPU.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ENGINES = ["reference", "cpu", "triton", "cuda"]
 
 @pytest.fixture(params=ENGINES, scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a backend, which works while the test runs."""
+    """The name of a backend, which is available while the test runs."""
     with emulated() if request.param == "cuda" else contextlib.nullcontext():
         yield request.param
 
 
 def wide(engine: str) -> torch.dtype:
-    """What the backend is tested in unless a test asks for single precision, where Triton keeps the matrix in registers."""
+    """The default precision for the backend. In float32, which some tests choose, Triton keeps the matrix in registers."""
     return torch.float32 if engine in ("cuda", "triton") else torch.float64
 
 
@@ -48,14 +48,14 @@ def costs(n: int = 6, m: int = 5, seed: int = 0) -> np.ndarray:
 
 
 def weights(count: int, *massless: int) -> np.ndarray:
-    """Weights that sum to one, none for the points `massless`."""
+    """Weights that sum to one; the points `massless` have weight zero."""
     w = np.arange(1.0, count + 1)
     w[list(massless)] = 0
     return w / w.sum()
 
 
 def solved(engine, C, a, b, reg, rho=BALANCED, dtype=None, **options):
-    """An item solved to rounding, and leaves of its cost and weights."""
+    """An item solved up to rounding, and the leaves for its cost and weights."""
     dtype = dtype or wide(engine)
     leaves = [torch.tensor(t, dtype=dtype)[None].requires_grad_() for t in (C, a, b)]
     options = {"tol": 1e-6 if dtype == torch.float32 else 1e-13, "max_iter": 3000} | options
@@ -64,7 +64,7 @@ def solved(engine, C, a, b, reg, rho=BALANCED, dtype=None, **options):
 
 
 def agrees(result, leaves, C, a, b, reg, rho=BALANCED, within=None) -> None:
-    """All numbers of an item against the oracle, and gradients that are closed forms of its plan and potentials."""
+    """Compare all outputs with the oracle, and the gradients with closed forms of its plan and potentials."""
     right = oracle.solve(C, a, b, reg, rho)
     within = within or (3e-5 if result.value.dtype == torch.float32 else 1e-9)
     near = {"rtol": within, "atol": within}
@@ -82,7 +82,7 @@ def agrees(result, leaves, C, a, b, reg, rho=BALANCED, within=None) -> None:
     grads = torch.autograd.grad(result.value.sum(), leaves, retain_graph=True)
     np.testing.assert_allclose(grads[0][0].numpy(), right.plan, rtol=0, atol=within)
     for grad, weight, potential, r in zip(grads[1:], (a, b), (right.f, right.g), rho, strict=True):
-        # before weights are normalised the derivative is dual_term(f) + reg (1 - mass), mass the update's
+        # before the weights are normalised, the derivative is dual_term(f) + reg (1 - mass), with the mass of the update
         mass = 1 if r == INF else np.exp(-potential / r)
         raw = (potential if r == INF else -r * np.expm1(-potential / r)) + reg * (1 - mass)
         expected = raw - (raw * weight).sum()
@@ -100,7 +100,7 @@ def agrees(result, leaves, C, a, b, reg, rho=BALANCED, within=None) -> None:
 @pytest.mark.parametrize("reg", [0.05, 0.005])
 def test_massless_points(engine, reg, rho):
     C, a, b = costs(), weights(6, 1, 5), weights(5, 0, 2)
-    C[:, 0] += 3  # nothing bounds what lies between points without mass
+    C[:, 0] += 3  # costs between massless points are unbounded
     result, leaves = solved(engine, C, a, b, reg, rho)
     assert result.converged.all()
     agrees(result, leaves, C, a, b, reg, rho)
@@ -118,14 +118,14 @@ def test_a_point_without_mass_far_away(engine, reg):
     """The cost's range over reg is beyond the exponents of float32."""
     C, a, b = np.array([[0.0, 1], [1, 0]]), np.array([1.0, 0]), np.array([0.5, 0.5])
     result, leaves = solved(engine, C, a, b, reg, dtype=torch.float32)
-    assert result.n_iter.item() <= 3  # one, but for the rounding of exponents up to 1000
+    assert result.n_iter.item() <= 3  # one, up to the rounding of exponents up to 1000
     agrees(result, leaves, C, a, b, reg)
 
 
 def test_a_column_without_mass_and_a_small_rho(engine):
     C, a, b = np.array([[0.0, -1], [0, -1]]), np.array([0.5, 0.5]), np.array([1.0, 0])
     result, leaves = solved(engine, C, a, b, 0.005, (INF, 0.002), dtype=torch.float32)
-    # The gradient by the weight without mass is rho - (rho + reg) exp(500), infinite in float32: not looked at.
+    # The gradient by the zero weight is rho - (rho + reg) exp(500), which is infinite in float32: it is not compared.
     assert abs(result.value.item()) < 1e-8
     np.testing.assert_allclose(result.potentials[1][0].numpy(), [0, -1 / 3.5], rtol=1e-6)
     assert torch.autograd.grad(result.value.sum(), leaves[0])[0].isfinite().all()
@@ -133,7 +133,7 @@ def test_a_column_without_mass_and_a_small_rho(engine):
 
 @pytest.mark.parametrize("objective", ["value", "transport", "plan_cost", "divergence"])
 def test_a_pause_longer_than_the_band(engine, objective):
-    """Silent frames have no weight and no gradient; weights of zero are the same as no points."""
+    """Silent frames have no weight and no gradient. Zero weights give the same result as removing the points."""
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(1, count, 4, generator=generator) for count in (30, 12))
     loud = torch.ones(1, 30)
@@ -147,7 +147,7 @@ def test_a_pause_longer_than_the_band(engine, objective):
     assert not grads[0][0, 8:20].any()
 
 
-# Points that nothing reaches, forbidden pairs --------------------------------------------------------------------------
+# Points without allowed pairs, forbidden pairs --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rho", RELAXATIONS[1:], ids=str)
@@ -159,10 +159,10 @@ def test_forbidden_pairs(engine, rho):
 
 
 @pytest.mark.parametrize("cut", ["x", "y", "both", "all"])
-def test_unreached_points_of_relaxed_sides(engine, cut):
+def test_points_without_allowed_pairs_on_relaxed_sides(engine, cut):
     C, a, b = costs(), weights(6, 3), weights(5, 2)
     if cut in ("x", "both"):
-        C[1, [0, 1, 3, 4]] = INF  # the point of y without mass does not count
+        C[1, [0, 1, 3, 4]] = INF  # the massless point of y does not count
     if cut in ("y", "both"):
         C[:, 4] = INF
     if cut == "all":
@@ -181,8 +181,8 @@ def test_unreached_points_of_relaxed_sides(engine, cut):
 
 
 @pytest.mark.parametrize(("rho", "error"), [((INF, 0.4), 2 / 17), ((0.3, INF), 5 / 12), (BALANCED, None)], ids=str)
-def test_unreached_points_of_strict_sides(engine, rho, error):
-    """No plan has the marginals: what cannot be served is missing in the error."""
+def test_points_without_allowed_pairs_on_strict_sides(engine, rho, error):
+    """No plan has these marginals: the error contains the mass that cannot be transported."""
     C, a, b = costs(), weights(6, 3), weights(5, 2)
     C[1] = C[:, 4] = INF
     result, leaves = solved(engine, C, a, b, 0.1, rho, dtype=torch.float32, max_iter=40)
@@ -216,11 +216,11 @@ def test_large_costs_and_a_small_rho(engine, swap, sign):
     np.testing.assert_allclose(grad[0].numpy(), right.plan, rtol=0, atol=1e-5)
 
 
-# Numbers that are none -------------------------------------------------------------------------------------------------
+# Invalid numbers -------------------------------------------------------------------------------------------------
 
 
 def beside(engine, first: Tensor, **options) -> otalign.OTResult:
-    """Two items, of which the second has to be as if alone, and the first is NaN."""
+    """Solve two items: the first is NaN, and the second is not affected."""
     C = torch.stack([first, torch.tensor(costs(), dtype=torch.float32)])
     result = otalign.solve_cost(C, backend=engine, **options)
     assert result.value[0].isnan()
@@ -232,8 +232,8 @@ def beside(engine, first: Tensor, **options) -> otalign.OTResult:
 
 @pytest.mark.parametrize("number", [math.nan, -INF])
 @pytest.mark.parametrize("place", [(0, 0), (1, 0), (0, 2), (1, 2)], ids=["mass", "x", "y", "both"])
-def test_a_cost_that_is_no_number(engine, place, number):
-    """Also where one of the points, or both, have no mass."""
+def test_invalid_costs(engine, place, number):
+    """Also if one or both of the points have no mass."""
     C = torch.tensor(costs(), dtype=torch.float32)
     C[place] = number
     a, b = (torch.tensor(w, dtype=torch.float32).expand(2, -1) for w in (weights(6, 1), weights(5, 2)))
@@ -242,7 +242,7 @@ def test_a_cost_that_is_no_number(engine, place, number):
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, nobody looks at the numbers before the kernels: bad ones are NaN."""
+    """As on a GPU, no check reads the values before the kernels: invalid ones become NaN."""
     monkeypatch.setattr(otalign.problem, "checks_values", lambda tensor: False)
     monkeypatch.setattr(
         otalign.checks, "valid_or_nan", lambda values, good, message: torch.where(good, values, math.nan)
@@ -251,20 +251,20 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("engine", ["triton", "cuda"], indirect=True)
 @pytest.mark.parametrize("reg", [0.0, -1.0, math.nan, INF, 1e-40])
-def test_a_regularisation_that_is_none(engine, unchecked, reg):
+def test_invalid_reg(engine, unchecked, reg):
     C = torch.tensor(costs(), dtype=torch.float32)
     beside(engine, C, reg=torch.tensor([reg, 0.1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("engine", ["triton", "cuda"], indirect=True)
-def test_a_cost_beyond_numbers_over_reg(engine, unchecked):
+def test_cost_over_reg_overflows(engine, unchecked):
     C = torch.tensor(costs(), dtype=torch.float32) + 9
     beside(engine, C, reg=torch.tensor([1.2e-38, 0.1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("engine", ["triton", "cuda"], indirect=True)
 @pytest.mark.parametrize("start", [math.nan, INF, -INF, 1e30, 1.1e4])
-def test_a_start_out_of_range(engine, unchecked, start):
+def test_start_out_of_range(engine, unchecked, start):
     C = torch.tensor(costs(), dtype=torch.float32)
     init = torch.zeros(2, 6), torch.zeros(2, 5)
     init[1][0, 3] = start
@@ -272,7 +272,7 @@ def test_a_start_out_of_range(engine, unchecked, start):
 
 
 @pytest.mark.parametrize("engine", ["triton", "cuda"], indirect=True)
-def test_weights_that_are_none(engine, unchecked):
+def test_invalid_weights(engine, unchecked):
     C = torch.tensor(costs(), dtype=torch.float32)
     for name, size in (("a", 6), ("b", 5)):
         weight = torch.ones(2, size)
@@ -298,7 +298,7 @@ def one_side() -> Tensor:
 
 @functools.cache
 def symmetric_optimum(massless: tuple[int, ...], reg: float, rho: tuple[float, float]) -> oracle.Optimum:
-    """The oracle's answer for `one_side`; alternating updates take long to it."""
+    """The oracle's result for `one_side`. Cached, because its alternating updates converge slowly here."""
     x, w = one_side(), weights(6, *massless)
     return oracle.solve((x[:, None] - x).square().sum(-1).numpy(), w, w, reg, rho)
 

@@ -1,4 +1,4 @@
-"""What comes of input that is odd but allowed: NaN, nothing, zeros, single points, extremes?"""
+"""What is the result for unusual but valid input: NaN, empty items, zeros, single points, extremes?"""
 
 import math
 
@@ -28,7 +28,7 @@ def loss_and_gradients(batch: Batch, **options):
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
 @pytest.mark.parametrize("side", ["x", "y"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_bad_item_is_nan_and_alone(backend, side, bad, cost, objective, dtype):
+def test_a_bad_item_is_nan_and_leaves_the_others_unchanged(backend, side, bad, cost, objective, dtype):
     same = same_on(backend)
     batch = draw(dtype=dtype)
     spoilt = batch._replace(**{side: getattr(batch, side).clone()})
@@ -42,7 +42,7 @@ def test_a_bad_item_is_nan_and_alone(backend, side, bad, cost, objective, dtype)
     assert losses[2].isnan()
     assert dx[2, :5].isnan().all()
     assert dy[2, :6].isnan().all()
-    assert not dx[2, 5:].any()  # the padding has no gradient, whatever the item is
+    assert not dx[2, 5:].any()  # the padding has no gradient, even if the item is NaN
     assert not dy[2, 6:].any()
 
 
@@ -115,7 +115,7 @@ SHAPES = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_empty_batches(backend, reduction, objective, shapes):
-    """Zero, attached to the graph: under DDP every rank has to reach its backward."""
+    """The loss is a zero that is attached to the graph: under DDP every rank must run its backward pass."""
     x, y = (torch.randn(shape, requires_grad=True) for shape in shapes)
     loss = otalign.sinkhorn_loss(x, y, objective=objective, reduction=reduction, backend=backend)
     assert loss.shape == (() if reduction != "none" else (shapes[0][0],))
@@ -161,7 +161,7 @@ def test_empty_packed_batches(backend):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("rho", [None, 0.5, (0.5, INF)])
 def test_zero_weights(backend, objective, rho):
-    """They carry no mass, have no gradient, and whatever their points are, the others do not see it."""
+    """Points of weight zero have no mass and no gradient, and do not affect the others."""
     batch = draw([7, 6], [6, 4], poison=0.0)
     a = draw_weights(batch.x_lengths, batch.x.shape[1], zeros=True)
     b = draw_weights(batch.y_lengths, batch.y.shape[1], zeros=True)
@@ -191,7 +191,7 @@ def test_gradients_by_zero_weights_are_finite(backend, rho):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_zero_embeddings_under_the_cosine(backend, objective, dtype):
-    """Cost 1 to everything, and no gradient: a direction of nothing does not exist."""
+    """A zero vector has no direction: its cost to every point is 1, and its gradient is 0."""
     batch = draw([5, 3], [4, 4], dtype=dtype)
     batch.x[0, 2] = 0
     batch.x[1, :3] = 0
@@ -206,8 +206,8 @@ def test_zero_embeddings_under_the_cosine(backend, objective, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-30, 1e15, 1e25])
-def test_the_cosine_does_not_know_lengths(backend, scale):
-    """Squares that under- or overflow float32 do not matter."""
+def test_the_cosine_ignores_norms(backend, scale):
+    """Squares that underflow or overflow in float32 do not change the result."""
     batch = draw([5, 3], [4, 4], dtype=torch.float32)
     expected = otalign.sinkhorn_loss(*batch, backend=backend)
     scaled = batch._replace(x=scale * batch.x)
@@ -217,7 +217,7 @@ def test_the_cosine_does_not_know_lengths(backend, scale):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("cost", COSTS)
 def test_identical_points(backend, cost, objective):
-    """Within a side, and across the sides: the euclidean distance has a corner there, not a NaN."""
+    """Identical points within a side, and on both sides: there the euclidean distance has a kink, and its gradient is not NaN."""
     x = torch.randn(1, 1, 4, dtype=torch.float64).expand(2, 6, 4).clone()
     batch = Batch(x, x[:, :4].clone(), torch.tensor([6, 3]), torch.tensor([4, 4]))
     for output in loss_and_gradients(batch, cost=cost, objective=objective, reg=0.05, backend=backend):
@@ -249,13 +249,13 @@ def test_cost_range_over_reg(backend, objective, dtype, ratio):
         assert output.isfinite().all()
 
 
-def test_one_dimension_and_none(backend):
+def test_points_of_one_and_no_dimension(backend):
     x, y = torch.randn(2, 5, 1), torch.randn(2, 4, 1)
     assert otalign.sinkhorn_loss(x, y, cost="sqeuclidean", backend=backend).isfinite()
     close(otalign.sinkhorn_loss(x[..., :0], y[..., :0], cost="dot", backend=backend), torch.tensor(0.0), 1e-6)
 
 
-def test_not_converged_says_so(backend):
+def test_not_converged_is_reported(backend):
     result = otalign.solve(*draw([30], [20]), reg=0.005, tol=1e-6, max_iter=2, backend=backend)
     assert result.converged.tolist() == [False]
     assert result.n_iter.tolist() == [2]

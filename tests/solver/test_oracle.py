@@ -1,4 +1,4 @@
-"""Do the backends agree with an oracle that shares nothing with the reference? Weights of zero, forbidden pairs, extremes."""
+"""Do the backends agree with an oracle that shares no code with the reference? Zero weights, forbidden pairs, extremes."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "nothing reaches anything": lambda: Case(np.full((3, 2), INF), uniform(3), uniform(2), 0.05, (0.2, 0.3)),
 }
-# Wide of what the interpreter solves in seconds.
+# The interpreter would need more than seconds for these.
 LONG = {"relaxed x, offset", "relaxed y, offset", "tails of zero", "tails of zero, relaxed"}
 
 
 def solve(case: Case, backend: str, dtype: torch.dtype, **options):
-    """The result and its leaves: cost and weights."""
+    """The result, and its leaves: cost and weights."""
     tensors = [leaf(torch.from_numpy(t).to(dtype)[None]) for t in (case.C, case.a, case.b)]
     C, a, b = tensors
     options = {"tol": 1e-11 if dtype == torch.float64 else 1e-6, "max_iter": 5000, **options}
@@ -153,11 +153,11 @@ def test_gradients_by_weights_of_zero_are_one_sided_derivatives(backend, name):
             more = weights.copy()
             more[index] += step
             moved = case._replace(**{side: more / more.sum()}).optimum().value
-            # The entropy of a new weight has an infinite slope in the plan, none in the value: the error is of order step.
+            # The entropy of a new weight has an infinite slope in the plan but not in the value, so the error is of order step.
             close(gradient[index], torch.tensor((moved - value) / step, dtype=torch.float64), 2e-4)
 
 
-def test_a_zero_weight_is_an_absent_point(backend):
+def test_a_zero_weight_equals_an_absent_point(backend):
     case = CASES["massless on both sides"]()
     rows, columns = case.a > 0, case.b > 0
     part = case._replace(C=case.C[np.ix_(rows, columns)], a=case.a[rows], b=case.b[columns])
@@ -167,7 +167,7 @@ def test_a_zero_weight_is_an_absent_point(backend):
     close(result.potentials[0][0][rows], there.potentials[0][0], 1e-9)
 
 
-def test_a_strict_point_that_nothing_reaches_is_left_out_and_told(backend):
+def test_a_strict_point_without_allowed_pairs_is_left_out_and_reported(backend):
     case = CASES["points that nothing reaches"]()._replace(rho=STRICT)
     result, (C, a, b) = solve(case, backend, torch.float64, max_iter=50)
     plan = result.plan()[0]
@@ -179,8 +179,8 @@ def test_a_strict_point_that_nothing_reaches_is_left_out_and_told(backend):
         assert gradient.isfinite().all()
 
 
-def test_silence_under_a_band_in_a_divergence(backend):
-    """Frames that are silent reach only silent frames in the solve of x with itself."""
+def test_silent_frames_under_a_band_in_a_divergence(backend):
+    """In the self term of x, silent frames have allowed pairs with silent frames only."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 60, 8, generator=generator, requires_grad=True)
     y = torch.randn(2, 20, 8, generator=generator, requires_grad=True)
@@ -230,14 +230,14 @@ def test_any_weights_and_costs(backend, a, b, seed, forbidden, scale, offset, rh
     random = np.random.default_rng(seed)
     C = (random.random((len(a), len(b))) * scale + offset).astype(np.float32).astype(np.float64)
     C[random.random(C.shape) < forbidden] = INF
-    hypothesis.assume(rho != STRICT or not np.isinf(C).any())  # a plan need not exist
+    hypothesis.assume(rho != STRICT or not np.isinf(C).any())  # there may be no plan
     case = Case(C, share(*a), share(*b), 0.4, rho)
     result, leaves = solve(case, backend, dtype, max_iter=3000)
     gradients = torch.autograd.grad(result.value.sum(), leaves)
     assert not any(gradient.isnan().any() for gradient in gradients)
     expected = case.optimum()
     if not abs(expected.plan).max() < 1e30:
-        return  # of a mass that float32 need not hold
+        return  # its mass may be too small for float32
     hypothesis.assume(bool(result.converged))
     bound = 1e-6 if dtype == torch.float64 else 1e-3
     scale_of_plan = max(1.0, expected.plan.sum())

@@ -1,4 +1,4 @@
-"""Do other libraries give the same answers to the same problems?"""
+"""Do other libraries give the same results for the same problems?"""
 
 import math
 
@@ -38,7 +38,7 @@ def test_pot_balanced(problem, backend, reg):
     close(ours.value[0], theirs.value, 1e-9)
     close(ours.value_linear[0], theirs.value_linear, 1e-9)
     close(ours.plan()[0], theirs.plan, 1e-9)
-    # POT's potentials are in units of reg, contain the weights, and have a gauge of their own.
+    # POT's potentials are in units of reg, contain the weights, and have their own gauge.
     f, g = (potential[0] for potential in ours.potentials)
     log_u, log_v = theirs.potentials
     gauge = f / reg + a.log() - log_u
@@ -66,7 +66,7 @@ def test_pot_batched(backend):
 
 
 def test_pot_entropy_is_ours_up_to_the_entropy_of_the_weights(problem, backend):
-    """reg_type="entropy" counts reg * sum P log P: the same plan, and a value off by a constant."""
+    """reg_type="entropy" adds reg * sum P log P: the plan is the same, and the value differs by a constant."""
     C, a, b = problem
     ours = solve(C, a, b, backend, reg=0.1)
     theirs = ot.solve(C, a, b, reg=0.1, reg_type="entropy", tol=1e-13, max_iter=100_000)
@@ -88,7 +88,7 @@ def test_geomloss_solve(problem, backend, rho):
 def test_geomloss_blur(backend, rho):
     """SamplesLoss(p=2) halves the squared distance: reg = blur^2 on |x - y|^2 / 2, so 2 blur^2 and twice its value.
 
-    It ends its annealing with one step at the target blur, so the two agree only as well as it converges.
+    GeomLoss ends its annealing with one step at the target blur, so the two agree only as far as GeomLoss converges.
     """
     x, y = torch.rand(1, 30, 2, dtype=torch.float64), torch.rand(1, 20, 2, dtype=torch.float64)
     blur, reach = 0.3, None if rho is None else math.sqrt(rho)

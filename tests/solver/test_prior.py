@@ -1,4 +1,4 @@
-"""Are the temporal priors what their definitions say?"""
+"""Do the temporal priors follow their definitions?"""
 
 import math
 
@@ -28,7 +28,7 @@ def test_band_leaves_no_row_or_column_empty(n, m, width):
     inside = Prior.band(width).matrix(n, m) == 0
     assert inside.any(1).all()
     assert inside.any(0).all()
-    # What it promises to keep, and no more than it says to widen.
+    # The band contains what its definition includes, and is no wider than documented.
     i, j = torch.arange(n).double()[:, None], torch.arange(m).double()
     distance = (i * (m - 1) / max(n - 1, 1) - j).abs() if n > 1 else j.expand(1, m)
     widest = max(width, 0.5, 0.5 * (m - 1) / (n - 1) if n > 1 else math.inf)

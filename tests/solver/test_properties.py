@@ -1,4 +1,4 @@
-"""Does it behave, for any problem, as optimal transport must? (Property-based.)"""
+"""Do the results have the properties of optimal transport for any problem? (Property-based.)"""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ PRIORS = st.sampled_from(
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 REGS = st.sampled_from([0.05, 0.2, 1.0, 10.0])
 POISON = st.sampled_from([math.nan, INF, -INF, 6e4])
-# Close to convergence where the question is what the optimum is like.
+# Close to convergence, for the properties of the optimum.
 TIGHT = {"tol": 1e-9, "max_iter": 3000}
 
 
@@ -106,7 +106,7 @@ def test_more_padding_changes_nothing(backend, batch, extra, cost, objective):
 
 
 @given(batch=batches(most_items=6), cost=COSTS, rho=RHOS, prior=PRIORS, reg=REGS)
-def test_batched_is_packed_is_one_by_one(backend, batch, cost, rho, prior, reg):
+def test_batched_equals_packed_equals_single_items(backend, batch, cost, rho, prior, reg):
     same = same_on(backend)
     options = {"cost": cost, "unbalanced": rho, "prior": prior, "reg": reg, "max_iter": 20, "backend": backend}
     result = otalign.solve(*batch, **options)
@@ -133,7 +133,7 @@ def test_order_of_items(backend, batch, cost, data):
 
 @given(batch=batches(smallest=1, most_items=1), cost=COSTS, rho=RHOS, data=st.data())
 def test_order_of_points(backend, batch, cost, rho, data):
-    """Without a prior, transport does not know the order of the points."""
+    """Without a prior, the result does not depend on the order of the points."""
     ((x, y),) = batch.items()
     i, j = (data.draw(st.permutations(range(len(points)))) for points in (x, y))
     options = {"cost": cost, "unbalanced": rho, "reg": 0.2, "max_iter": 20, "backend": backend}
@@ -169,8 +169,8 @@ def test_offset_and_scale_of_the_cost(backend, seed, offset, scale, reg):
 
 
 @given(seed=st.integers(0, 2**20), rho=RHOS)
-def test_monotony(backend, seed, rho):
-    """The value rises with reg and with the cost; what is transported gets dearer as reg rises."""
+def test_value_and_transport_cost_rise(backend, seed, rho):
+    """The value rises with reg and with the cost; the transport cost rises with reg."""
     generator = torch.Generator().manual_seed(seed)
     C, more = (torch.rand(1, 6, 5, dtype=torch.float64, generator=generator) for _ in "ab")
     results = [otalign.solve_cost(C, reg=r, unbalanced=rho, backend=backend, **TIGHT) for r in (0.1, 0.3, 1.0)]
@@ -187,7 +187,7 @@ def test_monotony(backend, seed, rho):
 
 
 @given(batch=batches(smallest=1), cost=COSTS)
-def test_error_falls(backend, batch, cost):
+def test_error_never_rises(backend, batch, cost):
     """The L1 marginal error of Sinkhorn's iteration never rises."""
     errors = [
         otalign.solve(*batch, cost=cost, reg=0.1, tol=0, max_iter=n, backend=backend).error for n in (1, 2, 5, 10)
@@ -197,8 +197,8 @@ def test_error_falls(backend, batch, cost):
 
 
 @given(seed=st.integers(0, 2**20), n=st.integers(1, 8), m=st.integers(1, 8), reg=REGS)
-def test_weights_and_copies_are_the_same(backend, seed, n, m, reg):
-    """A point of weight two is two points; one of weight zero is none."""
+def test_weights_equal_copies(backend, seed, n, m, reg):
+    """A point of weight two equals two points; a point of weight zero equals none."""
     ((x, y),) = draw([n], [m], seed=seed).items()
     options = {"cost": "sqeuclidean", "reg": reg, "tol": 0, "max_iter": 25, "backend": backend}
     a = torch.ones(1, n + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What can be asked of a result: sums under its plan, which need not be built, and the same after it was saved."""
+"""Methods of a result: sums under its plan without storing the plan, and the same after saving and loading."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_apply_packed(backend):
 
 @pytest.mark.parametrize("to", ["x", "y"])
 def test_gradients_of_apply(backend, to):
-    """By the points through the plan, and by the values: those of the product with the plan."""
+    """The gradients by the points, through the plan, and by the values are those of the product with the plan."""
     values = VALUES_Y if to == "x" else VALUES_X
     found, expected = [], []
     for gradients in (found, expected):
@@ -80,7 +80,7 @@ def test_gradients_of_apply(backend, to):
 
 
 def test_gradient_of_a_marginal(backend):
-    """Strict sums do not move; relaxed ones do, as finite differences tell."""
+    """Strict marginals are constant. Relaxed ones have the gradient of finite differences."""
     batch = draw((4,), (3,), seed=3)
     x, y = batch.x[:, :4], batch.y[:, :3]
     options = {"reg": 0.5, "unbalanced": (None, 0.7), "tol": 1e-12, "max_iter": 10_000, "backend": backend}
@@ -97,8 +97,8 @@ def test_gradient_of_a_marginal(backend):
     close(strict.grad, torch.zeros_like(x), 1e-8)
 
 
-def test_no_plan_for_a_kernel_that_sums(monkeypatch):
-    """Where no gradient is wanted, the GPU's kernel averages the values in place of the points."""
+def test_apply_on_a_gpu_stores_no_plan(monkeypatch):
+    """Without gradients, the GPU kernel for barycentric images averages the values instead of the points."""
     result = otalign.solve(*ARGUMENTS, A, **OPTIONS, backend="triton")
     expected = result.plan() @ VALUES_Y.nan_to_num()
 
@@ -122,7 +122,7 @@ def test_no_plan_for_a_kernel_that_sums(monkeypatch):
         rejected(ValueError, "to:", "'x'", "'z'", values=VALUES_Y, to="z"),
     ],
 )
-def test_values_that_do_not_fit(error, words, arguments):
+def test_invalid_values_are_refused(error, words, arguments):
     check(solve("cpu").apply, error, words, arguments)
 
 
@@ -142,8 +142,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_result_is_what_it_was_after_it_was_saved(backend, way, packed):
-    """Detached, and able to make its plan, which is not saved by all of them."""
+def test_a_result_is_unchanged_after_saving(backend, way, packed):
+    """A loaded result is detached, and still computes its plan, which not every way of saving stores."""
     if packed:
         arguments = BATCH.packed()
         arguments["x"] = leaf(arguments["x"])
@@ -161,7 +161,7 @@ def test_a_result_is_what_it_was_after_it_was_saved(backend, way, packed):
         found = getattr(other, method)()
         assert not found.requires_grad
         close(found, getattr(result, method)(), 1e-6)
-    assert result.value.requires_grad  # as it was
+    assert result.value.requires_grad  # unchanged
     result.plan().square().sum().backward()
 
 
@@ -189,7 +189,7 @@ def alone(unbalanced, item):
 @pytest.mark.parametrize("unbalanced", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("objective", ["value", "transport", "plan_cost", "divergence"])
 def test_loss_with_a_relaxation_for_each_item(backend, unbalanced, objective):
-    """Loss and gradients are those of the items one by one."""
+    """Loss and gradients equal those of the single items."""
     options = {
         "objective": objective,
         "reduction": "none",

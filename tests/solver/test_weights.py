@@ -1,4 +1,4 @@
-"""Are weights normalised whatever their size, and what stands beside them refused where it has no meaning?"""
+"""Are weights of any size normalised, and arguments that contradict them refused?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def losses(a, **options):
 
 @pytest.mark.parametrize("scale", [1e38, 3e-39, 2.0**-120])
 def test_sums_neither_overflow_nor_vanish(backend, scale):
-    """float32 holds every weight here, but neither the sum of the large nor all digits of the small."""
+    """float32 represents every weight here, but not the sum of the large ones, nor all digits of the small ones."""
     weights = (WEIGHTS / 1.2).float()
     scaled = (weights.double() * scale).float()
     close(losses(scaled, backend=backend), losses(scaled.double(), backend=backend), 1e-6)
@@ -40,14 +40,14 @@ def test_packed_sums_neither_overflow_nor_vanish(backend):
 
 
 def test_float64_weights_keep_their_range():
-    """Below float32's smallest number beside above its largest one, in float32 problems."""
+    """In float32 problems: weights below the smallest float32 beside weights above the largest."""
     for scale in (1e-200, 1e200, 1e308):
         identical(losses(WEIGHTS / 1.2 * scale), losses(WEIGHTS / 1.2 * scale / scale))
 
 
 @pytest.mark.parametrize("scale", [1e38, 1e-30])
 def test_gradient_of_scaled_weights(scale):
-    """The value does not change with the scale, so its gradient is one over it."""
+    """The value does not depend on the scale, so its gradient is proportional to 1 / scale."""
     weights = (WEIGHTS / 1.2).float().nan_to_num()
     one, scaled = leaf(weights), leaf(weights * scale)
     losses(one, tol=1e-6, max_iter=5000).sum().backward()
@@ -55,7 +55,7 @@ def test_gradient_of_scaled_weights(scale):
     close(scaled.grad.double() * scale, one.grad.double(), 1e-4)
 
 
-def test_infinite_weight_is_its_items_own_matter(backend):
+def test_infinite_weight_affects_only_its_item(backend):
     weights = WEIGHTS.float()
     weights[0, 1] = math.inf
     found = losses(weights, backend=backend)
@@ -68,7 +68,7 @@ def test_infinite_weight_is_its_items_own_matter(backend):
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.float64, 1e300)])
 def test_norms_of_any_size(dtype, size):
-    """The norms, not their squares, have to be within the type."""
+    """The norms must be within the range of the type, their squares need not."""
     x = torch.rand(1, 5, 3).double().add(0.1)
     y = torch.rand(1, 4, 3).double()
     found = otalign.sinkhorn_loss((x * size).to(dtype), y.to(dtype), a="norm")
@@ -77,7 +77,7 @@ def test_norms_of_any_size(dtype, size):
 
 @pytest.mark.parametrize("shape", [(1, 7 + 2), (7 + 2,)])
 def test_one_row_for_all_items(backend, shape):
-    """And its gradient is the sum of theirs."""
+    """The gradient of the row is the sum over the items."""
     row = leaf(torch.rand(shape) + 0.1)
     every = leaf(row.detach().expand(3, 9))
     found, expected = losses(row, backend=backend), losses(every, backend=backend)
@@ -88,7 +88,7 @@ def test_one_row_for_all_items(backend, shape):
 
 
 def test_weights_of_an_empty_batch_have_zero_gradients(backend):
-    """Not None: DistributedDataParallel waits for what it registered."""
+    """The gradients are not None: DistributedDataParallel waits for every registered parameter."""
     a, b = leaf(torch.ones(2, 5)), leaf(torch.ones(2, 4))
     for options in ({"x_lengths": torch.tensor([0, 0])}, {"y_lengths": torch.tensor([0, 0])}):
         a.grad = b.grad = None
@@ -105,7 +105,7 @@ def test_weights_of_no_items_have_gradients(backend):
 
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean", "euclidean", "dot"])
 def test_points_without_dimensions(backend, cost):
-    """All costs are 0, of the cosine 1 as between zero vectors; gradients are there, and empty."""
+    """All costs are 0 (cosine: 1, as between zero vectors). The gradients exist, and are empty."""
     x, y, a = leaf(X[..., :0]), leaf(Y[..., :0]), leaf(torch.rand(2, 5) + 0.1)
     found = otalign.sinkhorn_loss(x, y, torch.tensor([5, 3]), a=a, cost=cost, reduction="none", backend=backend)
     close(found, torch.full((2,), float(cost == "cosine")), 1e-6)

@@ -1,4 +1,4 @@
-"""OTReg and its unique tokens, against plain loops that spell out the formulas."""
+"""OTReg and its unique tokens, compared with plain loops over the formulas."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def one_by_one(criterion: OTRegLoss, batch, ids, form: str) -> torch.Tensor:
 @pytest.mark.parametrize("detach_plan", [True, False])
 @pytest.mark.parametrize("token_weights", ["uniform", "count"])
 @pytest.mark.parametrize("form", ["cost", "soft_target"])
-def test_otreg_is_its_formula(form, token_weights, detach_plan):
+def test_otreg_follows_its_formula(form, token_weights, detach_plan):
     batch = draw([9, 4, 0, 6], [5, 3, 2, 4], D=6)
     ids = torch.tensor([[3, 1, 3, 2, 1, 9, 9], [4, 4, 4, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0], [5, 6, 7, 5, 0, 0, 0]])
-    # Counted over the item's own tokens only.
+    # Counts include only the tokens of the item.
     ids = ids[:, : batch.y.shape[1]]
     criterion = OTRegLoss(form=form, token_weights=token_weights, detach_plan=detach_plan, tol=0, reg=0.1)
     ours, theirs = batch.requires_grad(), batch.requires_grad()
@@ -90,7 +90,7 @@ def test_otreg_is_its_formula(form, token_weights, detach_plan):
 
 
 def test_otreg_pulls_frames_to_their_tokens():
-    """Frames that begin somewhere around the embedding of their token, under twice its length of noise, end at it."""
+    """Frames start at the embedding of their token plus noise of twice its norm, and end at the embedding."""
     torch.manual_seed(0)
     text = torch.randn(1, 6, 64)
     token = torch.arange(24) // 4
@@ -132,7 +132,7 @@ def test_otreg_schedule_and_state():
 
 @pytest.mark.parametrize("form", ["cost", "soft_target"])
 def test_otreg_on_nothing(form):
-    """A batch of empty items gives a zero that is attached to the graph, whatever is in the padding."""
+    """A batch of empty items gives a zero that is attached to the graph, for any padding."""
     speech = torch.full((2, 3, 4), math.nan, requires_grad=True)
     lengths = torch.tensor([0, 0])
     loss = OTRegLoss(form=form)(speech, torch.randn(2, 5, 4), lengths, torch.tensor([5, 0]), torch.ones(2, 5).long())
@@ -192,7 +192,7 @@ def test_errors_name_the_arguments_of_the_call(method):
 
 @pytest.mark.parametrize("form", ["cost", "soft_target"])
 def test_weights_make_accumulation_exact(form):
-    """Parts of a batch, weighted and divided by what the whole has, add up to the whole: OTReg and the inner layers."""
+    """Weighted losses of parts of a batch, divided by the normaliser of the whole, add up to the loss of the whole."""
     batch = draw([9, 4, 0, 6], [5, 3, 2, 4], D=6)
     x, y, n, m = batch.x.double(), batch.y.double(), batch.x_lengths, batch.y_lengths
     tokens = torch.tensor([7.0, 2.0, 5.0, 4.0])
@@ -209,7 +209,7 @@ def test_weights_make_accumulation_exact(form):
         close(loss(x, y, n, m, sample_weight=tokens), expected, 1e-12)
 
 
-def test_weight_zero_keeps_an_item_out():
+def test_weight_zero_excludes_an_item():
     x, y = torch.randn(3, 5, 4), torch.randn(3, 4, 4)
     x[1, 2] = math.nan
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""The alignment path, its score and interventions, against plain loops over items and layers."""
+"""The alignment path, its score and interventions, compared with plain loops over items and layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plain_path(x, y, metric):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_path_score_is_a_plain_loop(metric, dtype):
+def test_path_score_equals_a_plain_loop(metric, dtype):
     xs, ys, n, m = states(dtype=dtype)
     found = alignment_path_score(xs, ys, n, m, metric=metric)
     tol = 1e-10 if dtype == torch.float64 else 1e-5
@@ -63,7 +63,7 @@ def test_path_score_is_a_plain_loop(metric, dtype):
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_path_of_a_whole_batch_at_once(metric):
-    """As on a GPU, and where torch.compile traces it; on a CPU items are taken one by one."""
+    """The batched code, which GPUs and torch.compile use. On a CPU, items are computed one by one."""
     torch.compiler.reset()
     xs, ys, n, m = states(2, dtype=torch.float64)
     compiled = torch.compile(alignment_path_score, backend="eager", fullgraph=True)
@@ -104,8 +104,8 @@ def test_zero_states_and_no_frames():
     assert alignment_path_score(torch.zeros(1, 0, 4), text).score.isnan().all()
 
 
-def test_sizes_of_states_do_not_matter_to_cosines():
-    """Beyond the range whose squares float32 can hold; and in float16, whose range is small."""
+def test_cosines_ignore_the_norms_of_states():
+    """Also for norms whose squares leave the range of float32, and in float16, whose range is small."""
     xs, ys, n, m = states(1)
     expected = sequence_similarity(xs, ys, n, m)
     soft = OTRegLoss(form="soft_target", tol=0)
@@ -116,7 +116,7 @@ def test_sizes_of_states_do_not_matter_to_cosines():
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_an_item_that_is_not_finite_is_alone_so(metric):
+def test_a_non_finite_item_leaves_the_others_unchanged(metric):
     xs, ys, n, m = states(2)
     expected = alignment_path_score(xs, ys, n, m, metric=metric)
     for value in (math.nan, math.inf):
@@ -149,7 +149,7 @@ def test_sequence_similarity():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_memory_of_a_path(metric, dtype):
-    """One layer's similarities at a time, and no copy of the states."""
+    """Only the similarities of one layer are stored at a time, and the states are not copied."""
     B, N, M, D, L = 16, 300, 100, 1024, 3
     xs, ys = ([torch.randn(B, size, D, dtype=dtype) for _ in range(L)] for size in (N, M))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -209,7 +209,7 @@ def test_interventions_without_frames_and_their_gradient():
     x, y = xs[0].requires_grad_(), ys[0].requires_grad_()
     moved = intervene(x, y, n, m, worst=None)
     torch.where(torch.arange(x.shape[1])[:, None] < n[:, None, None], moved, 0).square().sum().backward()
-    for item, frames in enumerate(n.tolist()):  # all norms stay, so that the moved have the gradient of the others
+    for item, frames in enumerate(n.tolist()):  # all norms stay, so moved frames have the same gradient as the others
         close(x.grad[item, :frames], 2 * x.detach()[item, :frames], 1e-10)
     assert y.grad.isfinite().all()
 
@@ -226,7 +226,7 @@ def tiny_llama() -> transformers.LlamaForCausalLM:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["angle", "length"])
 def test_intervention_in_a_hook_of_a_language_model(kind):
-    """The paper's: a decoder layer's output for the speech is moved towards what it was for the text."""
+    """As in the paper: the output of a decoder layer for the speech is moved towards its output for the text."""
     model = tiny_llama()
     n, m = torch.tensor([9, 6]), torch.tensor([4, 3])
     speech, ids = torch.randn(2, 9, 16), torch.randint(40, (2, 4))
@@ -263,7 +263,7 @@ def test_intervention_in_a_hook_of_a_language_model(kind):
 
 
 def test_methods_on_a_language_model():
-    """Scores, retrieval and both losses take a Llama's hidden states as they come, and reach what made the embeddings."""
+    """Scores, retrieval and both losses take the hidden states of a Llama, and gradients reach the layer of the embeddings."""
     model = tiny_llama().requires_grad_(False)
     adapter = torch.nn.Linear(5, 16)
     n, m = torch.tensor([9, 6, 8]), torch.tensor([4, 3, 2])

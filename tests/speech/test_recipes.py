@@ -1,4 +1,4 @@
-"""The recipes against plain implementations of the published formulas, or the packages that the originals call."""
+"""The recipes, compared with plain implementations of the published formulas or with the packages that the originals use."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def positions(count):
 
 @pytest.mark.parametrize("scaling", [0.5, 0.8])
 @pytest.mark.parametrize("weight", [1.0, 10.0])
-def test_siamese_pt_is_geomloss(weight, scaling):
-    """With the position as a coordinate, and its schedule: loss and gradient of every item."""
+def test_siamese_pt_equals_geomloss(weight, scaling):
+    """Loss and gradient of every item, with the position as a coordinate and with GeomLoss's schedule."""
     b = batch().requires_grad()
     loss = recipes.siamese_pt(*b, position_weight=weight, schedule="released", scaling=scaling, reduction="none")
     original = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.05, scaling=scaling, backend="tensorized")
@@ -43,7 +43,7 @@ def test_siamese_pt_is_geomloss(weight, scaling):
 
 
 def test_siamese_pt_with_the_norms_as_weights():
-    """ZeroSwot's other choice, in both schedules."""
+    """The other option of ZeroSwot, in both schedules."""
     b = batch()
     loss = recipes.siamese_pt(*b, schedule="released", a="norm", b="norm", reduction="none")
     original = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.05, backend="tensorized")
@@ -63,7 +63,7 @@ def test_siamese_pt_with_the_norms_as_weights():
         recipes.siamese_pt(*b, schedule="released", a=norms[1])
 
 
-def test_recipes_of_no_points():
+def test_recipes_without_points():
     x, y = torch.randn(2, 3, 4), torch.randn(2, 0, 4)
     assert recipes.otalign(x, y).shape == (2, 3, 0)
     close(recipes.mixup(x, y, torch.zeros(2, 3, 0), p=1.0), x, 0)
@@ -72,7 +72,7 @@ def test_recipes_of_no_points():
 
 
 def test_siamese_pt_converges_to_geomloss():
-    """The finer its schedule, the closer is the original to the optimum that the solver finds."""
+    """With a finer schedule, the original comes closer to the optimum of the solver."""
     b = batch()
     optimum = recipes.siamese_pt(*b, reduction="none", tol=1e-8)
     off = [
@@ -83,8 +83,8 @@ def test_siamese_pt_converges_to_geomloss():
     assert off[-1] < 1e-3
 
 
-def test_siamese_pt_knows_no_padding():
-    """The original's known bug: its uniform weights and positions count the padding."""
+def test_siamese_pt_ignores_padding():
+    """The original has a known bug: its uniform weights and positions include the padding."""
     b = batch()
     alone = [recipes.siamese_pt(x[None], y[None], tol=1e-8) for x, y in b.items()]
     close(recipes.siamese_pt(*b, reduction="none", tol=1e-8), torch.stack(alone), 1e-10)
@@ -137,7 +137,7 @@ def test_cmot_mixup():
     assert abs(share - 0.2) < 0.03
 
 
-def test_opw_is_its_formula():
+def test_opw_follows_its_formula():
     """K = p exp((S - D) / lambda2), scaled twenty times; in float64 and with the paper's own positions."""
     b = batch(D=3)
     found = recipes.opw(*b)
@@ -159,7 +159,7 @@ def test_opw_is_its_formula():
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_ipot_is_its_algorithm(beta):
+def test_ipot_follows_its_algorithm(beta):
     b = batch()
     found = recipes.ipot(*b, beta=beta, steps=20)
     for k, (x, y) in enumerate(b.items()):
@@ -185,7 +185,7 @@ def test_ipot_comes_close_to_transport_without_entropy():
 
 
 def otalign_cost(x, y, kappa):
-    """As released: (1 + cos) / 2, distorted, scaled to [0, 1], and 1 minus that."""
+    """The released code: (1 + cos) / 2, distorted, scaled to [0, 1], and subtracted from 1."""
     similarity = (F.normalize(x) @ F.normalize(y).T + 1) / 2
     if len(x) > 1 and len(y) > 1 and kappa:
         apart = positions(len(x))[:, None] - positions(len(y))[None]

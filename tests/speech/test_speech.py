@@ -1,4 +1,4 @@
-"""Retrieval and inner layers against plain loops; and what the methods of all papers have in common."""
+"""Retrieval and inner layers, compared with plain loops, and what all methods have in common."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def plain_retrieval(x, y):
     return [(1 / ranks).mean(), *((ranks <= k).double().mean() for k in (1, 5, 10))]
 
 
-def test_retrieval_is_a_plain_loop():
+def test_retrieval_equals_a_plain_loop():
     n, m = [3 + i % 4 for i in range(14)], [2 + i % 3 for i in range(14)]
     xs, ys, n, m = states(2, n, m)
-    ys = [y + 0.5 * x[:, :1] for x, y in zip(xs, ys, strict=True)]  # so that partners are found now and then
+    ys = [y + 0.5 * x[:, :1] for x, y in zip(xs, ys, strict=True)]  # so that some partners are found
     found = retrieval_scores(xs, ys, n, m)
     for layer, (x, y) in enumerate(zip(xs, ys, strict=True)):
         pooled = [
@@ -48,7 +48,7 @@ def test_retrieval_is_a_plain_loop():
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_retrieval_over_a_corpus(chunk):
-    """Batch by batch the same as all at once; empty items take no part."""
+    """Batch by batch gives the same as all at once. Empty items do not count."""
     xs, ys, n, m = states(2, [5] * 12, [3] * 12)
     n[4], m[7] = 0, 0
     keep = [i for i in range(12) if i not in (4, 7)]
@@ -60,8 +60,8 @@ def test_retrieval_over_a_corpus(chunk):
         close(actual, right, 1e-6)
 
 
-def test_retrieval_without_a_difference():
-    """Where all are the same, nobody is found better than by chance."""
+def test_retrieval_of_equal_states_is_chance():
+    """If all states are equal, the scores are those of chance."""
     x = torch.ones(9, 4, 3)
     found = retrieval_scores(x, x)
     assert found.mrr.item() == pytest.approx(1 / 5)
@@ -69,8 +69,8 @@ def test_retrieval_without_a_difference():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_retrieval_of_what_is_not_finite(value):
-    """No layer looks good because it is broken."""
+def test_retrieval_of_non_finite_states(value):
+    """A layer with non-finite states has no good score."""
     xs, ys, n, m = states(3, [5] * 8, [3] * 8)
     xs[1][2, 1, 0] = value
     found = retrieval_scores(xs, ys, n, m)
@@ -81,7 +81,7 @@ def test_retrieval_of_what_is_not_finite(value):
     assert 1 not in select_layers(found, 2)
 
 
-def test_retrieval_of_nothing():
+def test_retrieval_of_empty_batches():
     assert [tuple(score.shape) for score in RetrievalCorpus().compute()] == [(0,)] * 4
     xs, ys, *_ = states(2)
     nothing = torch.zeros(5, dtype=torch.int64)
@@ -122,7 +122,7 @@ def test_inner_alignment_is_a_sum_over_layers(weights):
     assert [g is None for g in actual] == [False, True, False, True]
     for layer in (0, 2):
         close(actual[layer], right[layer], 1e-10)
-    # Layers that were not computed, as transformers gives them; numbers from the end; weights by number.
+    # Layers that were not computed (None, as in transformers), negative layer numbers, weights by layer number.
     some = [xs[0], None, xs[2], None], [ys[0], None, ys[2], None], n, m
     identical(InnerAlignmentLoss([2, 0], layer_weights=weights, reg=0.1, tol=0)(*some), loss)
     identical(InnerAlignmentLoss([-2, -4], layer_weights=weights, reg=0.1, tol=0)(*some), loss)
@@ -145,7 +145,7 @@ def test_inner_alignment_makes_one_solve(monkeypatch):
     assert calls == [15]
 
 
-def test_inner_alignment_on_nothing():
+def test_inner_alignment_of_empty_items():
     x = torch.full((2, 3, 4), math.nan, requires_grad=True)
     loss = InnerAlignmentLoss([0])(x, torch.randn(2, 2, 4), torch.tensor([0, 0]), torch.tensor([2, 0]))
     assert loss == 0
@@ -156,7 +156,7 @@ def test_inner_alignment_on_nothing():
 
 
 def losses_and_scores(x, y, n, m):
-    """What each method gives for states of two layers: what is differentiable, and what is not."""
+    """The outputs of each method for states of two layers: the differentiable ones, and the others."""
     xs, ys = [x, 2 * x.detach()], [y, y.flip(2)]
     ids = torch.arange(y.shape[1]).expand(len(y), -1)
     losses = [

@@ -1,4 +1,4 @@
-"""Scores over a data set: batch by batch, and from several processes, the same as all at once."""
+"""Scores over a data set: batch by batch, or from several processes, they equal those of all items at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def part(of, items):
 
 
 def check(path: AlignmentPathMetric, retrieval: RetrievalMetric, corpus: RetrievalCorpus) -> None:
-    """Against everything at once, without the item that is empty."""
+    """Compare with all items at once, without the empty one."""
     everything = part(data(), [i for i in range(ITEMS) if i != 4])
     expected, found = alignment_path_score(*everything), path.compute()
     close(found.score, expected.score.double().mean(), 1e-6)
@@ -57,7 +57,7 @@ def test_over_batches():
 
 
 def test_one_layer():
-    """Of which torchmetrics makes scalars."""
+    """torchmetrics squeezes the results of one layer to scalars."""
     retrieval = RetrievalMetric()
     xs, ys, n, m = data()
     retrieval.update(xs[:1], ys[:1], n, m)
@@ -68,7 +68,7 @@ def test_one_layer():
         retrieval.update(xs, ys, n, m)
 
 
-def test_the_classes_are_where_one_looks():
+def test_metrics_are_attributes_of_speech():
     assert otalign.speech.metrics.RetrievalMetric is otalign.speech.RetrievalMetric is RetrievalMetric
     with pytest.raises(AttributeError, match="no attribute 'RetrievalMetrics'"):
         otalign.speech.RetrievalMetrics  # noqa: B018
@@ -77,11 +77,11 @@ def test_the_classes_are_where_one_looks():
 def process(rank: int, world: int, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     metrics = AlignmentPathMetric(layers=3), RetrievalMetric(), RetrievalCorpus()
-    # Unlike numbers of items and of batches; the last process has the empty item alone in a batch.
+    # The processes have different numbers of items and batches. The last has a batch with only the empty item.
     mine = [[[0, 1, 2], [3]], [[4], [5, 6, 7, 8, 9, 10, 11]]][rank]
     fill(mine, *metrics)
     check(*metrics)
-    # A process that has had no batch.
+    # A process without any batch.
     metrics = AlignmentPathMetric(layers=3), RetrievalMetric(), RetrievalCorpus()
     fill([[*range(ITEMS)]] if rank == 0 else [], *metrics)
     check(*metrics)

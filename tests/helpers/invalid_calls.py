@@ -1,6 +1,7 @@
-"""Calls otalign's operators with arguments that lie about each other, in a process of its own: an error is right, a crash is not.
+"""Calls otalign's operators with inconsistent arguments: an error is right, a crash is not.
 
-`python -m tests.helpers.lies cpu 300 0` makes 300 such calls on a backend with the seed 0, and prints how many were refused.
+`python -m tests.helpers.invalid_calls cpu 300 0` makes 300 such calls on the backend "cpu" with the seed 0, and prints how many
+raised an error.
 """
 
 import random
@@ -13,13 +14,13 @@ from .operators import RUNS, calls_of
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
 
-def lie(argument, draw):
-    """Something else in the place of an argument, of a kind that a caller could pass."""
+def invalid_value(argument, draw):
+    """Another value for an argument, of a kind that a caller could pass."""
     if isinstance(argument, torch.Tensor):
-        return lie_of_tensor(argument, draw)
+        return invalid_tensor(argument, draw)
     if isinstance(argument, bool):
         return not argument
-    if argument in (20, 200):  # max_iter, of which more are only slow
+    if argument in (20, 200):  # max_iter: more than 1000 would only take longer
         return draw.choice([-1, 0, 1, 1000])
     if isinstance(argument, int):
         return draw.choice([-1, 0, 1, argument + 1, argument - 1, 3 * argument, 1000, 2**20, 2**62])
@@ -34,7 +35,7 @@ def lie(argument, draw):
     return draw.choice([None, argument])
 
 
-def lie_of_tensor(tensor, draw):
+def invalid_tensor(tensor, draw):
     tensor = tensor.detach()
     if not tensor.is_floating_point() and draw.random() < 0.5:
         value = draw.choice([-1, 1, 7, 50, 100_000, 2**31, 2**40, 2**62, -(2**62)])
@@ -71,7 +72,7 @@ def main(backend, count, seed):
         operator, arguments, _ = draw.choice(calls)
         arguments = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         for place in draw.sample(range(len(arguments)), draw.choice([1, 1, 1, 2, 3])):
-            arguments[place] = lie(arguments[place], draw)
+            arguments[place] = invalid_value(arguments[place], draw)
         try:
             operator(*arguments)
         except Exception as error:
