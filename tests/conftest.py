@@ -88,44 +88,44 @@ IN_PAIRS = ("test_cuda", "test_triton")  # their programs run concurrently, as f
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    refused = [item for item in items if is_refused(item)]
-    if refused:
-        config.hook.pytest_deselected(items=refused)
-        items[:] = [item for item in items if item not in refused]
-    dear: dict[str, list[pytest.Item]] = {}
+    deselected = [item for item in items if never_applies(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
+    costly: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if takes_triton(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
+        if runs_interpreter(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
-        elif takes_triton(item) or item.path.stem in IN_PAIRS:
-            dear.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for variants in dear.values():
-        leave_pairs(variants)
+        elif runs_interpreter(item) or item.path.stem in IN_PAIRS:
+            costly.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for variants in costly.values():
+        mark_redundant_variants(variants)
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def takes_triton(item: pytest.Item) -> bool:
+def runs_interpreter(item: pytest.Item) -> bool:
     """Whether the test runs Triton's interpreter. The CUDA kernels on the CPU do so too, for their costs."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return parameters.get("backend") == "triton" or parameters.get("engine") in ("triton", "cuda")
 
 
-def leave_pairs(variants: list[pytest.Item]) -> None:
+def mark_redundant_variants(variants: list[pytest.Item]) -> None:
     """Mark those variants of one test as slow whose pairs of parameter values all occur in other variants.
 
     A divergence is three solves. One variant with it is enough to test how these are combined.
     """
     quick = [item for item in variants if not item.get_closest_marker("slow")]
     rows = [item.callspec.params if hasattr(item, "callspec") else {} for item in quick]
-    thrice = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
-    once = [place for place in range(len(quick)) if place not in thrice]
+    divergences = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
+    others = [place for place in range(len(quick)) if place not in divergences]
     # Values may have no hash. A value in several combinations is the same object in each.
-    keys = [{name: id(value) for name, value in rows[place].items()} for place in once]
-    needed = {once[place] for place in covering(keys)}.union(thrice[-1:])
+    keys = [{name: id(value) for name, value in rows[place].items()} for place in others]
+    needed = {others[place] for place in covering(keys)}.union(divergences[-1:])
     for place in set(range(len(quick))).difference(needed):
         quick[place].add_marker(pytest.mark.slow)
 
 
-def is_refused(item: pytest.Item) -> bool:
+def never_applies(item: pytest.Item) -> bool:
     """Whether the test is for CUDA with float64, which it refuses (another test checks that), or in a run without CUDA."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     left_out = parameters.get("dtype") == torch.float64 or "OTALIGN_WITHOUT_CUDA" in os.environ

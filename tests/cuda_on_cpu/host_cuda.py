@@ -34,7 +34,11 @@ class Choice(ctypes.Structure):
 
 def sources() -> list[Path]:
     return sorted(
-        [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *(ROOT / "tests/cuda_on_cpu").rglob("*.*")]
+        [
+            *(ROOT / "csrc").glob("*.h"),
+            *(ROOT / "csrc/cuda").glob("*.*h"),
+            *(ROOT / "tests/cuda_on_cpu").rglob("*.[hc]*"),
+        ]
     )
 
 

@@ -22,7 +22,7 @@ SPEECH, TEXT, N, M = states(2)
 HARD = {"reg": 0.01, "max_iter": 3}
 
 
-def heard(function):
+def warnings_of(function):
     """All warnings of a call, repeated ones too."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -31,7 +31,7 @@ def heard(function):
 
 
 def test_message_and_place(backend):
-    (warning,) = heard(lambda: otalign.sinkhorn_loss(X, Y, backend=backend, **HARD))
+    (warning,) = warnings_of(lambda: otalign.sinkhorn_loss(X, Y, backend=backend, **HARD))
     assert warning.filename == __file__
     assert warning.lineno == inspect.currentframe().f_lineno - 2
     result = otalign.solve(X, Y, backend=backend, **HARD)
@@ -56,7 +56,7 @@ def test_message_and_place(backend):
     ],
 )
 def test_every_public_function_warns_at_its_caller(call):
-    (warning,) = heard(call)
+    (warning,) = warnings_of(call)
     assert warning.filename == __file__
     assert warning.lineno in range(*lines_of(call))
 
@@ -79,7 +79,7 @@ def lines_of(call):
 
 
 def test_divergence_warns_of_its_three_solves():
-    assert heard(lambda: otalign.sinkhorn_loss(X, Y, objective="divergence", **HARD))
+    assert warnings_of(lambda: otalign.sinkhorn_loss(X, Y, objective="divergence", **HARD))
 
 
 def test_one_warning_per_line_for_any_error():
@@ -115,12 +115,12 @@ def test_warnings_can_be_errors():
     ],
 )
 def test_no_warning_without_need(call):
-    assert not heard(call)
+    assert not warnings_of(call)
 
 
 def test_no_warning_under_compile():
     compiled = torch.compile(lambda x, y: otalign.sinkhorn_loss(x, y, **HARD), fullgraph=True, backend="aot_eager")
-    assert not heard(lambda: compiled(X, Y))
+    assert not warnings_of(lambda: compiled(X, Y))
 
 
 def test_no_warning_for_fake_tensors():
@@ -129,7 +129,7 @@ def test_no_warning_for_fake_tensors():
 
     with FakeTensorMode() as mode:
         x, y = mode.from_tensor(X), mode.from_tensor(Y)
-        assert not heard(lambda: otalign.sinkhorn_loss(x, y, **HARD))
+        assert not warnings_of(lambda: otalign.sinkhorn_loss(x, y, **HARD))
 
 
 # The error of the last call ------------------------------------------------------------------------------------------------------
