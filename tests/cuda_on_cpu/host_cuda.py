@@ -82,7 +82,7 @@ def build(path: Path) -> None:
 
 
 class Engine:
-    """What otalign.cuda calls. Choices are the rule's for a small chip, unless `force` tells others."""
+    """Replaces the extension for the CUDA backend. Choices are those for a small chip, unless `force` sets them."""
 
     def __init__(self, seed: int = 0, **force: int) -> None:
         self.seed, self.force = seed, force

@@ -23,9 +23,9 @@ def test_a_model_that_ignores_the_number_of_labels_is_named():
     otalign.attach(case.model, OTRegLoss())
     own = int((case.batch["labels"][:, 1:] != -100).sum())
     for _ in range(5):
-        step(case, num_items_in_batch=torch.tensor(own))  # in which it cannot be told
+        step(case, num_items_in_batch=torch.tensor(own))  # the number of this batch: ignoring it makes no difference
     with pytest.warns(UserWarning, match="Qwen2AudioForConditionalGeneration ignores num_items_in_batch"):
-        for _ in range(3):  # not every step checks it
+        for _ in range(3):  # not every step checks this
             step(case, num_items_in_batch=torch.tensor(100))
     other = CASES["voxtral"]()
     otalign.attach(other.model, OTRegLoss())

@@ -117,7 +117,7 @@ def test_after_an_error_in_the_model_and_in_a_copy():
     case = CASES["qwen2_audio"]()
     otalign.attach(case.model, InnerAlignmentLoss([0, 1]))
     expected = case.model(**case.batch).loss
-    with pytest.raises(Exception):  # noqa: B017 (whatever the model makes of it)
+    with pytest.raises(Exception):  # noqa: B017 (the type of the error depends on the model)
         case.model(**case.batch | {"attention_mask": torch.ones(1, 1)})
     identical(case.model(**case.batch).loss, expected)
     twin = copy.deepcopy(case.model)

@@ -118,7 +118,7 @@ def test_a_point_without_mass_far_away(engine, reg):
     """The cost's range over reg is beyond the exponents of float32."""
     C, a, b = np.array([[0.0, 1], [1, 0]]), np.array([1.0, 0]), np.array([0.5, 0.5])
     result, leaves = solved(engine, C, a, b, reg, dtype=torch.float32)
-    assert result.n_iter.item() <= 3  # one, up to the rounding of exponents up to 1000
+    assert result.n_iter.item() <= 3  # one iteration, but for the rounding of exponents up to 1000
     agrees(result, leaves, C, a, b, reg)
 
 

@@ -161,7 +161,7 @@ def test_a_result_is_unchanged_after_saving(backend, way, packed):
         found = getattr(other, method)()
         assert not found.requires_grad
         close(found, getattr(result, method)(), 1e-6)
-    assert result.value.requires_grad  # unchanged
+    assert result.value.requires_grad  # saving does not change the result
     result.plan().square().sum().backward()
 
 
