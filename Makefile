@@ -6,7 +6,7 @@ PIP := $(PY) -m pip
 DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 BUILT_FROM = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests/shim tests/engine -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # Python compiles what is imported by itself: compiling all of torch at once takes longer than fetching it.
 INSTALL := $(PIP) install -q --no-compile
 DEMO_PACKAGES = $(shell sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
@@ -52,7 +52,7 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 	  $(PYTEST) -m "not slow and not gpu" -k "(cpu or engine) and not python_errors" tests
 
 aarch64:  ## the engine compiled for aarch64, under an emulator; needs Debian's g++-aarch64-linux-gnu and qemu-user
-	tests/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
+	tests/backends/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 lint: $(READY)  ## ruff, mypy and clang-format
 	$(PY) -m ruff check .

@@ -65,14 +65,15 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
 
 def pytest(*, dry: bool) -> list[str]:
     """The GPU tests: those marked `gpu`, all of which are in these files. (Others want packages that may be missing.)"""
-    files = ["test_gpu_benchmark.py"] if dry else sorted(path.name for path in (ROOT / "tests").glob("test_gpu*.py"))
+    tests = ROOT / "tests"
+    files = [tests / "project/test_gpu_benchmark.py"] if dry else sorted(tests.rglob("test_gpu*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--durations=10"]
     command += ["-m", "not gpu and not slow" if dry else "gpu", "--continue-on-collection-errors"]
     if not dry and importlib.util.find_spec("xdist"):
         command += ["-n", str(WORKERS)]
     if not dry and importlib.util.find_spec("pytest_timeout"):  # programs that wait for each other for ever
         command += ["--timeout", "100", "--timeout-method", "thread"]
-    return [*command, *(str(ROOT / "tests" / name) for name in files)]
+    return [*command, *map(str, files)]
 
 
 def run(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:

@@ -10,7 +10,9 @@ import torch
 
 import otalign.backends
 
-from .combinations import covering
+from .helpers.combinations import covering
+
+collect_ignore = ["helpers/programs"]  # some import what only the tests that run them put on the path
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -19,13 +21,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(params=["reference", "cpu", "triton"], scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend, Triton's kernels through its interpreter. One that is not built fails its tests; it does not skip."""
+    """Every backend; Triton's kernels run in its interpreter. A backend that is not built fails its tests, it skips none."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU of the tests that are marked so. Where there is none they fail; they are not skipped."""
+    """The GPU for tests marked `gpu`. Without a GPU they fail, they are not skipped."""
     assert torch.cuda.is_available(), "these tests need a GPU"
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -37,10 +39,9 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Memory that is allocated without being filled holds NaN (integers: the largest), so that a hole in an output shows.
+    """Uninitialised memory is filled with NaN (integers: the largest), so that a missing write to an output is visible.
 
-    torch fills it only while deterministic algorithms are on, and these would change what some tests look at; those
-    are marked `unpoisoned`.
+    torch fills it only while deterministic algorithms are on. Tests whose results these would change are marked `unpoisoned`.
     """
     if request.node.get_closest_marker("unpoisoned"):
         yield
@@ -49,7 +50,8 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if otalign.backends.reason_missing("cpu") is None:
         engine = otalign.backends.extension.module()
-        monkeypatch.setattr(engine, "Block", poisoned(engine.Block))  # the engine's own pool, unknown to torch
+        # The engine has its own pool of memory, which torch does not fill.
+        monkeypatch.setattr(engine, "Block", poisoned(engine.Block))
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -63,8 +65,8 @@ def poisoned(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
     return block
 
 
-# Through Triton's interpreter a solve takes a second. Of the tests with it that are marked `quick`, and of those in these
-# modules, `make test` runs as many as hold every pair of parameters' values, `make test-all` all; elsewhere all are slow.
+# A solve in Triton's interpreter takes a second. Tests that use it are slow, except those in these modules and those marked
+# `quick`: of their variants, `make test` runs a subset that contains every pair of parameter values, and `make test-all` runs all.
 QUICK_WITH_TRITON = (
     "test_agreement",
     "test_agreement_gradients",
@@ -80,50 +82,50 @@ LONG = (
     "test_study",
     "test_distributed",
     "test_trainers",
-)  # first, or a process waits for them
-IN_PAIRS = ("test_cuda", "test_triton")  # whose programs run together, as fibers and threads
+)  # they start first, or one process would still run them when the others are done
+IN_PAIRS = ("test_cuda", "test_triton")  # their programs run concurrently, as fibers or threads, which takes long
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    refused = [item for item in items if is_refused(item)]
-    if refused:
-        config.hook.pytest_deselected(items=refused)
-        items[:] = [item for item in items if item not in refused]
-    dear: dict[str, list[pytest.Item]] = {}
+    deselected = [item for item in items if never_applies(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
+    costly: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if takes_triton(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
+        if runs_interpreter(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
-        elif takes_triton(item) or item.path.stem in IN_PAIRS:
-            dear.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for variants in dear.values():
-        leave_pairs(variants)
+        elif runs_interpreter(item) or item.path.stem in IN_PAIRS:
+            costly.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for variants in costly.values():
+        mark_redundant_variants(variants)
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def takes_triton(item: pytest.Item) -> bool:
-    """Whether it runs Triton's interpreter, as the CUDA kernels on the CPU do for their costs."""
+def runs_interpreter(item: pytest.Item) -> bool:
+    """Whether the test runs Triton's interpreter. The CUDA kernels on the CPU do so too, for their costs."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return parameters.get("backend") == "triton" or parameters.get("engine") in ("triton", "cuda")
 
 
-def leave_pairs(variants: list[pytest.Item]) -> None:
-    """Mark those of one test's variants as slow whose pairs of parameters' values are all in others.
+def mark_redundant_variants(variants: list[pytest.Item]) -> None:
+    """Mark those variants of one test as slow whose pairs of parameter values all occur in other variants.
 
-    A divergence is three solves: one variant is enough to see that they are put together rightly.
+    A divergence is three solves. One variant with it is enough to test how these are combined.
     """
     quick = [item for item in variants if not item.get_closest_marker("slow")]
     rows = [item.callspec.params if hasattr(item, "callspec") else {} for item in quick]
-    thrice = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
-    once = [place for place in range(len(quick)) if place not in thrice]
-    # Values need no hash; one that stands in several combinations is the same object in each.
-    keys = [{name: id(value) for name, value in rows[place].items()} for place in once]
-    needed = {once[place] for place in covering(keys)}.union(thrice[-1:])
+    divergences = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
+    others = [place for place in range(len(quick)) if place not in divergences]
+    # Values may have no hash. A value in several combinations is the same object in each.
+    keys = [{name: id(value) for name, value in rows[place].items()} for place in others]
+    needed = {others[place] for place in covering(keys)}.union(divergences[-1:])
     for place in set(range(len(quick))).difference(needed):
         quick[place].add_marker(pytest.mark.slow)
 
 
-def is_refused(item: pytest.Item) -> bool:
-    """Whether this asks the CUDA kernels for float64, which they have a test for refusing, or they are to be left out."""
+def never_applies(item: pytest.Item) -> bool:
+    """Whether the test is for CUDA with float64, which it refuses (another test checks that), or in a run without CUDA."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     left_out = parameters.get("dtype") == torch.float64 or "OTALIGN_WITHOUT_CUDA" in os.environ
     return parameters.get("gpu_backend") == "cuda" and left_out
@@ -131,17 +133,16 @@ def is_refused(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """As many processes as cores that this one may use (taskset, containers); more than eight only use memory."""
+    """One process for each core that this process may use (taskset, containers), at most eight: more only use memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(2)  # the cores are shared, but what several threads do is to be tested
+        torch.set_num_threads(2)  # processes share the cores, but the tests need more than one thread
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-        from .interpreter import make_quicker
+        from .helpers.interpreter import make_quicker
 
         make_quicker()
-    config.addinivalue_line("markers", "unpoisoned: leaves uninitialised memory as torch gives it")

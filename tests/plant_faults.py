@@ -1,10 +1,10 @@
-"""Does `make test` find faults? Plants them one at a time in a copy of the tree, and runs its tests until one fails.
+"""Does `make test` find faults? Plants one fault at a time in a copy of the tree, and runs its tests until one fails.
 
     python tests/plant_faults.py            # all, as many at a time as there are cores; part of `make test-all`
-    python tests/plant_faults.py triton     # those whose name has this in it
+    python tests/plant_faults.py triton     # those whose name contains this
 
-The tests that ought to notice are run first, then whatever else `make test` runs. A fault counts as caught if a test fails that
-passes in a copy without the fault. Ends with 1 if one was missed, or cannot be planted any more since the code has changed.
+The tests that should find the fault run first, then all others of `make test`. A fault counts as caught if a test fails that
+passes in a copy without the fault. The exit status is 1 if a fault was missed, or cannot be planted because the code differs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ SELECTION = ["-m", "not slow and not gpu"]  # of `make test`
 COPIED = ("benchmarks", "conftest.py", "csrc", "docs", "examples", "otalign", "tests", "triton_kernels")
 COPIED += ("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md")
 COPIED += ("mkdocs.yml", "pyproject.toml", "setup.py")
-AGREEMENT = ("tests/test_agreement.py", "tests/test_agreement_gradients.py", "tests/test_layouts.py")
+AGREEMENT = (
+    "tests/backends/test_agreement.py",
+    "tests/backends/test_agreement_gradients.py",
+    "tests/solver/test_layouts.py",
+)
 
 
 class Fault(NamedTuple):
-    """In `file`, `old` (which is there once) becomes `new`; `first` are the tests that ought to notice."""
+    """In `file`, `old` (which occurs once) becomes `new`; `first` are the tests that should find it."""
 
     name: str
     file: str
@@ -51,7 +55,7 @@ def triton(name: str, file: str, old: str, new: str, *first: str) -> Fault:
 
 
 def cuda(name: str, file: str, old: str, new: str) -> Fault:
-    return Fault(f"cuda: {name}", f"csrc/cuda/{file}.cuh", old, new, ("tests/test_cuda.py",))
+    return Fault(f"cuda: {name}", f"csrc/cuda/{file}.cuh", old, new, ("tests/backends/test_cuda.py",))
 
 
 def helper(name: str, file: str, old: str, new: str, *first: str) -> Fault:
@@ -63,56 +67,56 @@ FAULTS = (
         "a wrong sign in the implicit gradient",
         "grad_C = damping_x * p[:, None] * pi + damping_y",
         "grad_C = damping_x * p[:, None] * pi - damping_y",
-        "tests/test_gradients.py",
+        "tests/solver/test_gradients.py",
     ),
     reference(
         "a wrong sign in the value of a relaxed side",
         "-rho * torch.expm1(-f / rho)",
         "-rho * torch.expm1(f / rho)",
-        "tests/test_closed_forms.py",
-        "tests/test_properties.py",
+        "tests/solver/test_closed_forms.py",
+        "tests/solver/test_properties.py",
     ),
     reference(
         "the weights of the other side",
         "1 / max(m, 1)) if p.y.weights is None else p.y.weights[ys]",
         "1 / max(n, 1)) if p.y.weights is None else p.y.weights[ys]",
-        "tests/test_closed_forms.py",
-        "tests/test_properties.py",
+        "tests/solver/test_closed_forms.py",
+        "tests/solver/test_properties.py",
     ),
     engine(
         "a missing look for NaN",
         "kernels.cpp",
         "return Simd<T>::sum(zeros) == 0;",
         "return true;",
-        "tests/test_odd_input.py",
+        "tests/solver/test_odd_input.py",
     ),
     engine(
         "potentials of massless points that are stale",
         "solver.h",
         "if (massless_y) exact_columns(",
         "if (false) exact_columns(",
-        "tests/test_oracle.py",
+        "tests/solver/test_oracle.py",
     ),
     engine(
         "rows of a relaxed side whose absorbed potential is forgotten",
         "solver.h",
         "if (a[i] > 0) phi[i] += next_log[i];",
         "",
-        "tests/test_oracle.py",
+        "tests/solver/test_oracle.py",
     ),
     Fault(
         "engine: products of points where they lie",
         "csrc/cpu/batch.h",
         "return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);",
         "return !converts(side) && row_stride == product_stride(side, 0);",
-        ("tests/test_bits.py",),
+        ("tests/backends/test_bits.py",),
     ),
     helper(
         "lengths that stay the caller's",
         "layout",
         "return integers.to(torch.int64, copy=True).contiguous()",
         "return integers.to(torch.int64).contiguous()",
-        "tests/test_memory.py",
+        "tests/backends/test_memory.py",
     ),
     engine(
         "an index of the prior that is one too low",
@@ -179,7 +183,7 @@ FAULTS = (
         "sinkhorn",
         "bad = filled & (broken | (total != total))",
         "bad = filled & broken & (total > 1)",
-        "tests/test_odd_input.py",
+        "tests/solver/test_odd_input.py",
     ),
     cuda(
         "a stale scaling of rows",
@@ -210,41 +214,41 @@ FAULTS = (
         "layout",
         '~_expect_mask("padding_mask", h, padding_mask)',
         '_expect_mask("padding_mask", h, padding_mask)',
-        "tests/test_layout_helpers.py",
+        "tests/solver/test_layout_helpers.py",
     ),
     helper(
         "relative lengths that are rounded down",
         "layout",
         "(rel * h.shape[1]).round().long()",
         "(rel * h.shape[1]).long()",
-        "tests/test_layout_helpers.py",
+        "tests/solver/test_layout_helpers.py",
     ),
     helper(
         "a prior whose index of y is one too low",
         "prior",
         "e2 = ((i + 1) / n - (j + 1) / m).square()",
         "e2 = ((i + 1) / n - j / m).square()",
-        "tests/test_prior.py",
+        "tests/solver/test_prior.py",
     ),
     helper(
         "empty items in the mean of scores",
         "speech/metrics",
         "torch.where(filled, found, 0).sum(2)",
         "found.sum(2)",
-        "tests/test_speech_metrics.py",
+        "tests/speech/test_speech_metrics.py",
     ),
     helper(
         "ranks that are not shared",
         "speech/path",
         "torch.where(mask, (below + upto - 1).float() / 2, 0)",
         "torch.where(mask, below.float(), 0)",
-        "tests/test_path.py",
+        "tests/speech/test_path.py",
     ),
 )
 
 
 def copied(folder: Path) -> Path:
-    """The tree with its built engine, in which `import otalign` gives the copy, Triton's kernels too."""
+    """A copy of the tree with its built engine. `import otalign` imports the copy, and its Triton kernels too."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -268,7 +272,7 @@ def planted(folder: Path, fault: Fault) -> None:
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in the copy, whose engine is the one built there if there is one."""
+    """Run a command in the copy, with the engine that was built there, if any."""
     built = folder / "build/engine/otalign"
     environment |= {"PYTHONPATH": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if built.exists():
@@ -279,7 +283,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 
 
 def failing(folder: Path, *tests: str, selection: list[str] = SELECTION) -> str | None:
-    """The first of the tests that fails, or nothing."""
+    """The first of the tests that fails, or None."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *selection, *tests]
     done = run(folder, *command)
     found = re.search(r"^(?:FAILED|ERROR) ((?:tests|otalign)/\S+?\.py(?:::.*?)?)(?: - .*)?$", done.stdout, re.MULTILINE)
@@ -289,7 +293,7 @@ def failing(folder: Path, *tests: str, selection: list[str] = SELECTION) -> str 
 
 
 def caught(fault: Fault) -> str | None:
-    """The test that fails with the fault, and without it does not; nothing if there is none."""
+    """The test that fails with the fault and passes without it; None if there is none."""
     with tempfile.TemporaryDirectory() as with_fault, tempfile.TemporaryDirectory() as without:
         folder = copied(Path(with_fault))
         planted(folder, fault)
@@ -300,7 +304,7 @@ def caught(fault: Fault) -> str | None:
 
 
 def outcome(fault: Fault) -> tuple[bool, str]:
-    """Whether it was caught, and a row of the table."""
+    """Whether the fault was caught, and a row of the table."""
     try:
         test = caught(fault)
     except ValueError as error:

@@ -1,0 +1,144 @@
+"""The CUDA kernels on the CPU: the same source, compiled with the shim in this folder, replaces those of the extension."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otalign import backends
+from otalign.backends import cuda_launch
+
+ROOT = Path(__file__).parents[2]
+STRICT, RELAXED, LIFT = range(3)
+
+
+class Choice(ctypes.Structure):
+    """As in csrc/cuda/layout.h."""
+
+    NAMES = ("form", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered")
+    _fields_ = [(name, ctypes.c_int32) for name in NAMES]
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name} {getattr(self, name)}" for name in self.NAMES)
+
+
+def sources() -> list[Path]:
+    return sorted(
+        [
+            *(ROOT / "csrc").glob("*.h"),
+            *(ROOT / "csrc/cuda").glob("*.*h"),
+            *(ROOT / "tests/cuda_on_cpu").rglob("*.[hc]*"),
+        ]
+    )
+
+
+def compile_command(source: Path, output: Path, *options: str, csrc: Path = ROOT / "csrc") -> list[str]:
+    compiler = os.environ.get("CXX", "g++")
+    include = [f"-I{ROOT / 'tests/cuda_on_cpu'}", f"-I{csrc}"]
+    return [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *include,
+        *options,
+        str(source),
+        "-o",
+        str(output),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Each version of the sources is built once."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"otalign-host-cuda-{os.getuid()}-{digest}.so"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
+        if not path.exists():
+            build(path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.host_run.restype = ctypes.c_bool
+    loaded.host_scratch.restype = ctypes.c_int64
+    return loaded
+
+
+def build(path: Path) -> None:
+    new = path.with_suffix(f".{os.getpid()}")
+    subprocess.run(compile_command(ROOT / "tests/cuda_on_cpu/host.cpp", new, "-shared", "-fPIC"), check=True)
+    new.rename(path)
+
+
+class Engine:
+    """Replaces the extension for the CUDA backend. Choices are those for a small chip, unless `force` sets them."""
+
+    def __init__(self, seed: int = 0, **force: int) -> None:
+        self.seed, self.force = seed, force
+        self.choices: list[Choice] = []
+        self.Problem, self.Lifts = backends.extension.module().Problem, backends.extension.module().Lifts
+
+    def cuda_scratch(self, problem: Any, lift: bool, device: int | None) -> int:
+        return library().host_scratch(ctypes.c_void_p(problem.itself), ctypes.byref(self.choice(problem)))
+
+    def cuda_solve(self, problem: Any, device: int | None, stream: int, wait: bool) -> None:
+        relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
+        self._run(problem, None, RELAXED if relaxed else STRICT)
+
+    def cuda_lift(self, problem: Any, lifts: Any, device: int | None, stream: int, wait: bool) -> None:
+        self._run(problem, lifts, LIFT)
+
+    def _run(self, problem: Any, lifts: Any, kind: int) -> None:
+        choice = self.choice(problem)
+        self.choices.append(choice)
+        of_lifts = ctypes.c_void_p(lifts.itself if lifts else None)
+        done = library().host_run(ctypes.c_void_p(problem.itself), of_lifts, ctypes.byref(choice), kind, self.seed)
+        assert done
+
+    def choice(self, problem: Any) -> Choice:
+        if self.force:
+            return forced(**{"in_flight": 1, **self.force})
+        return chosen(problem.items, problem.x.size, problem.y.size)
+
+
+def chosen(
+    items: int, size_x: int, size_y: int, *, processors: int = 8, shared: int = 227 * 1024, largest_cluster: int = 4
+) -> Choice:
+    choice = Choice()
+    of = (ctypes.c_int64(number) for number in (items, size_x, size_y))
+    library().host_choose(processors, shared, largest_cluster, *of, ctypes.byref(choice))
+    return choice
+
+
+def forced(
+    form: int, cluster: int = 1, shared: int = 0, in_flight: int = 1, scatter: int = 0, ordered: int = 0
+) -> Choice:
+    choice = Choice()
+    library().host_force(form, cluster, shared, in_flight, scatter, ordered, ctypes.byref(choice))
+    return choice
+
+
+@contextlib.contextmanager
+def emulated(engine: Engine | None = None) -> Iterator[Engine]:
+    """Let backend="cuda" take tensors on the CPU."""
+    engine = engine or Engine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "CUDA_DEVICES", "cpu")
+        missing = backends.reason_missing
+        patch.setattr(backends, "reason_missing", lambda name: None if name == "cuda" else missing(name))
+        patch.setattr(cuda_launch, "_engine", lambda: engine)
+        patch.setattr(cuda_launch, "_stream", lambda device: 0)
+        patch.setattr(cuda_launch, "_on", lambda device: contextlib.nullcontext())
+        yield engine

@@ -1,0 +1,31 @@
+"""Programs of the tests that need a Python process of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+PROGRAMS = Path(__file__).with_name("programs")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of a new interpreter that runs `code`."""
+    return _run("-c", textwrap.dedent(code), **environment)
+
+
+def run_program(name: str, *arguments: str, **environment: str) -> str:
+    """Standard output of a new interpreter that runs `programs/<name>.py`."""
+    return _run(program(name), *arguments, **environment)
+
+
+def program(name: str) -> str:
+    return str(PROGRAMS / f"{name}.py")
+
+
+def _run(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

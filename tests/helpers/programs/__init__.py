@@ -1,0 +1,1 @@
+"""Programs that tests run in their own Python process, through helpers/processes.py."""

@@ -1,0 +1,1 @@
+"""Tests of otalign.attach and of training: models, trainers, several processes."""

@@ -1,0 +1,1 @@
+"""Tests of otalign.speech: losses, alignment path, retrieval, metrics, recipes."""
