@@ -64,11 +64,11 @@ docs: $(READY)  ## the documentation as a site in out/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(READY)  ## the table of times against the alternatives
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks cpu
 
 # On a machine with a GPU its own Python is used, whose torch and Triton fit the driver; DRY=1 rehearses here, in the venv.
 gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, sanitize, benchmark, within 9 minutes; DRY=1 rehearses on the CPU
-	$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_session.py --out $(RESULTS_DIR) \
+	$(if $(DRY),$(PY),$(PYTHON)) benchmarks session --out $(RESULTS_DIR) \
 	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
 # The newest wheel alone is installed, beside torch, where nothing of this checkout is seen.

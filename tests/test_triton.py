@@ -197,7 +197,8 @@ def compiled(*command: str) -> str:
 def test_a_run_of_changing_lengths_compiles_few_variants():
     """200 batches of random sizes, forward and backward, as in training: the count stays bounded, and soon stops growing."""
     program = """
-import json, random, variants
+import json, random
+from codegen import variants
 random.seed(0)
 counts = []
 with variants.recording() as found:
@@ -214,7 +215,8 @@ print(json.dumps(counts))
 def test_launcher_and_triton_agree_on_variants():
     """Calls that Triton would compile differently never share a kept kernel, whatever their types, strides, alignment."""
     program = """
-import itertools, random, torch, variants
+import itertools, random, torch
+from codegen import variants
 from otalign.triton_kernels import launch
 random.seed(1)
 seen = {}
@@ -271,7 +273,7 @@ print(len(seen))
 
 
 def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
-    compiled(str(BENCHMARKS / "variants.py"), "--out", str(path), *arguments)
+    compiled(str(BENCHMARKS), "variants", "--out", str(path), *arguments)
     with path.open() as file:
         return list(csv.DictReader(file))
 
@@ -316,7 +318,7 @@ def test_variants_compile(tmp_path, arch, every):
 
 def test_a_call_makes_four_launches():
     """Cost and iterations, then a gradient each; kept kernels serve the second call."""
-    said = compiled(str(BENCHMARKS / "launch_cost.py"), "--repeats", "3")
+    said = compiled(str(BENCHMARKS), "launch", "--repeats", "3")
     assert "launches: 4.0" in said
 
 

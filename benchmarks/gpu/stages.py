@@ -7,7 +7,6 @@ import csv
 import itertools
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import gpu_oracle
 import otalign
-from gpu import describe
-from gpu_cases import FIXED, LARGE, REG, TYPES, Case, make
-from gpu_timing import FLUSHED
-from shapes import SMALL, Batch
+from common.shapes import SMALL, Batch
+from gpu import oracle
+from gpu.benchmark import describe
+from gpu.cases import FIXED, LARGE, REG, TYPES, Case, make
+from gpu.timing import FLUSHED
 
 COLUMNS = (
     "shape",
@@ -106,7 +105,7 @@ def by_stage(events: list[Event]) -> list[Stage]:
     return [(name, [run[i][1] for run in alike]) for i, name in enumerate(names)]
 
 
-def floors(batch: Batch, iterations: int, ceilings: gpu_oracle.Ceilings) -> dict[str, Iterator[float]]:
+def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str, Iterator[float]]:
     """Microseconds that the launches of a kernel take at least, by its name: bytes or operations, whichever is more."""
     x, y, entries = batch.x.nbytes, batch.y.nbytes, batch.valid
     product = 2 * entries * batch.x.shape[-1] / ceilings.rates[batch.x.dtype]
@@ -124,7 +123,7 @@ def floors(batch: Batch, iterations: int, ceilings: gpu_oracle.Ceilings) -> dict
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks stages", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     parser.add_argument("--dry", action="store_true", help="a toy size, on the CPU if there is no GPU")
     args = parser.parse_args(arguments)
@@ -132,7 +131,7 @@ def main(arguments: list[str]) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = [SMALL._replace(B=2, N=9, M=5)] if args.dry else [LARGE["A"], LARGE["B"]]
     iterations, repeats = (2, 2) if args.dry else (FIXED, 20)
-    ceilings = gpu_oracle.measure_ceilings(device, small=device.type != "cuda")
+    ceilings = oracle.measure_ceilings(device, small=device.type != "cuda")
     about = describe(device)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "stages.csv").open("w", newline="") as file:
@@ -154,7 +153,3 @@ def main(arguments: list[str]) -> int:
                 writer.writerow([case.shape.name, case.dtype, backend, place, kernel, *figures, *about.values()])
                 print(case.shape.name, case.dtype, backend, place, kernel[:40], *figures, sep=" | ")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

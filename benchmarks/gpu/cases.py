@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_providers import OURS
-from shapes import NOISE, SHAPES, Batch, Shape, make_batch
+from common.shapes import NOISE, SHAPES, Batch, Shape, make_batch
+from gpu.providers import OURS
 
 Row = dict[str, object]
 REG = 0.05

@@ -1,7 +1,7 @@
 """The compiled variants of the Triton kernels: which the rule can choose, and what the compiler makes of them.
 
 Needs no GPU: problems of every kind are launched on tensors without memory, launches are written down instead of made,
-and what was written down is compiled ahead of time: `python benchmarks/variants.py --arch 80 90 100`.
+and what was written down is compiled ahead of time: `python benchmarks variants --arch 80 90 100`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -271,8 +270,8 @@ def report(variants: Iterable[Variant], arch: int | str, processes: int) -> list
         return list(pool.map(compile_variant, variants, [arch] * len(variants), chunksize=4))
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks variants", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities (90), or AMD chips (gfx942)")
     parser.add_argument("--only", default="", help="kernels and constants to compile: a regular expression")
     parser.add_argument("--every", type=int, default=1, help="compile one of so many")
@@ -287,7 +286,4 @@ def main(arguments: list[str]) -> None:
             variants = [v for v in all_variants(arch) if re.search(args.only, f"{v.kernel} {v.label()}")]
             writer.writerows(report(variants[:: args.every], arch, args.processes))
             out.flush()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shapes import Batch
+from common.shapes import Batch
 
 EPS = 1e-12  # of norms, as in torch.nn.functional.normalize
 TINY = 1e-30  # of masses

@@ -1,4 +1,4 @@
-"""otalign on a GPU against its peers and its floor: part of `make gpu`; `python benchmarks/gpu.py --dry` anywhere.
+"""otalign on a GPU against its peers and its floor: part of `make gpu`; `python benchmarks gpu --dry` anywhere.
 
 Everybody solves the same batch, at exactly 100 iterations or to the same marginal error, is compared with float64 before
 its time counts, and is timed by CUDA events with the L2 cache flushed between runs. Who takes no part has a row that says
@@ -11,7 +11,6 @@ import argparse
 import csv
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-import environment
-import gpu_oracle
-from gpu_cases import FIXED, FIXED_DRY, LARGE, MODES, REG, TYPES, Case, Row, cases, make, plan, targets
-from gpu_providers import OURS, PROVIDERS, Contestant, Missing, Task
-from gpu_timing import Call, Clock, captured, captured_backward, peak_mb, within
-from shapes import SMALL, Batch
+from common import environment
+from common.shapes import SMALL, Batch
+from gpu import oracle
+from gpu.cases import FIXED, FIXED_DRY, LARGE, MODES, REG, TYPES, Case, Row, cases, make, plan, targets
+from gpu.providers import OURS, PROVIDERS, Contestant, Missing, Task
+from gpu.timing import Call, Clock, captured, captured_backward, peak_mb, within
 
 COLUMNS = (
     "shape", "mode", "provider", "dtype", "B", "N", "M", "D", "reg", "iterations", "marginal_error", "match", "median_us",
@@ -120,7 +119,7 @@ class Bench:
     def __init__(self, device: torch.device, budget: float, fixed: int, write: Callable[[Row], None]) -> None:
         self.device, self.fixed, self.write = device, fixed, write
         self.clock = Clock(device, budget)
-        self.ceilings = gpu_oracle.measure_ceilings(device, small=device.type != "cuda")
+        self.ceilings = oracle.measure_ceilings(device, small=device.type != "cuda")
         self.about = describe(device)
 
     def row(self, case: Case, mode: str, provider: str, match: object, **columns: object) -> None:
@@ -136,8 +135,8 @@ class Bench:
                 self.nothing(case, provider, "missing: out of time")
             return
         batch = make(case, self.device)
-        truth = gpu_oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
-        iterations = self.fixed if case.tol == 0 else gpu_oracle.solve(batch, REG, tol=case.tol).iterations
+        truth = oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
+        iterations = self.fixed if case.tol == 0 else oracle.solve(batch, REG, tol=case.tol).iterations
         task = Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING))
         for provider in providers:
             if time.monotonic() > until:
@@ -150,7 +149,7 @@ class Bench:
         for mode in modes:
             self.row(case, mode, provider, reason)
 
-    def provider(self, case: Case, provider: str, task: Task, truth: gpu_oracle.Truth) -> None:
+    def provider(self, case: Case, provider: str, task: Task, truth: oracle.Truth) -> None:
         """Three rows. Who takes no part, or fails, or takes too long, is a row and not the end of the benchmark."""
         left = list(MODES)
         try:
@@ -169,18 +168,18 @@ class Bench:
             self.nothing(case, provider, failed(error), left)
 
     def measure(
-        self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: gpu_oracle.Truth
+        self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: oracle.Truth
     ) -> tuple[object, Row]:
         """Whether the outputs are right and, with a tolerance, converged; the columns, with a time only if they are."""
         dtype, fixed = TYPES[case.dtype], case.tol == 0 and contestant.same
         reached: Row = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
         converged = fixed or not contestant.marginal_error > 1.02 * task.error
         if not (
-            converged and gpu_oracle.matches(run.call(), truth, dtype, fixed=fixed, error=0 if case.tol else task.error)
+            converged and oracle.matches(run.call(), truth, dtype, fixed=fixed, error=0 if case.tol else task.error)
         ):
             return False, reached
         times = self.clock.time(run.call)
-        floor = gpu_oracle.floor_us(task.batch, dtype, mode, self.ceilings)
+        floor = oracle.floor_us(task.batch, dtype, mode, self.ceilings)
         figures = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "floor_us": floor}
         figures |= {"ratio_to_floor": times.median / floor, "peak_mb": peak_mb(run.plain, self.device)}
         return True, reached | {name: f"{value:.5g}" for name, value in figures.items()}
@@ -202,7 +201,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="the folder for benchmark.csv")
     parser.add_argument(
         "--dry", action="store_true", help="toy sizes, on the CPU if there is no GPU; no figure is claimed"
@@ -247,7 +246,3 @@ def main(arguments: list[str]) -> int:
             print(*lines, sep="\n")
     ours = [row for row in rows if row["provider"] in OURS]
     return int(any(row["match"] is False or str(row["match"]).startswith("failed") for row in ours))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

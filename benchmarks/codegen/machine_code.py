@@ -1,25 +1,25 @@
 """What nvcc has made of the CUDA kernels, read out of the installed extension: results/machine_code.csv, and a table of it.
 
-`python benchmarks/machine_code.py` writes both; cuobjdump, which does the reading, comes with Triton.
+`python benchmarks machine-code` writes both; cuobjdump, which does the reading, comes with Triton.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import csv
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 
+from common.tables import replace_block
 from otalign import backends
-from report import replace_block
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 KINDS = ("strict", "relaxed", "lift")
 
@@ -139,7 +139,8 @@ def table(found: list[dict[str, object]]) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser("python benchmarks machine-code", description=__doc__).parse_args(arguments)
     found = list(rows())
     with (ROOT / "benchmarks/results/machine_code.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, "compiler"])
@@ -147,7 +148,3 @@ def main() -> int:
         writer.writerows({**row, "compiler": backends.extension().compiler} for row in found)
     replace_block(ROOT / "docs/performance.md", "machine-code", "\n".join(table(found)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

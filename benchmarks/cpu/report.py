@@ -1,6 +1,6 @@
 """Rows of the benchmark: printed, written as CSV, and rendered for the README from the CSV alone.
 
-`python benchmarks/report.py README.md` replaces what stands between its `bench:cpu` markers.
+`python benchmarks cpu-table README.md` replaces what stands between its `bench:cpu` markers.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
+from common.tables import number, replace_block
+
+RESULTS = Path(__file__).parents[1] / "results" / "cpu.csv"
 NAN = math.nan
 SPEED_UP = "speed-up over the faster of POT log, torch log"
 BUSY = 0.08  # share of the CPUs taken by other processes from which a ratio of times gets no verdict
@@ -56,11 +57,6 @@ def judge(value: float = NAN, bound: str = "", *, trusted: bool = True, others: 
         return "ok"
     sign, limit = bound.split()
     return "PASS" if (value >= float(limit) if sign == ">=" else value <= float(limit)) else "MISS"
-
-
-def number(value: float) -> str:
-    """Three digits; an exponent only for what is tiny."""
-    return "-" if math.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def format_row(row: Row) -> str:
@@ -139,20 +135,12 @@ def readme_table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", conditions(rows)])
 
 
-def replace_block(document: Path, name: str, body: str) -> None:
-    """Put `body` between the markers <!-- name --> and <!-- /name -->."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text, count = re.subn(
-        f"{begin}.*?{end}", lambda _: f"{begin}\n{body}\n{end}", document.read_text(), flags=re.DOTALL
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python benchmarks cpu-table", description="Render the README's table from the CSV."
     )
-    if count != 1:
-        raise SystemExit(f"{document} needs the markers {begin} and {end} once, found {count}")
-    document.write_text(text)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Render the README's table from the CSV.")
     parser.add_argument("readme", type=Path)
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    replace_block(arguments.readme, "bench:cpu", readme_table(read_csv(arguments.csv)))
+    args = parser.parse_args(arguments)
+    replace_block(args.readme, "bench:cpu", readme_table(read_csv(args.csv)))
+    return 0

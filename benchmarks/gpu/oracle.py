@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shapes import Batch
+from common.accuracy import relative
+from common.shapes import Batch
 
 # Relative, where a contestant may stop at a marginal error of 1e-3; a hundredth of it at fixed iterations.
 LOSS_BOUND = 1e-3
@@ -56,12 +57,6 @@ def solve(batch: Batch, reg: float, *, iterations: int | None = None, tol: float
     dx = over_x * ((weight * cos).sum(2, keepdim=True) * x * over_x - weight @ (y * over_y))
     dy = over_y * ((weight * cos).sum(1)[..., None] * y * over_y - weight.mT @ (x * over_x))
     return Truth(value.mean(), dx, dy, done, error)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; NaN anywhere makes it infinite, so that no bound lets it through."""
-    error = float((actual.double() - expected).norm() / expected.norm())
-    return error if error == error else float("inf")
 
 
 def matches(outputs: tuple[Tensor, ...], truth: Truth, dtype: torch.dtype, *, fixed: bool, error: float = 0) -> bool:

@@ -1,4 +1,4 @@
-"""The README's plot, from the CSV alone: `python benchmarks/plot.py` writes docs/figures/cpu.png."""
+"""The README's plot, from the CSV alone: `python benchmarks cpu-plot` writes docs/figures/cpu.png."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
-from report import RESULTS, conditions, number, read_csv, select, shapes_in
-from shapes import SHAPES
+from common.shapes import SHAPES
+from common.tables import number
+from cpu.report import RESULTS, conditions, read_csv, select, shapes_in
 
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "cpu.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "cpu.png"
 COLOURS = {  # bottom to top within a group
     "bare products": "#b8bec5",
     "otalign": "#c8102e",
@@ -63,9 +64,10 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks cpu-plot", description=__doc__)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=FIGURE)
-    arguments = parser.parse_args()
-    draw(read_csv(arguments.csv), arguments.out)
+    args = parser.parse_args(arguments)
+    draw(read_csv(args.csv), args.out)
+    return 0

@@ -1,9 +1,9 @@
-"""The alignment path score against loops over items and layers: results/speech.csv, by `python benchmarks/speech.py`."""
+"""The alignment path score against loops over items and layers: results/speech.csv, by `python benchmarks speech`."""
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import environment
+from common import environment
 from otalign.speech import alignment_path_score
 
 LAYERS, B, N, M, D = 32, 16, 300, 100, 1024
-OUT = Path(__file__).resolve().parent / "results" / "speech.csv"
+OUT = Path(__file__).resolve().parents[1] / "results" / "speech.csv"
 
 
 def data() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -67,7 +67,8 @@ def seconds(function: Callable[[], Tensor], expected: Tensor, repeats: int) -> f
 DATA = data()
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser("python benchmarks speech", description=__doc__).parse_args(arguments)
     torch.set_num_threads(2)
     expected = ours()
     base = seconds(ours, expected, 5)
@@ -83,7 +84,3 @@ def main() -> int:
             )
             print(f"{function.__name__}: {took:.3g} s, {took / base:.3g} times otalign's")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import otalign
-import peers
-from shapes import Batch
+from common import peers
+from common.shapes import Batch
 
 Outputs = tuple[Tensor, ...]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import otalign
-from shapes import Batch
+from common.shapes import Batch
 
 CONVERGED = 1e-6  # marginal error of the oracle, a thousandth of what is compared
 
@@ -51,9 +51,3 @@ def solve_reference(batch: Batch, reg: float) -> Oracle:
     dx, dy = torch.autograd.grad(loss, (x, y))
     with torch.no_grad():
         return Oracle(loss.detach(), dx, dy, result.value.detach(), result.plan().detach())
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; NaN anywhere makes it infinite, so that no bound lets it through."""
-    error = float((actual - expected).norm() / expected.norm())
-    return error if error == error else float("inf")

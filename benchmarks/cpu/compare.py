@@ -1,4 +1,4 @@
-"""otalign on the CPU against its peers and its floor: `make bench`, or `python benchmarks/run.py --quick`.
+"""otalign on the CPU against its peers and its floor: `make bench`, or `python benchmarks cpu --quick`.
 
 Everybody solves the same batch to the same marginal error in the same process, taking turns, and is compared with the
 float64 reference before its time counts. What is measured, and the targets, is one function each below.
@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-import memory
-import oracle
 import otalign
-import peers
-import report
-from oracle import Check, Oracle
-from report import Row, judge
-from shapes import NOISE, SHAPES, Batch, Shape, make_batch, pad_double, repeat_items
-from timing import Spread, Times, interleave, keep_memory
+from common import environment, peers
+from common.accuracy import relative
+from common.shapes import NOISE, SHAPES, Batch, Shape, make_batch, pad_double, repeat_items
+from cpu import memory, oracle, report
+from cpu.oracle import Check, Oracle
+from cpu.report import Row, judge
+from cpu.timing import Spread, Times, interleave, keep_memory
 
 MAX_ITER = 5000
 PEERS = ("POT log", "torch log")  # those that the targets name; the others are shown for comparison
@@ -113,7 +111,7 @@ def measure_loss(bench: Bench) -> Iterator[Row]:
             n_iter, plan = int(result.n_iter.max()), result.plan()
         else:
             plan, _, n_iter = bench.solvers[name](bench.cost, batch.a, batch.b)
-        errors = map(oracle.relative, outputs, (truth.loss, truth.dx, truth.dy))
+        errors = map(relative, outputs, (truth.loss, truth.dx, truth.dy))
         checks[name] = Check(n_iter, peers.marginal_error(plan, batch), *errors)
 
     floor = peers.bare_products(batch, truth.plan.float())
@@ -148,7 +146,7 @@ def measure_solver(bench: Bench) -> Iterator[Row]:
         ours = peers.Solution(result.plan(), result.value, int(result.n_iter.max()))
     good = {}
     for name, answer in {"otalign": ours, "otalign with plan": ours, **answers}.items():
-        value_error = oracle.relative(answer.value, bench.oracle.value)
+        value_error = relative(answer.value, bench.oracle.value)
         check = Check(answer.n_iter, peers.marginal_error(answer.plan, batch), value_error)
         good[name] = check.passed(bench.tol)
         yield bench.time_row("solver", name, times, check)
@@ -222,8 +220,8 @@ EXPERIMENTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks cpu", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="two shapes, seven rounds")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all")
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
@@ -236,7 +234,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=NOISE, help="of the frames; less needs more iterations")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc return memory between calls")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.rounds = args.rounds or (7 if args.quick else 41)
     shapes = args.shapes or (["slm10", "layers"] if args.quick else list(SHAPES))
 
@@ -264,7 +262,4 @@ def main() -> None:
     print(
         f"\n{verdicts.count('PASS')} of {len(verdicts)} targets reached, {verdicts.count('BUSY')} without a verdict; {out} written"
     )
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,4 +1,4 @@
-"""Peak memory of one loss with both gradients, in a process of its own: `python memory.py slm25` prints JSON.
+"""Peak memory of one loss with both gradients, in a process of its own: `python benchmarks memory slm25` prints JSON.
 
 Counted is what is needed beyond the inputs, the loss and the gradients, in two ways: resident pages of the process
 (sees everything, C++ too, with a resolution of some hundred kB) and torch's own allocations (exact, blind to C++; NaN
@@ -21,20 +21,25 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import peers
-from shapes import SHAPES, SMALL, Batch, make_batch, repeat_items
+from common import peers
+from common.shapes import SHAPES, SMALL, Batch, make_batch, repeat_items
 
+BENCHMARKS = str(Path(__file__).resolve().parents[1])
 RESOLVED = 8e6  # bytes of cost from which pages resolve a ratio; smaller batches are repeated up to that
 
 
 def measure(shape: str, contestant: str, *, threads: int, reg: float, tol: float) -> dict[str, float]:
-    """Runs this file in a fresh process."""
+    """Run this file in a fresh process."""
     options = ["--contestant", contestant, "--threads", str(threads), "--reg", str(reg), "--tol", str(tol)]
     done = subprocess.run(
-        (sys.executable, __file__, shape, *options), capture_output=True, text=True, cwd=Path.cwd(), check=False
+        (sys.executable, BENCHMARKS, "memory", shape, *options),
+        capture_output=True,
+        text=True,
+        cwd=Path.cwd(),
+        check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"memory.py {shape} failed:\n{done.stderr}")
+        raise RuntimeError(f"python benchmarks memory {shape} failed:\n{done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -94,14 +99,16 @@ def _loss(batch: Batch, contestant: str, reg: float, tol: float) -> Callable[[],
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python benchmarks memory", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--contestant", default="cpu", help="an otalign backend, or 'torch log'")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reg", type=float, default=0.05)
     parser.add_argument("--tol", type=float, default=1e-3)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
 
     batch = make_batch(SHAPES[args.shape])
@@ -115,7 +122,4 @@ def main() -> None:
     run = _loss(batch, args.contestant, args.reg, args.tol)
     cost = 4 * batch.valid
     print(json.dumps({"pages": _peak_by_pages(run) / cost, "torch": _peak_by_torch(run) / cost, "cost_bytes": cost}))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

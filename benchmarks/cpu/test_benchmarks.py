@@ -1,6 +1,6 @@
 """Microbenchmarks of the engine: `pytest benchmarks --benchmark-compare` between two commits.
 
-Not part of the tests (`testpaths` does not lead here). Against peers, and with checks: run.py.
+Not part of the tests (`testpaths` does not lead here). Against peers, and with checks: compare.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import otalign
-from peers import cosine_cost
-from shapes import SHAPES, Batch, make_batch
-from timing import keep_memory
+from common.peers import cosine_cost
+from common.shapes import SHAPES, Batch, make_batch
+from cpu.timing import keep_memory
 
 OPTIONS = {"reg": 0.05, "tol": 1e-3, "max_iter": 5000, "backend": "cpu"}
 

@@ -1,4 +1,4 @@
-"""Small cases that reach every kernel, for compute-sanitizer: `compute-sanitizer --tool racecheck python sanitize_gpu.py`.
+"""Small cases that reach every kernel, for compute-sanitizer: `compute-sanitizer --tool racecheck python benchmarks sanitize`.
 
 Each is compared with the reference, on the CPU, where no sanitizer looks; so this is also a test without one.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -79,7 +78,7 @@ def run(case: Case, backend: str, device: torch.device) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks sanitize", description=__doc__)
     parser.add_argument("--seconds", type=float, default=INF, help="start no case after that; one runs at any rate")
     args = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
@@ -107,7 +106,3 @@ def main(arguments: list[str]) -> int:
         done += 1
     print(f"{done} of {len(cases)} cases, {failed} wrong")
     return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "benchmarks"
+ROOT = Path(__file__).resolve().parents[3]
+BENCHMARKS = [sys.executable, str(ROOT / "benchmarks")]
 WITHOUT_CUDA = "OTALIGN_WITHOUT_CUDA"
 WORKERS = 6  # processes that run tests: they wait for the compiler more than for the GPU
 
@@ -36,18 +36,18 @@ class Step(NamedTuple):
 
 
 def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[Step]:
-    python = sys.executable
+    python, tests = sys.executable, pytest(dry=dry)
     if wheels is not None:
         files = [str(wheel) for wheel in sorted(wheels.glob("*.whl"))]
         options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
         yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 15)
     if not dry:
-        yield Step("build", [python, str(SCRIPTS / "gpu_build.py"), str(site)], 70)
+        yield Step("build", [*BENCHMARKS, "build", str(site)], 70)
         # A kernel that never ends would take all tests and the whole benchmark with it: then they leave it out.
-        yield Step("first solve by cuda", [python, str(SCRIPTS / "gpu_first.py")], 30, needed_for=WITHOUT_CUDA)
+        yield Step("first solve by cuda", [*BENCHMARKS, "first-solve"], 30, needed_for=WITHOUT_CUDA)
     few = {} if dry else {"OMP_NUM_THREADS": "2"}  # of every worker, for the reference
-    yield Step("tests", [*pytest(dry=dry), f"--junitxml={out / 'tests.xml'}"], 145, few)
-    small = [python, str(SCRIPTS / "sanitize_gpu.py")]
+    yield Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 145, few)
+    small = [*BENCHMARKS, "sanitize"]
     if dry:
         yield Step("sanitizer cases", small, 120)
     else:
@@ -57,25 +57,28 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Step("memcheck", [*check, "--tool", "memcheck", *small, "--seconds", "30"], 50, alone)
         yield Step("racecheck", [*check, "--tool", "racecheck", *small, "--seconds", "30"], 50)
-    benchmark = [python, str(SCRIPTS / "gpu.py"), "--out", str(out)]
+    benchmark = [*BENCHMARKS, "gpu", "--out", str(out)]
     yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "115"])], 150)
-    stages = [python, str(SCRIPTS / "gpu_stages.py"), "--out", str(out)]
+    stages = [*BENCHMARKS, "stages", "--out", str(out)]
     yield Step("stages", [*stages, *(["--dry"] if dry else [])], 30)
 
 
 def pytest(*, dry: bool) -> list[str]:
-    """The GPU tests: those marked `gpu`, all of which are in these files. (Others want packages that may be missing.)"""
-    files = ["test_gpu_benchmark.py"] if dry else sorted(path.name for path in (ROOT / "tests").glob("test_gpu*.py"))
+    """Command of the tests that are marked `gpu`. Their files have names in test_gpu*.py; others need more packages."""
+    pattern = "test_gpu_benchmark.py" if dry else "test_gpu*.py"
+    files = sorted((ROOT / "tests").rglob(pattern))
+    if not files:  # without a path pytest would run all tests
+        raise FileNotFoundError(f"expected {pattern} in {ROOT / 'tests'} or below, found none")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--durations=10"]
     command += ["-m", "not gpu and not slow" if dry else "gpu", "--continue-on-collection-errors"]
     if not dry and importlib.util.find_spec("xdist"):
         command += ["-n", str(WORKERS)]
     if not dry and importlib.util.find_spec("pytest_timeout"):  # programs that wait for each other for ever
         command += ["--timeout", "100", "--timeout-method", "thread"]
-    return [*command, *(str(ROOT / "tests" / name) for name in files)]
+    return [*command, *map(str, files)]
 
 
-def run(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:
+def run_step(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:
     """Run a step, what it prints at the end of the log; its whole process group ends with it."""
     start = time.monotonic()
     with log.open("a") as file:
@@ -102,7 +105,7 @@ def run(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks session", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where logs and results go")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, through Triton's interpreter")
@@ -119,7 +122,7 @@ def main(arguments: list[str]) -> int:
     summary = []
     for step in steps(out, site, args.wheels and args.wheels.resolve(), dry=args.dry):
         print(f"{step.name} ...", flush=True)
-        summary.append(run(step, log, work, environment))
+        summary.append(run_step(step, log, work, environment))
         if step.needed_for and summary[-1]["outcome"] != "passed":
             environment[step.needed_for] = "1"
         print(
@@ -131,7 +134,3 @@ def main(arguments: list[str]) -> int:
     if (out / "targets.txt").exists():
         print((out / "targets.txt").read_text())
     return int(any(entry["outcome"] != "passed" for entry in summary))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

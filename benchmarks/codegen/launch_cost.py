@@ -1,7 +1,8 @@
-"""What a call of the Triton backend costs the host, measured without a GPU: `python benchmarks/launch_cost.py`.
+"""What a call of the Triton backend costs the host, measured without a GPU: `python benchmarks launch`.
 
-Kernels are compiled for a GPU that is not there, and a driver that does nothing takes their launches. So the time of a
-call is that of Python, torch and Triton up to the driver; the driver's own few microseconds a launch are not in it.
+Kernels are compiled for a GPU that is not there, and a driver that does nothing takes their launches. The time of a
+call is therefore the time of Python, torch and Triton up to the driver. The driver's own few microseconds a launch are
+not included.
 """
 
 from __future__ import annotations
@@ -21,13 +22,29 @@ import triton
 from otalign.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 
-import environment
 import otalign
-from otalign import backends
+from common import environment
+from otalign import backends, gpu
+
+# The private names of the package that this file depends on. The code below these lines uses no others.
+REPLACED = (  # owner, name, replacement: tensors on the CPU then pass for tensors on a GPU with 132 multiprocessors
+    (launch, "processors", lambda device: 132),
+    (launch, "generation", lambda device: 90),
+    (backends, "_why_no_triton", lambda: None),
+    (backends, "_interpreting", lambda: True),
+)
+Inputs, align, align_backward = gpu._Inputs, gpu._align, gpu._align_backward  # the launchers behind the operators
+LAUNCH = "_launch"  # the method of launch.Kernel that launches a compiled kernel
+
+
+def compiled_launch(kernel: launch.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> tuple[Any, ...]:
+    """The function that the method `LAUNCH` calls, and its arguments."""
+    compiled = kernel.compiled[(kind, *constants.values())]
+    return (compiled[grid], *kernel._arguments(values), *kernel._constants(constants))
 
 
 class NoDriver:
-    """As much of a driver as Triton asks for; it counts launches."""
+    """The part of a driver that Triton uses. It counts the launches."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -52,13 +69,12 @@ class NoDriver:
 
 
 def pretend() -> NoDriver:
-    """Let tensors on the CPU pass for tensors on a GPU with 132 multiprocessors."""
+    """Make the Triton backend accept CPU tensors and launch its kernels through `NoDriver`."""
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment]
-    launch.processors, launch.generation = lambda device: 132, lambda device: 90  # type: ignore[assignment]
-    backends._why_no_triton = lambda: None  # type: ignore[assignment]
-    backends._interpreting = lambda: True
+    for owner, name, replacement in REPLACED:
+        setattr(owner, name, replacement)
     return driver
 
 
@@ -73,7 +89,7 @@ def microseconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 class TorchAlone(torch.autograd.Function):
-    """As many tensors in and out as a loss has, and nothing done."""
+    """A function with the inputs and outputs of a loss that computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -86,16 +102,16 @@ class TorchAlone(torch.autograd.Function):
 
 
 def bare_launches(run: Callable[[], Any]) -> Callable[[], None]:
-    """The launches that `run` makes, with everything at hand."""
+    """The launches that `run` makes, without the work of preparing their arguments."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(kernel: launch.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> None:
-        compiled = kernel.compiled[(kind, *constants.values())]
-        calls.append((compiled[grid], *kernel._arguments(values), *kernel._constants(constants)))
+    def record(*arguments: Any) -> None:
+        calls.append(compiled_launch(*arguments))
 
-    old, launch.Kernel._launch = launch.Kernel._launch, record  # type: ignore[method-assign]
+    old = getattr(launch.Kernel, LAUNCH)
+    setattr(launch.Kernel, LAUNCH, record)
     run()
-    launch.Kernel._launch = old  # type: ignore[method-assign]
+    setattr(launch.Kernel, LAUNCH, old)
 
     def again() -> None:
         for function, *arguments in calls:
@@ -104,11 +120,11 @@ def bare_launches(run: Callable[[], Any]) -> Callable[[], None]:
     return again
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks launch", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5000)
     parser.add_argument("--out", type=Path, help="a CSV file to write, besides what is printed")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     driver = pretend()
     x = torch.zeros(32, 75, 16, dtype=torch.bfloat16, requires_grad=True)
@@ -121,22 +137,20 @@ def main() -> None:
     def full() -> None:
         torch.autograd.grad(loss(), (x, y))
 
-    from otalign import gpu
-
     empty = (None,) * 3
-    inputs = gpu._Inputs(
+    inputs = Inputs(
         x.detach(), y.detach(), *empty, *lengths, None, 0.05, "cosine", "none", (), math.inf, math.inf,
         False, False, 32, 75, 20, torch.float32, "triton", False,
     )  # fmt: skip
     grad = torch.ones(()).expand(32)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return gpu._align(*inputs, None, 200, 1e-3)
+        return align(*inputs, None, 200, 1e-3)
 
     saved = forward()[4:]
 
     def backward() -> None:
-        gpu._align_backward(*inputs, *saved, grad, None, None, [True, True, False, False, False])
+        align_backward(*inputs, *saved, grad, None, None, [True, True, False, False, False])
 
     backward()
     driver.launches = 0
@@ -160,7 +174,4 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow(["what", "value", *about])
             writer.writerows([[name, f"{value:.1f}", *about.values()] for name, value in rows.items()])
-
-
-if __name__ == "__main__":
-    main()
+    return 0

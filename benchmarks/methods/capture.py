@@ -1,10 +1,11 @@
-"""A training step with a loss attached against the bare step: results/capture.csv, by `python benchmarks/capture.py`.
+"""A training step with a loss attached against the bare step: results/capture.csv, by `python benchmarks capture`.
 
 The model is a Qwen2-Audio of middling size with random weights, trained whole, on rows of 300 placeholders and 60 words.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
 import statistics
@@ -16,13 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 
-import environment
 import otalign
+from common import environment
 from otalign.speech import InnerAlignmentLoss, OTRegLoss
 
 B, PLACEHOLDERS, WORDS = 4, 300, 60
 MELS, VOCABULARY, AUDIO = 80, 8000, 7999
-OUT = Path(__file__).resolve().parent / "results" / "capture.csv"
+OUT = Path(__file__).resolve().parents[1] / "results" / "capture.csv"
 
 
 def model() -> transformers.Qwen2AudioForConditionalGeneration:
@@ -78,7 +79,10 @@ def step(attach: Callable[[torch.nn.Module], object], inputs: dict[str, Tensor])
     return run
 
 
-def main(repeats: int = 15) -> None:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks capture", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, of which the first warms up (%(default)s)")
+    args = parser.parse_args(arguments)
     inputs = batch()
     contestants = {
         "bare": lambda m: None,
@@ -87,7 +91,7 @@ def main(repeats: int = 15) -> None:
     }
     steps = {name: step(attach, inputs) for name, attach in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name in random.sample(
             list(steps), len(steps)
         ):  # in turns, so that what else the machine does hits all alike
@@ -103,7 +107,4 @@ def main(repeats: int = 15) -> None:
             row = [statistics.median(seconds[1:]), statistics.median(ratios), ratios[fifth], ratios[-1 - fifth]]
             writer.writerow([name, B, PLACEHOLDERS, WORDS, *(f"{value:.4f}" for value in row), *where.values()])
             print(f"{name:26}{row[0]:8.3f} s  {row[1]:.3f} [{row[2]:.3f}, {row[3]:.3f}] of the bare step")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

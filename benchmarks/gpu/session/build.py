@@ -1,11 +1,12 @@
 """Puts otalign where a machine with a GPU can import it, built with what is there: no network, no virtual environment.
 
-`python benchmarks/gpu_build.py FOLDER` tries pip, then the sources as they are with CMake alone, then without the extension,
+`python benchmarks build FOLDER` tries pip, then the sources as they are with CMake alone, then without the extension,
 which the Triton backend does not need. Says what came of it, and fails if the extension is not there.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def succeeds(*command: str) -> bool:
@@ -50,7 +51,9 @@ def with_cmake(site: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    site = Path(arguments[0]).resolve()
+    parser = argparse.ArgumentParser("python benchmarks build", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the package is put")
+    site = parser.parse_args(arguments).folder.resolve()
     site.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():  # for this GPU alone: a third of the time
         major, minor = torch.cuda.get_device_capability()
@@ -64,7 +67,3 @@ def main(arguments: list[str]) -> int:
     subprocess.run([sys.executable, "-m", "otalign", "doctor", "--report-only"], cwd=site, check=False)
     reason = "from otalign import backends; r = backends.available()['cpu']; print('extension:', r or 'built'); exit(bool(r))"
     return subprocess.run([sys.executable, "-c", reason], cwd=site, check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The README's GPU table and its plot, from the results alone: `python benchmarks/gpu_report.py README.md`.
+"""The README's GPU table and its plot, from the results alone: `python benchmarks gpu-table README.md`.
 
 Reads every benchmark.csv in benchmarks/results/<device>/. Rows from a dry run, and rows without a time, make no figure.
 With `--add out/gpu`, what `make gpu` left there is taken among the results first.
@@ -13,11 +13,11 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from report import number, replace_block
+from common.tables import number, replace_block
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 KEPT = ("benchmark.csv", "stages.csv", "targets.txt", "summary.json")
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "gpu.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "gpu.png"
 NOTHING = "Not measured on a GPU."
 Rows = list[dict[str, str]]
 
@@ -119,16 +119,17 @@ def draw(rows: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks gpu-table", description=__doc__)
     parser.add_argument("readme", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--add", type=Path, help="the RESULTS_DIR of a `make gpu`, to be taken among the results")
-    arguments = parser.parse_args()
-    if arguments.add:
-        print(f"results in {add(arguments.add, arguments.results)}")
-    found = read(arguments.results)
-    replace_block(arguments.readme, "bench:gpu", table(found))
+    args = parser.parse_args(arguments)
+    if args.add:
+        print(f"results in {add(args.add, args.results)}")
+    found = read(args.results)
+    replace_block(args.readme, "bench:gpu", table(found))
     if found:
-        draw(found, arguments.figure)
+        draw(found, args.figure)
+    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -11,7 +11,8 @@ import otalign
 SIZES = ((4, 40, 20), (32, 300, 100), (32, 750, 128), (2, 3000, 512), (3, 500, 1000))
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser("python benchmarks first-solve", description=__doc__).parse_args(arguments)
     print(otalign.backends.available()["cuda"] or "available", flush=True)
     wrong = 0
     for items, n, m in SIZES:
@@ -25,7 +26,3 @@ def main() -> int:
         wrong += not (off < 1e-4 and bool(gradient.isfinite().all()))
         print(f"{items} x {n} x {m}: plan off by {off:.1e} (L1)", flush=True)
     return int(wrong > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""The table of compiled variants in docs/performance.md, from variants.csv: `python benchmarks/variants_report.py`.
+"""The table of compiled variants in docs/performance.md, from variants.csv: `python benchmarks variants-table`.
 
-The CSV is what `python benchmarks/variants.py --arch 80 90 100 gfx942 --out benchmarks/results/variants.csv` writes.
+The CSV is what `python benchmarks variants --arch 80 90 100 gfx942 --out benchmarks/results/variants.csv` writes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from report import replace_block
+from common.tables import replace_block
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, str]]
 
 
@@ -66,12 +66,13 @@ def chip(arch: str) -> str:
     return f"sm_{arch}" if arch.isdigit() else arch
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python benchmarks variants-table", description=__doc__)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "variants.csv")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
-    arguments = parser.parse_args()
-    with arguments.csv.open(newline="") as file:
+    args = parser.parse_args(arguments)
+    with args.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     tables = [*resident_table(rows), "", *summary_table(rows)]
-    replace_block(arguments.document, "variants", "\n".join(tables))
+    replace_block(args.document, "variants", "\n".join(tables))
+    return 0
