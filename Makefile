@@ -29,7 +29,7 @@ help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO)  ## train a small aligner on real speech, end with a picture and its errors
-	$(PY) examples/demo.py
+	$(PY) examples/demo/demo.py
 
 study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, the better part of an hour; needs espeak-ng and flite
 	$(PY) -m examples.study

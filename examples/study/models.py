@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..speech import MELS
+from ..demo.speech import MELS
 from .world import BOS, EOS, PAD, VOCABULARY
 
 WIDTH = 128  # of the encoder and of the language model

@@ -13,7 +13,7 @@ import torch
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from ..speech import SAMPLE_RATE, log_mel
+from ..demo.speech import SAMPLE_RATE, log_mel
 
 ESPEAK_WORDS_PER_MINUTE = 175  # espeak-ng's own default
 

@@ -1,4 +1,4 @@
-"""The loss with the lengths and masks of other toolkits, as functions to copy: `python examples/conventions.py`.
+"""The loss with the lengths and masks of other toolkits, as functions to copy: `python examples/trainers/conversions.py`.
 
 Each takes what the toolkit has at the place where its losses are computed, and gives the same number.
 """
@@ -53,7 +53,7 @@ def packed(speech: Tensor, cu_seqlens: Tensor, text: Tensor, cu_seqlens_text: Te
 
 
 def main() -> dict[str, float]:
-    """The same two items by every convention."""
+    """The loss of the same two items, in the layout of each toolkit."""
     torch.manual_seed(0)
     embed = torch.nn.Embedding(20, 16)
     frames, words = [torch.randn(n, 16) for n in (30, 21)], [torch.randperm(16)[:m] + 3 for m in (8, 5)]

@@ -1,9 +1,14 @@
 """What the trainers' examples train: a Qwen2-Audio with few random weights, on the recordings of data/."""
 
+import sys
+from pathlib import Path
+
 import torch
 import transformers
-from speech import ALPHABET, MELS, Utterance, load
 from torch import Tensor
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "demo"))
+from speech import ALPHABET, MELS, Utterance, load
 
 PAD, BEGIN, END, AUDIO = range(4)
 FRAMES = 400  # of 10 ms: all recordings are padded to 4 s, and their placeholders counted without the padding

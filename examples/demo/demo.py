@@ -6,7 +6,7 @@ the synthesiser's own word times serve to measure the result, on sentences that 
 a table and a picture of the transport plan.
 
 Attraction alone aligns nothing: the cheapest transport maps every frame and every character to one point. Three
-things make the alignment emerge, and README.md beside this file has the figures with each of them taken away:
+things make the alignment emerge, and examples/README.md has the figures without each of them:
 
 1. Contrast. The loss is the cross-entropy of choosing a recording's transcript by its transport value, among the
    other transcripts of the batch and copies of the right one with its words in another order.

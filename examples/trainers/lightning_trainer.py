@@ -1,19 +1,13 @@
-"""AI-STA's loss in two layers under Lightning: `python examples/lightning.py`."""
+"""AI-STA's loss in two layers under Lightning: `python examples/trainers/lightning_trainer.py`."""
 
 import argparse
-import sys
-from pathlib import Path
 
-# This file has the name of the package that it uses.
-sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.resolve()]
-import lightning  # noqa: E402
+import lightning
+import torch
+from tiny_slm import Recordings, collate, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parent))
-import torch  # noqa: E402
-from tiny_slm import Recordings, collate, tiny_model  # noqa: E402
-
-import otalign  # noqa: E402
-from otalign.integrations.lightning import OTAlignCallback  # noqa: E402
+import otalign
+from otalign.integrations.lightning import OTAlignCallback
 
 
 class Module(lightning.LightningModule):

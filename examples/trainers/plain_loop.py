@@ -1,4 +1,4 @@
-"""OTReg in a training loop of one's own: `python examples/plain_loop.py`."""
+"""OTReg in a training loop of one's own: `python examples/trainers/plain_loop.py`."""
 
 import argparse
 

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLE_RATE = 16_000
 HOP = 160  # 10 ms
 WINDOW = 400  # 25 ms

@@ -1,7 +1,7 @@
 """Make examples/data: forty short sentences spoken by espeak-ng in two voices, with the times of their words and phonemes.
 
 Needs espeak-ng's shared library (Debian: ``apt-get install libespeak-ng1``), numpy, scipy and soundfile; the demo
-itself needs only what this script wrote. Run it as ``python examples/make_speech.py``.
+itself needs only what this script wrote. Run it as ``python examples/data/make_speech.py``.
 
 The times are those that the synthesiser reports while it speaks, so they are exact, and every one of them is checked
 against the audio before anything is written (`check_times`).
@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parent
 SAMPLE_RATE = 16_000
 GAIN = 0.5  # so that the resampler cannot clip
 STEPS = 4096  # 13 bits a sample: FLAC does not store low bits that are zero
@@ -181,7 +181,6 @@ def rounded(rows):
 
 
 def main() -> None:
-    DATA.mkdir(exist_ok=True)
     synthesiser = Synthesiser()
     common = gcd(SAMPLE_RATE, synthesiser.native_rate)
     entries = []
@@ -207,7 +206,7 @@ def main() -> None:
             )
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     (DATA / "sentences.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    size = sum(path.stat().st_size for path in DATA.iterdir())
+    size = sum((DATA / entry["file"]).stat().st_size for entry in entries)
     seconds = sum(entry["duration"] for entry in entries)
     print(f"{len(entries)} recordings, {seconds:.0f} s, {size / 1e6:.2f} MB in {DATA}")
 

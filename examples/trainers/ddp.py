@@ -1,4 +1,4 @@
-"""OTReg on several processes: `torchrun --nproc-per-node 2 examples/ddp.py` (gloo on CPUs, NCCL on GPUs)."""
+"""OTReg on several processes: `torchrun --nproc-per-node 2 examples/trainers/ddp.py` (gloo on CPUs, NCCL on GPUs)."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""OTReg under Hugging Face's Trainer: `python examples/hf_trainer.py`."""
+"""OTReg under Hugging Face's Trainer: `python examples/trainers/hf_trainer.py`."""
 
 import argparse
 

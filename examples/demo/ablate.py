@@ -1,6 +1,6 @@
 """What the demo's alignment needs: train it again with one setting changed at a time, and print a Markdown table.
 
-``python examples/ablate.py [--seeds 3] [words of a row's name ...]``; about half a minute a row and seed.
+``python examples/demo/ablate.py [--seeds 3] [words of a row's name ...]``; about half a minute a row and seed.
 """
 
 import argparse
