@@ -1,4 +1,4 @@
-"""Runs one of the benchmarks: `python benchmarks NAME [options]`. README.md says how to measure and how to keep results."""
+"""Runs a benchmark: `python benchmarks NAME [options]`. README.md explains how to measure and how to commit results."""
 
 from __future__ import annotations
 

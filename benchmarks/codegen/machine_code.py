@@ -1,6 +1,6 @@
-"""What nvcc has made of the CUDA kernels, read out of the installed extension: results/machine_code.csv, and a table of it.
+"""The machine code of the CUDA kernels in the installed extension: results/machine_code.csv, and a table of it.
 
-`python benchmarks machine-code` writes both; cuobjdump, which does the reading, comes with Triton.
+`python benchmarks machine-code` writes both. It reads the extension with cuobjdump, which comes with Triton.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Kernel(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Of a thread: registers, and bytes of local memory, where spills go."""
+    """Registers of a thread, and its bytes of local memory, which hold spills."""
 
     registers: int
     local: int
 
 
 class Loop(NamedTuple):
-    """The loop of the iterations: how many instructions it has, of every kind."""
+    """The loop of the iterations: the number of its instructions of each kind."""
 
     words: collections.Counter[str]
 
@@ -122,7 +122,7 @@ def rows() -> Iterator[dict[str, object]]:
 
 
 def table(found: list[dict[str, object]]) -> Iterator[str]:
-    """Registers of the iterations on every architecture, and what their loop has on sm_90a."""
+    """Registers of the iterations on every architecture, and the instructions of their loop on sm_90a."""
     yield "| columns | rows in registers | warps | marginals | sm_80 | sm_90a | sm_100 | loop | multiply-adds |"
     yield "|---|---|---|---|---|---|---|---|---|"
     by_kernel: dict[tuple[object, ...], dict[object, dict[str, object]]] = {}

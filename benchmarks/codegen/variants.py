@@ -1,7 +1,7 @@
-"""The compiled variants of the Triton kernels: which the rule can choose, and what the compiler makes of them.
+"""The compiled variants of the Triton kernels: which the heuristics can choose, and what the compiler makes of them.
 
-Needs no GPU: problems of every kind are launched on tensors without memory, launches are written down instead of made,
-and what was written down is compiled ahead of time: `python benchmarks variants --arch 80 90 100`.
+No GPU is needed. Problems of every kind are launched on tensors without memory. The launches are recorded instead of
+made, and the recorded kernels are compiled ahead of time: `python benchmarks variants --arch 80 90 100`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Variant(NamedTuple):
     aligned: tuple[str, ...]  # pointers to 16 bytes, and multiples of 16
 
     def label(self) -> str:
-        """The constants that the rule has chosen, short."""
+        """The constants that the heuristics chose, in short."""
         return " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
 
 
 class Report(NamedTuple):
-    """What the compiler says of a variant on a chip; the spills are those of registers to memory, in bytes."""
+    """The compiler's figures of a variant on a chip. `spills` are bytes of registers that are kept in memory."""
 
     arch: int | str
     kernel: str
@@ -72,7 +72,7 @@ class Report(NamedTuple):
 
 @contextmanager
 def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Variant, Any]]:
-    """Launches become entries of the dictionary: what Triton would compile, and the key that the launcher goes by."""
+    """Record launches in the dictionary: what Triton would compile, and the key under which the launcher keeps it."""
     found: dict[Variant, Any] = {}
 
     def record(
@@ -91,7 +91,7 @@ def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Vari
 
 
 def variant(function: Any, values: dict[str, Any], constants: dict[str, Any]) -> Variant:
-    """As Triton sees a call."""
+    """The variant that Triton compiles for a call."""
     signature, fixed, aligned = [], [], []
     for parameter in function.params:
         name = parameter.name
@@ -131,7 +131,7 @@ class Problem(NamedTuple):
     weights: bool = False
 
     def launch(self, *, gradients: bool = True) -> None:
-        """Forward, and every backward pass there is."""
+        """Launch the forward pass and, with `gradients`, every backward pass."""
         dtype = torch.float64 if torch.float64 in (self.x, self.y) else torch.float32
         packed, ragged = self.layout == "packed", self.layout != "full"
 
@@ -174,7 +174,7 @@ class Problem(NamedTuple):
                 launch.barycentric_gradients(batch, saved, image, mass, image, wanted, by_y=by_y)
 
 
-# At, and one beyond, every border that a rule knows.
+# Sizes at every boundary of the heuristics, and one beyond it.
 SIZES_X = (1, 64, 65, 128, 129, 192, 193, 256, 257, 768, 769, 3072, 3073, 20000)
 SIZES_Y = (1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ITEMS = (1, 8, 9, 16, 17, 33, 34, 66, 67, 500)
@@ -189,14 +189,14 @@ PRIORS = ("none", "quadratic", "absolute", "order_preserving", "band")
 
 
 def solvers() -> Iterator[Problem]:
-    """All that the rule for the iterations distinguishes."""
+    """All problems that the heuristics of the iterations distinguish."""
     for B, N, M in itertools.product(ITEMS, SIZES_X, SIZES_Y):
         for kind, relaxed in itertools.product((torch.float32, torch.float64), (False, True)):
             yield Problem(B, N, M, 64, kind, kind, relaxed=relaxed)
 
 
 def products() -> Iterator[Problem]:
-    """All that the rules for costs and gradients distinguish."""
+    """All problems that the heuristics of costs and gradients distinguish."""
     for (x, y), cost, prior in itertools.product(FACTORS, ("cosine", "sqeuclidean", "euclidean", "dot"), PRIORS):
         for M, D in ((32, 64), (64, 128), (128, 1024)):
             yield Problem(4, 100, M, D, x, y, cost, prior, weights=True)
@@ -206,7 +206,7 @@ def products() -> Iterator[Problem]:
 
 
 def all_variants(arch: int | str = 90) -> list[Variant]:
-    """Every variant that the rules can choose on a chip, for aligned points with adjacent dimensions."""
+    """Every variant that the heuristics can choose on a chip, for aligned points with contiguous dimensions."""
     with recording(0 if isinstance(arch, str) else arch) as found:
         for problem in solvers():
             problem.launch(gradients=problem.N in (1, 3073))
@@ -239,7 +239,7 @@ def compile_variant(variant: Variant, arch: int | str) -> Report:
 
 
 def nvidia_usage(kernel: Any, arch: int) -> tuple[int, int, int]:
-    """Registers of a thread, bytes of its stack, and those of its spills."""
+    """Registers of a thread, bytes of its stack, and bytes of its spills."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -274,7 +274,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python benchmarks variants", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities (90), or AMD chips (gfx942)")
     parser.add_argument("--only", default="", help="kernels and constants to compile: a regular expression")
-    parser.add_argument("--every", type=int, default=1, help="compile one of so many")
+    parser.add_argument("--every", type=int, default=1, help="compile only every n-th variant")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a CSV file; printed if not given")
     args = parser.parse_args(arguments)

@@ -43,7 +43,7 @@ def resident_table(rows: Rows) -> list[str]:
 
 
 def summary_table(rows: Rows) -> list[str]:
-    """A line for every kernel and chip: what its variants take at most."""
+    """A line for every kernel and chip: the most that any of its variants uses."""
     groups: dict[tuple[str, str], Rows] = defaultdict(list)
     for row in rows:
         name = row["kernel"].removesuffix("_kernel")

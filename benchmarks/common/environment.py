@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured."""
+"""The machine, the versions and the commit of a measurement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """Of what is installed; "none" if it is not."""
+    """The installed version of a package, or "none"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> str:
-    """Model and vector instructions: virtual machines hide the name, but not the capability."""
+    """The model and its vector instructions. A virtual machine may hide the model, but not the instructions."""
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -65,7 +65,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, with a + where tracked files differ from it; where there is no git, what OTALIGN_COMMIT says."""
+    """The commit, with a + if tracked files differ from it. Without git: the variable OTALIGN_COMMIT."""
 
     def git(*words: str) -> str:
         return subprocess.run(

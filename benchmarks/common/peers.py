@@ -1,7 +1,7 @@
-"""What others offer for the same problem, each called in the fastest way that gives the right gradients.
+"""Other implementations for the same problem, each called in the fastest way that gives the right gradients.
 
-All of them get lengths as zero weights on a padded batch, and the same cost: one `bmm`, the norms applied to its result.
-None of them writes an autograd graph through its iterations: the gradient is the envelope's, dL/dC = P.
+All peers take a padded batch, with zero weights for the padding, and the same cost: one `bmm`, scaled by the norms.
+No peer records an autograd graph through its iterations: by the envelope theorem the gradient is dL/dC = P.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TINY = 1e-30  # of masses
 
 
 class Solution(NamedTuple):
-    """`plan` `(B, N, M)`, `value` `(B,)`, and the iterations of the slowest item, which all items make."""
+    """`plan` `(B, N, M)`, `value` `(B,)`, and the number of iterations: all items make those of the slowest."""
 
     plan: Tensor
     value: Tensor
@@ -30,7 +30,7 @@ Solver = Callable[[Tensor, Tensor, Tensor], Solution]  # cost, a, b
 
 
 class CosineLoss(torch.autograd.Function):
-    """Mean optimum over the batch for the cost 1 - cos, with any solver: what an expert would write in plain torch."""
+    """The mean value over the batch for the cost 1 - cos, with any solver, as an expert would write it in torch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, batch: Batch, solve: Solver) -> Tensor:
@@ -71,10 +71,10 @@ def marginal_error(plan: Tensor, batch: Batch) -> float:
 def pot(reg: float, max_iter: int, method: str) -> Solver:
     """`ot.batch.solve_batch`.
 
-    `grad="detach"` is its fastest mode ("envelope" records every iteration); the envelope gradient is `CosineLoss`'s.
-    `reg_type="KL"` is NaN with zero weights, so the entropy's value is shifted by the marginals' (uniform: log n + log m).
-    Its stopping rule looks at an L2 error of the rows, every ten iterations; `tol=0` with the smallest sufficient
-    `max_iter` (see `fewest_iterations`) stops it exactly where it may stop.
+    `grad="detach"` is its fastest mode ("envelope" records every iteration); `CosineLoss` adds the envelope gradient.
+    `reg_type="KL"` gives NaN with zero weights. The value with the entropy instead is shifted by the entropies of the
+    marginals (uniform: log n + log m). POT's stopping rule checks an L2 error of the rows every ten iterations. With
+    `tol=0` and the smallest sufficient `max_iter` (see `fewest_iterations`) it stops as soon as it may.
     """
     from ot.batch import solve_batch
 
@@ -101,12 +101,12 @@ def fewest_iterations(make: Callable[[int], Solver], batch: Batch, cost: Tensor,
 
 
 # --- Plain torch -----------------------------------------------------------------------------------------------------
-# In all three, a row update also says how far the rows of the plan before it were from `a`, so looking at the error
-# costs no pass over the cost; zero weights are log-weights of -inf, which need no mask.
+# In all three solvers, a row update also gives the row error of the plan before it, so that the stopping rule needs no
+# further pass over the cost. A zero weight is a log-weight of -inf and needs no mask.
 
 
 def torch_log(reg: float, tol: float, max_iter: int = 5000) -> Solver:
-    """Gauss-Seidel with `torch.logsumexp`, sums in one buffer that is kept."""
+    """Gauss-Seidel iterations with `torch.logsumexp`, all sums in one buffer."""
 
     def solve(cost: Tensor, a: Tensor, b: Tensor) -> Solution:
         scores = cost * (-1 / reg)
@@ -126,13 +126,13 @@ def torch_log(reg: float, tol: float, max_iter: int = 5000) -> Solver:
                 break
             u = log_a - rows
         plan = torch.add(scores, u[:, :, None], out=buffer).add_(v[:, None, :]).exp_()
-        return Solution(plan, _value(u, v, log_a, log_b, a, b, reg), n_iter)
+        return Solution(plan, dual_value(u, v, log_a, log_b, a, b, reg), n_iter)
 
     return solve
 
 
 def torch_one_exp(reg: float, tol: float, max_iter: int = 5000) -> Solver:
-    """As `torch_log`, but the row's exponentials, rescaled, serve the column sum too: one `exp` an entry and iteration."""
+    """As `torch_log`, but the column sums reuse the rows' exponentials: one `exp` for each entry and iteration."""
 
     def solve(cost: Tensor, a: Tensor, b: Tensor) -> Solution:
         scores = cost * (-1 / reg)
@@ -150,15 +150,15 @@ def torch_one_exp(reg: float, tol: float, max_iter: int = 5000) -> Solver:
             columns = torch.bmm(row_scale[:, None, :], plan)[:, 0]
             u = u + row_scale.clamp_min_(TINY).log_()
             v = v + (b / columns.clamp_min_(TINY)).clamp_min_(TINY).log_()
-        return Solution(plan, _value(u, v, log_a, log_b, a, b, reg), n_iter)
+        return Solution(plan, dual_value(u, v, log_a, log_b, a, b, reg), n_iter)
 
     return solve
 
 
 def torch_absorbed(reg: float, tol: float, max_iter: int = 5000) -> Solver:
-    """One exact update, then scaling iterations (`bmm` with vectors) on exp((f + g - C) / reg).
+    """One update in the log domain, then scaling iterations (`bmm` with vectors) on exp((f + g - C) / reg).
 
-    Never absorbs again: the potentials move by far less than 80 nats at the regularisations that are timed.
+    It absorbs only once: at the values of reg that are timed, the potentials change by far less than 80 nats.
     """
 
     def solve(cost: Tensor, a: Tensor, b: Tensor) -> Solution:
@@ -177,13 +177,13 @@ def torch_absorbed(reg: float, tol: float, max_iter: int = 5000) -> Solver:
         plan = kernel.mul_(row_scale[:, :, None]).mul_(column_scale[:, None, :])
         u = u + row_scale.clamp_min_(TINY).log_()
         v = log_b + column_scale.clamp_min_(TINY).log_()
-        return Solution(plan, _value(u, v, log_a, log_b, a, b, reg), n_iter)
+        return Solution(plan, dual_value(u, v, log_a, log_b, a, b, reg), n_iter)
 
     return solve
 
 
-def _value(u: Tensor, v: Tensor, log_a: Tensor, log_b: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
-    """The dual value reg * (<a, u - log a> + <b, v - log b>); points without mass count nothing."""
+def dual_value(u: Tensor, v: Tensor, log_a: Tensor, log_b: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
+    """The dual value reg * (<a, u - log a> + <b, v - log b>); points without mass add nothing."""
     rows = torch.where(a > 0, a * (u - log_a), 0).sum(1)
     columns = torch.where(b > 0, b * (v - log_b), 0).sum(1)
     return reg * (rows + columns)

@@ -30,13 +30,13 @@ SHAPES = {
 }
 SMALL = Shape("small", 4, 40, 20, 64)
 
-# Standard deviation of a frame around its token, in units of the token's own. It sets the number of iterations: 1.5 is
+# Standard deviation of a frame around its token, in units of the token's own deviation. It sets the number of iterations: 1.5 is
 # a cosine of 0.55 between a frame and its token, about 30 iterations to 1e-3 at reg 0.05 for an item of 750 x 128.
 NOISE = 1.5
 
 
 class Batch(NamedTuple):
-    """Inputs of a loss: `x` `(B, N, D)`, `y` `(B, M, D)`, lengths `(B,)`, and the weights that peers want instead of lengths."""
+    """Inputs of a loss: `x` `(B, N, D)`, `y` `(B, M, D)`, lengths `(B,)`, and weights, which peers take instead."""
 
     x: Tensor
     y: Tensor
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     @property
     def valid(self) -> int:
-        """Entries of the cost that exist: sum of n_b * m_b."""
+        """The number of valid entries of the cost: the sum of n_b * m_b."""
         return int((self.n * self.m).sum())
 
     def double(self) -> Batch:
@@ -66,7 +66,7 @@ def _weights(lengths: Tensor, longest: int) -> Tensor:
 
 
 def _pair(n: int, m: int, D: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`m` random tokens, and `n` frames that say them in order, each for a random while, plus noise."""
+    """`n` frames and `m` random tokens. The frames are the tokens in order, each for a random time, plus noise."""
     text = torch.randn(m, D, generator=generator)
     duration = -torch.rand(m, generator=generator).clamp_min(1e-6).log()  # exponential
     ends = duration.cumsum(0) / duration.sum()
@@ -86,7 +86,7 @@ def make_batch(shape: Shape, *, seed: int = 0, noise: float = NOISE) -> Batch:
 
 
 def pad_double(batch: Batch) -> Batch:
-    """The same problems in a batch padded to twice the length; the new padding is NaN, since nobody may read it."""
+    """The same problems in a batch padded to twice the length; the new padding is NaN, so that reading it shows."""
 
     def pad(h: Tensor, value: float) -> Tensor:
         return torch.cat([h, torch.full_like(h, value)], dim=1)
@@ -95,5 +95,5 @@ def pad_double(batch: Batch) -> Batch:
 
 
 def repeat_items(batch: Batch) -> Batch:
-    """Every item twice."""
+    """A batch with every item twice."""
     return Batch(*(torch.cat([field, field]) for field in batch))

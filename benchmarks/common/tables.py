@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def number(value: float) -> str:
-    """Three digits; an exponent only for what is tiny."""
+    """Three significant digits; an exponent only for very small numbers."""
     return "-" if math.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

@@ -1,7 +1,7 @@
 """otalign on the CPU against its peers and its floor: `make bench`, or `python benchmarks cpu --quick`.
 
-Everybody solves the same batch to the same marginal error in the same process, taking turns, and is compared with the
-float64 reference before its time counts. What is measured, and the targets, is one function each below.
+All contestants solve the same batch to the same marginal error, in turns and in one process. A time counts only if the
+result agrees with the float64 reference. Each function `measure_*` is one experiment with its targets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cpu.report import Row, judge
 from cpu.timing import Spread, Times, interleave, keep_memory
 
 MAX_ITER = 5000
-PEERS = ("POT log", "torch log")  # those that the targets name; the others are shown for comparison
+PEERS = ("POT log", "torch log")  # the targets name these; the others are shown for comparison
 
 
 def single(value: float) -> Spread:
@@ -75,7 +75,7 @@ class Bench:
     def target(
         self, experiment: str, name: str, spread: Spread, bound: str, *, trusted: bool = True, **columns: Any
     ) -> Row:
-        """A figure with its verdict; a red check behind it leaves no figure to print."""
+        """A figure with its bound and verdict. If its check failed, the figure is NaN."""
         verdict = judge(spread.median, bound, trusted=trusted, others=columns.get("others", 0.0))
         spread = spread if trusted else single(report.NAN)
         return self.row(experiment, name, spread, bound=bound, verdict=verdict, **{"unit": "x", **columns})
@@ -85,7 +85,7 @@ class Bench:
 
 
 def with_gradients(loss: Callable[[Batch], Tensor], batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-    """The loss and both gradients, as a trainer asks for them."""
+    """A call that computes the loss and both gradients, as in training."""
     batch = batch._replace(x=batch.x.detach().requires_grad_(), y=batch.y.detach().requires_grad_())
     one = torch.ones(())
 
@@ -128,7 +128,7 @@ def measure_loss(bench: Bench) -> Iterator[Row]:
 
 
 def measure_solver(bench: Bench) -> Iterator[Row]:
-    """The solver alone on a given cost, no gradients; the peers' result is the plan, ours the potentials or the plan."""
+    """The solver alone on a given cost, without gradients. Peers return the plan, otalign potentials or the plan."""
     batch, cost = bench.batch, bench.cost
 
     def solve() -> otalign.OTResult:
@@ -155,7 +155,7 @@ def measure_solver(bench: Bench) -> Iterator[Row]:
 
 
 def measure_growth(bench: Bench) -> Iterator[Row]:
-    """Twice the padding must cost nothing, twice the items twice the time."""
+    """Twice the padding must not take more time, and twice the items must take twice the time."""
     padded, doubled = pad_double(bench.batch), repeat_items(bench.batch)
     runs = {
         "otalign": with_gradients(bench.loss, bench.batch),
@@ -180,7 +180,7 @@ def measure_growth(bench: Bench) -> Iterator[Row]:
 
 
 def measure_memory(bench: Bench) -> Iterator[Row]:
-    """Peak beyond inputs, loss and gradients, over the bytes of the valid cost, in fresh processes."""
+    """Peak memory without inputs, loss and gradients, as a multiple of the valid cost's bytes, in fresh processes."""
     for name, contestant in (("otalign", bench.backend), ("torch log", "torch log")):
         peak = memory.measure(bench.shape.name, contestant, threads=bench.threads, reg=bench.reg, tol=bench.tol)
         pages, allocations = single(peak["pages"]), single(peak["torch"])
@@ -192,7 +192,7 @@ def measure_memory(bench: Bench) -> Iterator[Row]:
 
 
 def measure_precision(bench: Bench) -> Iterator[Row]:
-    """L1 distance of the float32 plan from the float64 reference's after equally many iterations, the worst item."""
+    """L1 distance of the float32 plan from the float64 reference's after the same iterations, for the worst item."""
     batch, double = bench.batch, bench.batch.double()
     valid = (bench.batch.a > 0)[:, :, None] & (bench.batch.b > 0)[:, None, :]
     high = bench.cost.masked_fill(~valid, -torch.inf).amax((1, 2))
@@ -228,10 +228,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="the CSV, suffix optional (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="default: 41, or 7 with --quick")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing an experiment and shape")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing for each experiment and shape")
     parser.add_argument("--reg", type=float, default=0.05)
     parser.add_argument("--tol", type=float, default=1e-3)
-    parser.add_argument("--noise", type=float, default=NOISE, help="of the frames; less needs more iterations")
+    parser.add_argument("--noise", type=float, default=NOISE, help="of the frames; less noise needs more iterations")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc return memory between calls")
     args = parser.parse_args(arguments)

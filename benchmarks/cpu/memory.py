@@ -1,8 +1,8 @@
 """Peak memory of one loss with both gradients, in a process of its own: `python benchmarks memory slm25` prints JSON.
 
-Counted is what is needed beyond the inputs, the loss and the gradients, in two ways: resident pages of the process
-(sees everything, C++ too, with a resolution of some hundred kB) and torch's own allocations (exact, blind to C++; NaN
-if even the gradients are not torch's).
+The inputs, the loss and the gradients are not counted. There are two measures. Resident pages of the process include
+allocations in C++, with a resolution of some hundred kB. torch's own allocations are exact, but do not include C++; they
+are NaN if torch did not allocate the gradients either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common import peers
 from common.shapes import SHAPES, SMALL, Batch, make_batch, repeat_items
 
 BENCHMARKS = str(Path(__file__).resolve().parents[1])
-RESOLVED = 8e6  # bytes of cost from which pages resolve a ratio; smaller batches are repeated up to that
+RESOLVED = 8e6  # bytes of cost for which pages give a precise ratio; smaller batches are repeated up to this size
 
 
 def measure(shape: str, contestant: str, *, threads: int, reg: float, tol: float) -> dict[str, float]:
@@ -44,7 +44,7 @@ def measure(shape: str, contestant: str, *, threads: int, reg: float, tol: float
 
 
 def _resident() -> int:
-    """Bytes, counted page by page (the counters in /proc/self/status lag behind)."""
+    """Resident bytes, counted page by page (the counters in /proc/self/status are late)."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Rss:"):
             return 1024 * int(line.split()[1])
@@ -61,9 +61,9 @@ def _peak_resident() -> int:
 def _peak_by_pages(run: Callable[[], tuple[Tensor, ...]]) -> int:
     gc.collect()
     libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)  # no freed memory for the run to use uncounted,
-    libc.mallopt(-3, 2**16)  # and none kept by the run (M_MMAP_THRESHOLD), so that the peak is of what is alive
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    libc.malloc_trim(0)  # the run must not reuse freed memory, which would not count,
+    libc.mallopt(-3, 2**16)  # nor keep it (M_MMAP_THRESHOLD): only live memory counts
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident()
     outputs = run()
     return _peak_resident() - before - sum(output.nbytes for output in outputs)
@@ -79,9 +79,7 @@ def _peak_by_torch(run: Callable[[], tuple[Tensor, ...]]) -> float:
         current += change
         peak = max(peak, current)
     beyond = peak - sum(output.nbytes for output in outputs)
-    return (
-        beyond if beyond >= 0 else math.nan
-    )  # torch did not even see the outputs: they have an allocator of their own
+    return beyond if beyond >= 0 else math.nan  # torch did not record the outputs: they come from another allocator
 
 
 def _loss(batch: Batch, contestant: str, reg: float, tol: float) -> Callable[[], tuple[Tensor, ...]]:
@@ -114,7 +112,7 @@ def main(arguments: list[str]) -> int:
     batch = make_batch(SHAPES[args.shape])
     for _ in range(math.ceil(math.log2(max(1.0, RESOLVED / (4 * batch.valid))))):
         batch = repeat_items(batch)
-    # Code, thread stacks and BLAS's own packing buffers belong to nobody: a small loss, and bare products at full size.
+    # A small loss and products at full size load code and allocate thread stacks and BLAS's packing buffers beforehand.
     for _ in range(2):
         _loss(make_batch(SMALL), args.contestant, args.reg, args.tol)()
         peers.bare_products(batch, torch.zeros(len(batch.n), batch.x.shape[1], batch.y.shape[1]))()

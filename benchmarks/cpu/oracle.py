@@ -1,4 +1,4 @@
-"""The check beside each figure: distance from the reference, float64 and converged. A wrong answer has no speed."""
+"""The check of each figure: its distance from the converged float64 reference. A wrong result gets no time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from common.shapes import Batch
 
 CONVERGED = 1e-6  # marginal error of the oracle, a thousandth of what is compared
 
-# A contestant that stopped at a marginal error of 1e-3 is about that far from the optimum: its gradients to first order,
-# its loss to second (and to first where it is the primal expression, as in POT).
+# A contestant that stops at a marginal error of 1e-3 differs from the optimum by about as much: its gradients to first
+# order, its loss to second order. POT's loss is the primal expression, which differs to first order.
 LOSS_BOUND = 1e-3
 GRADIENT_BOUND = 1e-2
-MARGINAL_SLACK = 1.02  # float32 sums of the plan against the error that the contestant itself saw
+MARGINAL_SLACK = 1.02  # for float32 sums of the plan, against the error that the contestant computed
 
 
 class Oracle(NamedTuple):
@@ -30,7 +30,7 @@ class Oracle(NamedTuple):
 
 
 class Check(NamedTuple):
-    """How far a contestant is from the oracle, relative; NaN where it has no such output."""
+    """Relative errors of a contestant against the oracle; NaN if it has no such output."""
 
     n_iter: int
     marginal_error: float

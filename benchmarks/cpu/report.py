@@ -1,6 +1,6 @@
-"""Rows of the benchmark: printed, written as CSV, and rendered for the README from the CSV alone.
+"""Rows of the CPU benchmark: printed, written as CSV, and read from the CSV for the README's table.
 
-`python benchmarks cpu-table README.md` replaces what stands between its `bench:cpu` markers.
+`python benchmarks cpu-table README.md` replaces the text between its `bench:cpu` markers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.tables import number, replace_block
 RESULTS = Path(__file__).parents[1] / "results" / "cpu.csv"
 NAN = math.nan
 SPEED_UP = "speed-up over the faster of POT log, torch log"
-BUSY = 0.08  # share of the CPUs taken by other processes from which a ratio of times gets no verdict
+BUSY = 0.08  # a time gets no verdict if other processes took more than this share of the CPUs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Row:
     unit: str = "ms"
     bound: str = ""
     verdict: str = ""
-    others: float = NAN  # share of the CPUs that other processes took meanwhile
+    others: float = NAN  # share of the CPUs that other processes took
     n_iter: int = 0
     marginal_error: float = NAN
     loss_error: float = NAN
@@ -45,9 +45,9 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 def judge(value: float = NAN, bound: str = "", *, trusted: bool = True, others: float = 0.0) -> str:
-    """PASS or MISS of a bound such as ">= 6" or "<= 1.6", "ok" without one.
+    """PASS or MISS for a bound such as ">= 6" or "<= 1.6"; "ok" without a bound.
 
-    RED where a check failed behind the figure, BUSY where other processes were using the machine.
+    RED if the check of the figure failed, BUSY if other processes used the machine.
     """
     if not trusted:
         return "RED"
@@ -109,7 +109,7 @@ def conditions(rows: list[dict[str, str]]) -> str:
 
 
 def select(rows: list[dict[str, str]], **wanted: str) -> dict[str, float]:
-    """Values by name of the rows whose columns are `wanted`; nothing whose check is red or that has no verdict."""
+    """Values, by name, of the rows whose columns are `wanted`, without rows that are RED or BUSY."""
     chosen = (row for row in rows if all(row[column] == value for column, value in wanted.items()))
     return {
         row["name"]: float(row["value"]) for row in chosen if row["value"] and row["verdict"] not in ("RED", "BUSY")
@@ -121,7 +121,7 @@ def shapes_in(rows: list[dict[str, str]]) -> list[str]:
 
 
 def readme_table(rows: list[dict[str, str]]) -> str:
-    """The README's table: milliseconds of every contestant, a line a shape."""
+    """The README's table: milliseconds of every contestant, one line for each shape."""
     columns = ["otalign", "POT log", "torch log", "torch absorbed", "bare products"]
     lines = [
         "| shape | " + " | ".join(f"{column}, ms" for column in columns) + " | faster than POT and torch log by |",

@@ -1,6 +1,6 @@
-"""Microbenchmarks of the engine: `pytest benchmarks --benchmark-compare` between two commits.
+"""Microbenchmarks of the CPU engine: `pytest benchmarks --benchmark-compare` compares two commits.
 
-Not part of the tests (`testpaths` does not lead here). Against peers, and with checks: compare.py.
+They are not part of the test suite: `testpaths` leaves this folder out. compare.py measures peers and checks results.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-BURST = 0.01  # seconds that a turn's counted calls take at least
-PAUSE = 0.02  # seconds; OpenMP workers of the contestant before spin for up to about this long
+BURST = 0.01  # least seconds of the calls that count in a turn
+PAUSE = 0.02  # seconds; OpenMP workers of the previous contestant may spin for about this long
 
 
 class Spread(NamedTuple):
@@ -31,10 +31,10 @@ def spread(samples: np.ndarray) -> Spread:
 
 
 def keep_memory() -> bool:
-    """Tells glibc to keep freed memory, as allocators of long-running trainers do; returns whether it could.
+    """Make glibc keep freed memory, as the allocators of long trainings do. Returns whether this succeeded.
 
-    By default it asks the kernel anew for every block above 32 MB, and for smaller ones after a trim. Those page faults
-    can cost more than the problem, and hit whoever happens to allocate such a block.
+    By default, glibc requests every block above 32 MB from the kernel, and smaller blocks after a trim. These page
+    faults can take more time than the problem, and they affect only the contestants that allocate such blocks.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -60,9 +60,9 @@ def _cpu_seconds() -> tuple[float, float]:
 class Times(dict[str, np.ndarray]):
     """Seconds a call, by contestant; entry i of all of them is from the same round.
 
-    `others` is the share of the machine's CPUs that other processes took meanwhile. Beyond some percent, ratios are
-    wrong, not only noisy: many short parallel regions (torch's loops) wait for a thread without a CPU far longer than
-    one long region does.
+    `others` is the share of the machine's CPUs that other processes took in this time. Above a few percent, ratios are
+    wrong and not only noisy: many short parallel regions (torch's loops) wait far longer for a thread without a CPU
+    than one long region does.
     """
 
     def __init__(self, samples: Mapping[str, list[float]], others: float) -> None:
@@ -73,7 +73,7 @@ class Times(dict[str, np.ndarray]):
         return spread(1e3 * self[name])
 
     def ratio(self, slow: str, fast: str) -> Spread:
-        """Of the times within a round, so that what slows a whole round down cancels."""
+        """The ratio of times within each round. A disturbance of a whole round cancels."""
         return spread(self[slow] / self[fast])
 
 
@@ -90,10 +90,12 @@ def _burst(call: Callable[[], object]) -> float:
 def interleave(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int, budget: float = 20.0, pause: float = PAUSE
 ) -> Times:
-    """Times the contestants in turn (A B C A B C ...), for `rounds` rounds or, after three, until `budget` seconds are over.
+    """Time the contestants in turns (A B C A B C ...), for `rounds` rounds.
 
-    A turn is one call that does not count, to wake the threads and fill the caches after the pause, and then calls for
-    at least `BURST` seconds, of which the median counts: everybody is measured in a steady state.
+    After three rounds, it stops as soon as `budget` seconds are over.
+    A turn begins with one call that does not count: it wakes the threads and fills the caches after the pause. Then
+    calls are repeated for at least `BURST` seconds, and their median counts. All contestants are measured in a steady
+    state.
     """
     for call in contestants.values():  # warm-up
         call()
@@ -107,7 +109,7 @@ def interleave(
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - start > budget:
                 break
-            shift = done % len(names)  # nobody always follows the same one
+            shift = done % len(names)  # no contestant always follows the same one
             for name in names[shift:] + names[:shift]:
                 time.sleep(pause)
                 contestants[name]()

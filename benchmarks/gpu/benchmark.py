@@ -1,8 +1,8 @@
 """otalign on a GPU against its peers and its floor: part of `make gpu`; `python benchmarks gpu --dry` anywhere.
 
-Everybody solves the same batch, at exactly 100 iterations or to the same marginal error, is compared with float64 before
-its time counts, and is timed by CUDA events with the L2 cache flushed between runs. Who takes no part has a row that says
-why; a wrong answer has a row without a time.
+All providers solve the same batch, with exactly 100 iterations or to the same marginal error. A time counts only if the
+result agrees with float64. CUDA events measure it, and the L2 cache is flushed between runs. A provider that cannot run
+has a row with the reason; a wrong result has a row without a time.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ COLUMNS = (
     "p20_us", "p80_us", "peak_mb", "floor_us", "ratio_to_floor", "device", "driver", "cuda", "torch", "triton", "commit",
     "date",
 )  # fmt: skip
-ROUNDING = 1e-5  # a marginal error that float32 reaches in any way to iterate
-PATIENCE = 25  # seconds for a provider and case: some tune themselves at length
-WARMERS, WARM_SECONDS = 12, 40  # processes that compile ahead, and how long at most
-WARMED = 6  # cases, the first, for which peers compile ahead
+ROUNDING = 1e-5  # a marginal error that all iteration schemes reach in float32
+PATIENCE = 25  # seconds for a provider and case: autotuning can take long
+WARMERS, WARM_SECONDS = 12, 40  # processes that compile ahead, and their time limit
+WARMED = 6  # peers compile ahead for this many cases
 COMPILED = ("FlashSinkhorn", "torch log, compiled, graph", "torch absorbed, compiled, graph")
 
 
 class Run(NamedTuple):
-    """What is timed, and the same as plain launches, whose memory is that of the call and not of a graph's pool."""
+    """`call` is timed. `plain` is the same without a CUDA graph, so that its memory is its own and not a pool's."""
 
     call: Call
     plain: Call
 
 
 def runs(contestant: Contestant, batch: Batch) -> dict[str, Callable[[], Run]]:
-    """The loss, both, its gradients alone: how to make ready for each. Outputs are the loss and the gradients, if there are.
+    """Functions that prepare the runs: of the loss, of loss and gradients, and of the gradients alone.
 
-    One by one, as a capture may fail; the likeliest to do so, of a backward pass by itself, comes last.
+    A run returns the loss and, if it computes them, the gradients. Each run is prepared separately, because a capture may
+    fail. The capture of a backward pass alone is the likeliest to fail, so it comes last.
     """
     x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
     one = torch.ones((), device=x.device)
@@ -78,7 +79,7 @@ def runs(contestant: Contestant, batch: Batch) -> dict[str, Callable[[], Run]]:
 
 
 def warm(case: Case, provider: str) -> None:
-    """Have a provider compile what it needs for a case: Triton and inductor keep it on disk."""
+    """Compile what a provider needs for a case. Triton and inductor keep the result on disk."""
     (_, B, N, M, D), device = case.shape, torch.device("cuda")
     x, y = (torch.randn(B, size, D, device=device).to(TYPES[case.dtype]) for size in (N, M))
     n, m = (torch.full((B,), size, device=device) for size in (N, M))
@@ -91,15 +92,15 @@ def warm(case: Case, provider: str) -> None:
 
 
 def warm_all(todo: list[Case], providers: list[str]) -> None:
-    """In several processes; what fails here fails again, with its row, where it is measured."""
+    """Compile in several processes. What fails here fails again when it is measured, and then has a row."""
     fixed = [case for case in todo if case.tol == 0]
     jobs = [(case, "triton") for case in fixed if "triton" in providers]
     jobs += [(case, name) for name in COMPILED if name in providers for case in fixed if case in fixed[:WARMED]]
     jobs.sort(key=lambda job: job[1] == "triton")  # the slowest first
-    # One thread each; and the same here, or inductor might not know its own work again.
+    # One thread for each process, and in this process too: otherwise inductor may not recognise what it kept.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     until = time.monotonic() + WARM_SECONDS
-    with multiprocessing.get_context("spawn").Pool(WARMERS) as pool:  # ends them when left
+    with multiprocessing.get_context("spawn").Pool(WARMERS) as pool:  # the end of the block ends them
         for job, result in [(job, pool.apply_async(warm, job)) for job in jobs]:
             try:
                 result.get(max(0.0, until - time.monotonic()))
@@ -111,7 +112,7 @@ def warm_all(todo: list[Case], providers: list[str]) -> None:
 
 
 def failed(error: Exception) -> str:
-    """What stands in the column `match`."""
+    """The column `match` of a provider that raised an error."""
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
@@ -129,10 +130,10 @@ class Bench:
         self.write({**base, **sizes, **columns, **self.about})
 
     def run(self, case: Case, providers: list[str], until: float) -> None:
-        """The rows of a case, as far as time, by time.monotonic(), allows."""
+        """Write the rows of a case. After `until`, by time.monotonic(), they say that time is over."""
         if time.monotonic() > until:
             for provider in providers:
-                self.nothing(case, provider, "missing: out of time")
+                self.without_figure(case, provider, "missing: out of time")
             return
         batch = make(case, self.device)
         truth = oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
@@ -140,17 +141,17 @@ class Bench:
         task = Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING))
         for provider in providers:
             if time.monotonic() > until:
-                self.nothing(case, provider, "missing: out of time")
+                self.without_figure(case, provider, "missing: out of time")
             else:
                 self.provider(case, provider, task, truth)
 
-    def nothing(self, case: Case, provider: str, reason: str, modes: Iterable[str] = MODES) -> None:
-        """Rows that say why there is no figure."""
+    def without_figure(self, case: Case, provider: str, reason: str, modes: Iterable[str] = MODES) -> None:
+        """Rows with the reason why there is no figure."""
         for mode in modes:
             self.row(case, mode, provider, reason)
 
     def provider(self, case: Case, provider: str, task: Task, truth: oracle.Truth) -> None:
-        """Three rows. Who takes no part, or fails, or takes too long, is a row and not the end of the benchmark."""
+        """Three rows. A provider that cannot run, fails, or takes too long gets rows with the reason."""
         left = list(MODES)
         try:
             with within(PATIENCE):
@@ -163,30 +164,30 @@ class Bench:
                     self.row(case, mode, provider, match, **columns)
                     left.remove(mode)
         except Missing as reason:
-            self.nothing(case, provider, f"missing: {reason}", left)
+            self.without_figure(case, provider, f"missing: {reason}", left)
         except Exception as error:
-            self.nothing(case, provider, failed(error), left)
+            self.without_figure(case, provider, failed(error), left)
 
     def measure(
         self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: oracle.Truth
     ) -> tuple[object, Row]:
-        """Whether the outputs are right and, with a tolerance, converged; the columns, with a time only if they are."""
+        """Whether the outputs are right and, with a tolerance, converged; and the columns. Only then they have a time."""
         dtype, fixed = TYPES[case.dtype], case.tol == 0 and contestant.same
-        reached: Row = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
+        columns: Row = {"iterations": contestant.iterations, "marginal_error": f"{contestant.marginal_error:.3g}"}
         converged = fixed or not contestant.marginal_error > 1.02 * task.error
         if not (
             converged and oracle.matches(run.call(), truth, dtype, fixed=fixed, error=0 if case.tol else task.error)
         ):
-            return False, reached
+            return False, columns
         times = self.clock.time(run.call)
         floor = oracle.floor_us(task.batch, dtype, mode, self.ceilings)
         figures = {"median_us": times.median, "p20_us": times.low, "p80_us": times.high, "floor_us": floor}
         figures |= {"ratio_to_floor": times.median / floor, "peak_mb": peak_mb(run.plain, self.device)}
-        return True, reached | {name: f"{value:.5g}" for name, value in figures.items()}
+        return True, columns | {name: f"{value:.5g}" for name, value in figures.items()}
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The last columns."""
+    """The columns that describe the machine and the versions."""
     about = environment.describe(threads=torch.get_num_threads(), memory_kept=False)
     on_gpu = device.type == "cuda"
     return {
@@ -206,8 +207,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dry", action="store_true", help="toy sizes, on the CPU if there is no GPU; no figure is claimed"
     )
-    parser.add_argument("--seconds", type=float, default=200, help="start no case after that")
-    parser.add_argument("--budget", type=float, default=0.25, help="seconds for the runs of one row")
+    parser.add_argument("--seconds", type=float, default=200, help="no case starts after this time")
+    parser.add_argument("--budget", type=float, default=0.25, help="seconds of timing for each row")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--shapes", nargs="+", choices=LARGE, default=list(LARGE))
     args = parser.parse_args(arguments)

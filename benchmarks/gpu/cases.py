@@ -31,7 +31,7 @@ TARGETS = {
     ("B", "full"): (720, 560),
     ("A, early exit", "forward"): (45, 45),
 }
-TRITON_FACTOR = 3  # what Triton alone may take of a target
+TRITON_FACTOR = 3  # Triton alone may take this multiple of a target
 
 
 class Case(NamedTuple):
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def cases(shapes: list[Shape]) -> Iterator[Case]:
-    """The most wanted first, since time is limited; early exit only for the points that training has."""
+    """The most important first, since time is limited. Early exit is measured for bf16 points only, as in training."""
     for ragged in (False, True):
         for dtype in TYPES:
             for shape in shapes:
@@ -56,7 +56,7 @@ def cases(shapes: list[Shape]) -> Iterator[Case]:
 
 
 def plan(todo: list[Case], providers: list[str]) -> Iterator[tuple[Case, list[str]]]:
-    """Who is measured on what, in order: otalign on the most wanted, its peers on the shapes with targets, then the rest."""
+    """Cases and their providers, in order: otalign on the first cases, peers on shapes with targets, then the rest."""
     ours, peers = ([name for name in providers if (name in OURS) is own] for own in (True, False))
     first = [case for case in todo if not case.ragged and case.dtype == "bf16"]
     aimed = [case for case in first if case.name in {shape for shape, _ in TARGETS} or case.shape.name == "B"]

@@ -1,4 +1,4 @@
-"""The truth beside every figure of the GPU benchmark: float64, batched, on the device itself; and the floors."""
+"""The float64 results that check each figure of the GPU benchmark, computed on the device; and the floors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from common.accuracy import relative
 from common.shapes import Batch
 
-# Relative, where a contestant may stop at a marginal error of 1e-3; a hundredth of it at fixed iterations.
+# Relative, for stopping at a marginal error of 1e-3; a hundredth of it after a fixed number of iterations.
 LOSS_BOUND = 1e-3
 GRADIENT_BOUND = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of the norm, at fixed iterations: rounding only
 LOOSE_GRADIENT_BOUND = 1e-2
@@ -60,10 +60,10 @@ def solve(batch: Batch, reg: float, *, iterations: int | None = None, tol: float
 
 
 def matches(outputs: tuple[Tensor, ...], truth: Truth, dtype: torch.dtype, *, fixed: bool, error: float = 0) -> bool:
-    """Whether loss and gradients are right, for as many of them as there are.
+    """Whether the loss is right, and the gradients if there are any.
 
-    If `fixed`, after the same iterations: up to rounding. Else as far as stopping at a marginal error of 1e-3 allows, or at
-    `error` if that is more.
+    If `fixed`, both made the same iterations and may differ by rounding only. Otherwise they may differ as much as
+    stopping at a marginal error of 1e-3 allows, or at `error` if it is larger.
     """
     loss = LOSS_BOUND / 100 if fixed else max(LOSS_BOUND, error)
     gradient = GRADIENT_BOUND[dtype] if fixed else max(LOOSE_GRADIENT_BOUND, 10 * error)
@@ -75,7 +75,7 @@ def matches(outputs: tuple[Tensor, ...], truth: Truth, dtype: torch.dtype, *, fi
 
 
 class Ceilings(NamedTuple):
-    """What this device does at best, a second."""
+    """The largest measured rates of this device, per second."""
 
     bandwidth: float  # bytes of a copy, read and written
     rates: dict[torch.dtype, float]  # operations of a matrix product with factors of this precision
@@ -83,7 +83,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
-    """From a large copy and from large products of random numbers, in this run."""
+    """Measure the rates in this run, with a large copy and large products of random numbers."""
     source = torch.randint(256, (2**22 if small else 2**30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / seconds(lambda: target.copy_(source), device)
@@ -101,12 +101,12 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
         tf32 = rate(torch.float32)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    # Three products of TF32 factors are as good as one of float32 factors, and may be quicker.
+    # Three products of TF32 factors are as precise as one of float32 factors, and may be faster.
     return Ceilings(bandwidth, {torch.bfloat16: bf16, torch.float32: max(plain, tf32 / 3)}, plain)
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Of the median call: by CUDA events on a GPU."""
+    """The time of the median call, by CUDA events on a GPU."""
     on_gpu = device.type == "cuda"
     times = []
     for _ in range(repeats + 2):
@@ -128,7 +128,7 @@ def floor_us(batch: Batch, dtype: torch.dtype, mode: str, ceilings: Ceilings) ->
     """The least time for the valid part of a batch: bytes over bandwidth or operations over rate, whichever is longer.
 
     Forward reads both sides and multiplies once. Backward reads both again, writes both gradients and multiplies twice.
-    Iterations count nothing: what they add is what there is to win.
+    The floor leaves the iterations out: their time is what an implementation can save.
     """
     numbers = int(batch.n.sum() + batch.m.sum()) * batch.x.shape[-1]
     product = 2 * batch.valid * batch.x.shape[-1]

@@ -1,4 +1,4 @@
-"""Who takes part in the GPU benchmark. Each is made for one batch and gives the loss, or the loss and both gradients."""
+"""The providers of the GPU benchmark. Each is built for one batch and computes a loss that has gradients."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Outputs = tuple[Tensor, ...]
 
 
 class Missing(Exception):
-    """Why a provider takes no part."""
+    """The reason why a provider cannot run."""
 
 
 class Task(NamedTuple):
-    """What everybody is asked: this batch, to `tol`, or exactly `iterations` if tol is 0."""
+    """The problem: this batch, solved to `tol`, or with exactly `iterations` iterations if `tol` is 0."""
 
     batch: Batch  # with points in the type that is measured
     reg: float
     tol: float
-    iterations: int  # to make, or to expect
-    error: float  # marginal error to reach for those whose iterations are others: tol, or what `iterations` reach
+    iterations: int  # to make, or expected
+    error: float  # for providers with other iterations: the marginal error to reach, tol or that of `iterations`
 
 
 class Contestant(NamedTuple):
-    """`loss` of x and y, the iterations it makes, and the marginal error it reaches (NaN if it does not tell)."""
+    """`loss` of x and y, the iterations it makes, and the marginal error it reaches (NaN if unknown)."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     iterations: int
     marginal_error: float
     graph: bool = False  # to be captured in a CUDA graph and replayed
-    same: bool = True  # its iterations are those of the truth, so that after equally many its numbers are the same
+    same: bool = True  # makes the iterations of the truth: the same number of them gives the same result
 
 
 # otalign ---------------------------------------------------------------------------------------------------------------
@@ -70,14 +70,14 @@ def otalign_backend(task: Task, backend: str, graph: bool = False) -> Contestant
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T or P y, summed in float32: 16-bit factors on tensor cores as they are, where torch can."""
+    """x y^T or P y, summed in float32. Tensor cores take 16-bit factors directly, where torch supports it."""
     if x.dtype == torch.float32 or x.device.type != "cuda":
         return torch.bmm(x.float(), y.float())
     return torch.bmm(x, y, out_dtype=torch.float32)
 
 
 class CosineLoss(torch.autograd.Function):
-    """As `peers.CosineLoss`, for points of 16 bits as well: what an expert would write for a GPU in plain torch."""
+    """As `peers.CosineLoss`, for points of 16 bits as well, as an expert would write it for a GPU in torch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, batch: Batch, solve: peers.Solver) -> Tensor:
@@ -110,7 +110,7 @@ def cost(batch: Batch) -> Tensor:
 
 
 def with_solver(task: Task, solver: peers.Solver) -> Callable[[Tensor, Tensor], Tensor]:
-    """A solver for a given cost, with the cosine's cost and gradient around it."""
+    """A loss of x and y: the cosine cost, a solver for a given cost, and the gradient of the cost."""
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return CosineLoss.apply(x, y, task.batch, solver)
@@ -129,8 +129,8 @@ def iterate_absorbed(kernel: Tensor, a: Tensor, b: Tensor, column_scale: Tensor)
 
 
 def compiled_solver(task: Task, form: str) -> peers.Solver:
-    """Gauss-Seidel with an iteration compiled for its shape, a fixed number of times, so that a CUDA graph can hold it."""
-    torch._dynamo.config.recompile_limit = 64  # beyond it, plain torch would run without a word
+    """Gauss-Seidel: an iteration compiled for its shape, repeated a fixed number of times for a CUDA graph."""
+    torch._dynamo.config.recompile_limit = 64  # above it, torch would run uncompiled without a warning
     step = torch.compile({"log": iterate_log, "absorbed": iterate_absorbed}[form], dynamic=False)
 
     def solve(cost: Tensor, a: Tensor, b: Tensor) -> peers.Solution:
@@ -150,7 +150,7 @@ def compiled_solver(task: Task, form: str) -> peers.Solver:
                 row_scale, column_scale = step(kernel, a, b, column_scale)
             u, v = u + row_scale.log(), log_b + column_scale.clamp_min(peers.TINY).log()
         plan = (scores + u[:, :, None] + v[:, None, :]).exp()
-        return peers.Solution(plan, peers._value(u, v, log_a, log_b, a, b, task.reg), task.iterations)
+        return peers.Solution(plan, peers.dual_value(u, v, log_a, log_b, a, b, task.reg), task.iterations)
 
     return solve
 
@@ -163,7 +163,7 @@ def compiled_torch(task: Task, form: str) -> Contestant:
 
 def from_solver(task: Task, solver: peers.Solver, *, graph: bool = False) -> Contestant:
     b = task.batch
-    with torch.no_grad():  # as in CosineLoss: another mode would compile again
+    with torch.no_grad():  # the mode of CosineLoss: another one would compile again
         solution = solver(cost(b), b.a, b.b)
         error = peers.marginal_error(solution.plan, b)
     return Contestant(with_solver(task, solver), solution.n_iter, error, graph)
@@ -180,7 +180,7 @@ def pot(task: Task) -> Contestant:
 
 
 def geomloss(task: Task) -> Contestant:
-    """`geomloss.ot.solve_batch`: symmetric iterations that anneal, so that it needs many more for the same error."""
+    """`geomloss.ot.solve_batch`: symmetric iterations with annealing: many more for the same error."""
     _need("geomloss")
     from geomloss.ot import solve_batch
 
@@ -204,7 +204,7 @@ def geomloss(task: Task) -> Contestant:
 
 
 def flash_sinkhorn(task: Task) -> Contestant:
-    """`SamplesLoss` of FlashSinkhorn on unit vectors, item by item, as it takes no batches of different lengths."""
+    """`SamplesLoss` of FlashSinkhorn on unit vectors, item by item: its batches have one length."""
     _need("flash-sinkhorn")
     if task.batch.x.device.type != "cuda":
         raise Missing("needs a GPU")

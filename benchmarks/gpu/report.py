@@ -1,7 +1,7 @@
 """The README's GPU table and its plot, from the results alone: `python benchmarks gpu-table README.md`.
 
-Reads every benchmark.csv in benchmarks/results/<device>/. Rows from a dry run, and rows without a time, make no figure.
-With `--add out/gpu`, what `make gpu` left there is taken among the results first.
+Reads every benchmark.csv in benchmarks/results/<device>/. Rows of a dry run and rows without a time are left out.
+`--add out/gpu` first copies the results of a `make gpu` from there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def medians(rows: Rows, **wanted: str) -> dict[str, float]:
 
 
 def table(rows: Rows, mode: str = "full", dtype: str = "bf16") -> str:
-    """A table for every device: microseconds of every provider, a line a shape."""
+    """A table for every device: microseconds of every provider, one line for each shape."""
     rows = [row for row in rows if row["mode"] == mode and row["dtype"] == dtype]
     if not rows:
         return NOTHING
@@ -88,7 +88,7 @@ def conditions(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Time over floor of every provider, a group a shape."""
+    """Time over floor of every provider, one group for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("readme", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--add", type=Path, help="the RESULTS_DIR of a `make gpu`, to be taken among the results")
+    parser.add_argument("--add", type=Path, help="the RESULTS_DIR of a `make gpu` whose results are copied first")
     args = parser.parse_args(arguments)
     if args.add:
         print(f"results in {add(args.add, args.results)}")

@@ -1,4 +1,4 @@
-"""Where the time of a loss with both gradients goes, launch by launch, each with its floor: stages.csv, by torch's profiler."""
+"""The time of each launch of a loss with both gradients, with its floor: stages.csv, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def stages(batch: Batch, backend: str, iterations: int, repeats: int) -> list[St
 
 @contextmanager
 def events_on_gpu() -> Iterator[list[Event]]:
-    """Afterwards the list holds all kernels that ran, by torch's profiler."""
+    """After the block, the list has all kernels that ran in it, by torch's profiler."""
     events: list[Event] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         yield events
@@ -74,7 +74,7 @@ def events_on_gpu() -> Iterator[list[Event]]:
 
 @contextmanager
 def events_on_host() -> Iterator[list[Event]]:
-    """For the rehearsal on a CPU: the launches, and how long the interpreter took."""
+    """For a dry run on a CPU: the launches, and the time of the interpreter."""
     from otalign.triton_kernels.launch import Kernel
 
     events: list[Event] = []
@@ -101,12 +101,12 @@ def by_stage(events: list[Event]) -> list[Stage]:
         elif found:
             found[-1].append((name, duration))
     names = [name for name, _ in found[0]]
-    alike = [run for run in found if [name for name, _ in run] == names]  # but for one that the profiler cut
+    alike = [run for run in found if [name for name, _ in run] == names]  # without a run that the profiler cut
     return [(name, [run[i][1] for run in alike]) for i, name in enumerate(names)]
 
 
 def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str, Iterator[float]]:
-    """Microseconds that the launches of a kernel take at least, by its name: bytes or operations, whichever is more."""
+    """The least microseconds of a kernel's launches, by its name: for bytes or operations, whichever is more."""
     x, y, entries = batch.x.nbytes, batch.y.nbytes, batch.valid
     product = 2 * entries * batch.x.shape[-1] / ceilings.rates[batch.x.dtype]
 
@@ -115,9 +115,9 @@ def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str
 
     return {
         "cost_kernel": iter([of(x + y + 4 * entries, product)]),
-        # Two multiply-adds an entry and iteration, the entries on chip; Triton's and the CUDA kernel, whose name is longer.
+        # Two multiply-adds for each entry and iteration, entries on chip. The name stands in that of the CUDA kernel, too.
         "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
-        # By x, which reads y, and by y, which reads x; the cosine's need their own points as well.
+        # The gradient by x reads y, the gradient by y reads x. The cosine's gradients need their own points as well.
         "project_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
     }
 

@@ -1,4 +1,4 @@
-"""Times and memory of a call on a GPU, and calls made into CUDA graphs."""
+"""Time and memory of a call on a GPU, and calls that are captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """CUDA events around every run, the L2 cache filled with other things before it.
+    """Times runs by CUDA events, and fills the L2 cache with other data before each run.
 
-    The host runs ahead of the device, as in training, and only what it cannot hide counts: a call that takes the host
-    longer than the device is measured at the host's time.
+    The host runs ahead of the device, as in training. Its time counts only where it exceeds the device's: a call that
+    takes the host longer than the device is measured at the host's time.
     """
 
     def __init__(self, device: torch.device, budget: float) -> None:
@@ -38,7 +38,7 @@ class Clock:
         self.other = torch.zeros(FLUSHED if self.on_gpu else 2**20, dtype=torch.uint8, device=device)
 
     def time(self, run: Callable[[], object]) -> Times:
-        """Of 10 runs, and more within the budget up to 200; of one run, not warmed up, if there is no budget."""
+        """Time 10 runs, and up to 200 within the budget. Without a budget: a single run without warm-up."""
         if not self.budget:
             return self._times(self._round(run, 1))
         for _ in range(3):
@@ -68,7 +68,7 @@ class Clock:
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float:
-    """Memory above what is there before, at most during a run."""
+    """The peak of memory during a run, above the memory before it, in MB."""
     if device.type != "cuda":
         return float("nan")
     torch.cuda.synchronize(device)
@@ -80,7 +80,7 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float:
 
 
 def captured(run: Call) -> Call:
-    """The same in a CUDA graph."""
+    """The call in a CUDA graph."""
     warm_up(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -101,7 +101,7 @@ def captured_backward(forward: Callable[[], Tensor], backward: Callable[[Tensor]
 
 
 def warm_up(run: Callable[[], object]) -> None:
-    """On another stream, as torch asks for before a capture."""
+    """Run on another stream, which torch requires before a capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -111,7 +111,7 @@ def warm_up(run: Callable[[], object]) -> None:
 
 
 def replaying(graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], kept: tuple[object, ...] = ()) -> Call:
-    """Replays into the same outputs; `kept` lives as long, because the graph reads its memory."""
+    """A call that replays the graph. It keeps `kept` alive, because the graph reads that memory."""
 
     def replay(_kept: tuple[object, ...] = kept) -> tuple[Tensor, ...]:
         graph.replay()
@@ -122,7 +122,7 @@ def replaying(graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], kept: tu
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, as soon as Python comes to it."""
+    """Raise TimeoutError in a block that takes longer, once Python runs its next instruction."""
 
     def ring(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds:g} s")

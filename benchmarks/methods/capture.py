@@ -1,6 +1,7 @@
-"""A training step with a loss attached against the bare step: results/capture.csv, by `python benchmarks capture`.
+"""A training step with an attached loss against the bare step: `python benchmarks capture` writes results/capture.csv.
 
-The model is a Qwen2-Audio of middling size with random weights, trained whole, on rows of 300 placeholders and 60 words.
+The model is a medium-sized Qwen2-Audio with random weights. All weights are trained, on rows of 300 placeholders and 60
+words.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def step(attach: Callable[[torch.nn.Module], object], inputs: dict[str, Tensor]) -> Callable[[], float]:
-    """Forward, backward and update of a model of its own: its seconds."""
+    """A function that makes one training step of a new model, and returns its seconds."""
     own = model()
     attach(own)
     optimizer = torch.optim.SGD(own.parameters(), 1e-4)
@@ -92,9 +93,8 @@ def main(arguments: list[str]) -> int:
     steps = {name: step(attach, inputs) for name, attach in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
-        for name in random.sample(
-            list(steps), len(steps)
-        ):  # in turns, so that what else the machine does hits all alike
+        # In random order, so that other work on the machine affects all contestants alike.
+        for name in random.sample(list(steps), len(steps)):
             times[name].append(steps[name]())
     where = environment.describe(threads=torch.get_num_threads(), memory_kept=False)
     with OUT.open("w", newline="") as file:

@@ -1,9 +1,10 @@
-"""The alignment path score against loops over items and layers: results/speech.csv, by `python benchmarks speech`."""
+"""The alignment path score against loops over items and layers: `python benchmarks speech` writes results/speech.csv."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ LAYERS, B, N, M, D = 32, 16, 300, 100, 1024
 OUT = Path(__file__).resolve().parents[1] / "results" / "speech.csv"
 
 
+@functools.cache
 def data() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     xs, ys = ([torch.randn(B, size, D, generator=generator) for _ in range(LAYERS)] for size in (N, M))
@@ -27,12 +29,12 @@ def data() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
 
 
 def ours() -> Tensor:
-    return alignment_path_score(*DATA).score
+    return alignment_path_score(*data()).score
 
 
 def as_written() -> Tensor:
-    """The formula as one writes it: a loop over items and layers, `cosine_similarity` of all pairs; the score alone."""
-    xs, ys, n, m = DATA
+    """The formula as written: a loop over items and layers, `cosine_similarity` of all pairs; the score alone."""
+    xs, ys, n, m = data()
     scores = [
         [F.cosine_similarity(x[b, : n[b], None], y[b, None, : m[b]], dim=2).amax(0).mean() for b in range(B)]
         for x, y in zip(xs, ys, strict=True)
@@ -41,8 +43,8 @@ def as_written() -> Tensor:
 
 
 def with_products() -> Tensor:
-    """The same loop by matrix products, and both paths, as consistency wants them."""
-    xs, ys, n, m = DATA
+    """The same loop with matrix products. It finds both paths, which consistency needs."""
+    xs, ys, n, m = data()
     scores = []
     for x, y in zip(xs, ys, strict=True):
         for b in range(B):
@@ -54,7 +56,7 @@ def with_products() -> Tensor:
 
 
 def seconds(function: Callable[[], Tensor], expected: Tensor, repeats: int) -> float:
-    """The fastest of several runs, after one that is checked."""
+    """The fastest of several runs, after a first run that is checked."""
     torch.testing.assert_close(function(), expected, rtol=0, atol=1e-5)
     times = []
     for _ in range(repeats):
@@ -62,9 +64,6 @@ def seconds(function: Callable[[], Tensor], expected: Tensor, repeats: int) -> f
         function()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-DATA = data()
 
 
 def main(arguments: list[str]) -> int:

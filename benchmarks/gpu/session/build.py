@@ -1,7 +1,7 @@
-"""Puts otalign where a machine with a GPU can import it, built with what is there: no network, no virtual environment.
+"""Builds otalign into a folder with the tools of this machine, without a network or a virtual environment.
 
-`python benchmarks build FOLDER` tries pip, then the sources as they are with CMake alone, then without the extension,
-which the Triton backend does not need. Says what came of it, and fails if the extension is not there.
+`python benchmarks build FOLDER` tries pip, then CMake alone on the sources. If both fail, the Python files remain, which
+are enough for the Triton backend. The command prints the result, and fails if the extension is missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def with_pip(site: Path) -> bool:
 
 
 def with_cmake(site: Path) -> bool:
-    """The Python files copied, and beside them the extension that CMake builds."""
+    """Copy the Python files, and build the extension beside them with CMake."""
     package = site / "otalign"
     shutil.rmtree(package, ignore_errors=True)
     leave = shutil.ignore_patterns("__pycache__", "_C*", "_build_info.py", "triton_kernels")
@@ -55,15 +55,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="where the package is put")
     site = parser.parse_args(arguments).folder.resolve()
     site.mkdir(parents=True, exist_ok=True)
-    if torch.cuda.is_available():  # for this GPU alone: a third of the time
+    if torch.cuda.is_available():  # for this GPU alone, in a third of the time
         major, minor = torch.cuda.get_device_capability()
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}" + "a" * (major == 9))
-    os.environ.pop("OTALIGN_REQUIRE_EXT", None)  # without the extension there is still something to measure
+    os.environ.pop("OTALIGN_REQUIRE_EXT", None)  # the Triton backend can be measured without the extension
     if not with_pip(site):
         with_cmake(site)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     succeeds("nvidia-smi")
-    # Elsewhere than in the checkout, whose otalign is not the one to look at.
+    # Not in the checkout, where Python would import the sources and not what was built.
     subprocess.run([sys.executable, "-m", "otalign", "doctor", "--report-only"], cwd=site, check=False)
     reason = "from otalign import backends; r = backends.available()['cpu']; print('extension:', r or 'built'); exit(bool(r))"
     return subprocess.run([sys.executable, "-c", reason], cwd=site, check=False).returncode

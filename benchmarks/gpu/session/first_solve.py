@@ -1,4 +1,4 @@
-"""The first solves by the CUDA kernels, on every way to hold a matrix: whether they end, and with the right numbers."""
+"""The first solves by the CUDA kernels, one for each way to store the matrix: do they end with the right result?"""
 
 from __future__ import annotations
 

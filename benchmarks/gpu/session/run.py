@@ -1,8 +1,8 @@
-"""What `make gpu` does: build, test, sanitize, benchmark, each with a time limit, all results in one folder.
+"""The session of `make gpu`: build, test, sanitize and benchmark, each with a time limit, all results in one folder.
 
-It takes the machine as it is, without network or virtual environment: torch, Triton and a compiler are there, and other
-packages may come as wheels in a folder. A step that fails or takes too long is written down, and the next one runs. The
-folder has few files, so that it can be carried: summary.json, log.txt, tests.xml, benchmark.csv, stages.csv, targets.txt.
+It needs no network and no virtual environment. torch, Triton and a compiler must be installed; other packages may come
+as wheels in a folder. If a step fails or takes too long, the summary records it and the next step runs. The folder has
+few files, so that it is easy to copy: summary.json, log.txt, tests.xml, benchmark.csv, stages.csv, targets.txt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[3]
 BENCHMARKS = [sys.executable, str(ROOT / "benchmarks")]
 WITHOUT_CUDA = "OTALIGN_WITHOUT_CUDA"
-WORKERS = 6  # processes that run tests: they wait for the compiler more than for the GPU
+WORKERS = 6  # processes that run tests: they wait longer for the compiler than for the GPU
 
 
 class Step(NamedTuple):
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     command: list[str]
     seconds: float  # at most
     variables: dict[str, str] = {}  # noqa: RUF012 - never written to
-    needed_for: str = ""  # a variable that is set for the steps that follow, if this one fails
+    needed_for: str = ""  # an environment variable that is set for the next steps if this one fails
 
 
 def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[Step]:
@@ -43,9 +43,9 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
         yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 15)
     if not dry:
         yield Step("build", [*BENCHMARKS, "build", str(site)], 70)
-        # A kernel that never ends would take all tests and the whole benchmark with it: then they leave it out.
+        # A CUDA kernel that never ends would block the tests and the benchmark. If this step fails, they leave it out.
         yield Step("first solve by cuda", [*BENCHMARKS, "first-solve"], 30, needed_for=WITHOUT_CUDA)
-    few = {} if dry else {"OMP_NUM_THREADS": "2"}  # of every worker, for the reference
+    few = {} if dry else {"OMP_NUM_THREADS": "2"}  # threads of the reference in each worker
     yield Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 145, few)
     small = [*BENCHMARKS, "sanitize"]
     if dry:
@@ -53,7 +53,7 @@ def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[
     else:
         sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         check = [sanitizer or "compute-sanitizer", "--error-exitcode", "9"]
-        # Every tensor a block of its own: within torch's large blocks no access is out of bounds.
+        # Each tensor is a block of its own: memcheck finds no access out of bounds within torch's large blocks.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Step("memcheck", [*check, "--tool", "memcheck", *small, "--seconds", "30"], 50, alone)
         yield Step("racecheck", [*check, "--tool", "racecheck", *small, "--seconds", "30"], 50)
@@ -73,13 +73,13 @@ def pytest(*, dry: bool) -> list[str]:
     command += ["-m", "not gpu and not slow" if dry else "gpu", "--continue-on-collection-errors"]
     if not dry and importlib.util.find_spec("xdist"):
         command += ["-n", str(WORKERS)]
-    if not dry and importlib.util.find_spec("pytest_timeout"):  # programs that wait for each other for ever
+    if not dry and importlib.util.find_spec("pytest_timeout"):  # against programs that wait for each other for ever
         command += ["--timeout", "100", "--timeout-method", "thread"]
     return [*command, *map(str, files)]
 
 
 def run_step(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:
-    """Run a step, what it prints at the end of the log; its whole process group ends with it."""
+    """Run a step and append its output to the log. At the time limit, its whole process group is killed."""
     start = time.monotonic()
     with log.open("a") as file:
         print(f"\n=== {step.name}: {' '.join(step.command)}", file=file, flush=True)

@@ -1,6 +1,7 @@
 """Small cases that reach every kernel, for compute-sanitizer: `compute-sanitizer --tool racecheck python benchmarks sanitize`.
 
-Each is compared with the reference, on the CPU, where no sanitizer looks; so this is also a test without one.
+Each result is compared with the reference, which runs on the CPU, outside the sanitizer. So the cases are also a test
+without a sanitizer.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-# What differs most comes first, as a sanitizer may be stopped. On a GPU, 40 rows are one program's, 300 those of several in
-# registers; float64 and 300 columns lie in memory.
+# The cases that differ most come first, because a sanitizer may be stopped. On a GPU, one program solves 40 rows, and
+# several programs solve 300 rows in registers; float64 and 300 columns are in memory.
 CASES = (
     Case("cosine", torch.float32, 300, 24, {}),
     Case("cosine", torch.bfloat16, 40, 24, {"prior": Prior.quadratic(0.1)}),
@@ -46,7 +47,7 @@ CASES = (
 
 
 def run(case: Case, backend: str, device: torch.device) -> float:
-    """Everything that a solve gives and all gradients of it; how far values and plans are from the reference's."""
+    """Compute all outputs of a solve and all gradients; return the largest error of values and of plans' marginals."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([case.N, 1, 0, case.N // 2]), torch.tensor([case.M - 1, 7, 5, case.M])
     sizes = (4, case.N, 20), (4, case.M, 20)
@@ -79,7 +80,7 @@ def run(case: Case, backend: str, device: torch.device) -> float:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python benchmarks sanitize", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=INF, help="start no case after that; one runs at any rate")
+    parser.add_argument("--seconds", type=float, default=INF, help="no case starts after this time, except the first")
     args = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
             break
         for backend in backends:
             if backend == "cuda" and case.dtype == torch.float64:
-                continue  # which it refuses
+                continue  # the CUDA kernels refuse float64
             error = run(case, backend, device)
             failed += not error < 1e-3
             print(
