@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def benchmarks():
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
+
+
+def test_commands_have_modules():
+    commands = runpy.run_path(str(BENCHMARKS / "__main__.py"), run_name="commands")["BENCHMARKS"]
+    assert {"cpu", "gpu", "memory", "launch", "variants", "session"} <= commands.keys()
+    for command in commands.values():
+        text = (BENCHMARKS / f"{command.module.replace('.', '/')}.py").read_text()
+        assert "def main(arguments: list[str]) -> int:" in text, command
+
+
+def test_the_sources_are_not_measured():
+    """With -m, Python would import otalign from the checkout, whose kernels are elsewhere."""
+    command = [sys.executable, "-m", "benchmarks", "cpu"]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "expected `python benchmarks NAME`" in done.stderr
 
 
 @pytest.fixture(scope="module")

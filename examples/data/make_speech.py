@@ -1,10 +1,10 @@
 """Make examples/data: forty short sentences spoken by espeak-ng in two voices, with the times of their words and phonemes.
 
 Needs espeak-ng's shared library (Debian: ``apt-get install libespeak-ng1``), numpy, scipy and soundfile; the demo
-itself needs only what this script wrote. Run it as ``python examples/data/make_speech.py``.
+needs only the files that this script wrote. Run it as ``python examples/data/make_speech.py``.
 
-The times are those that the synthesiser reports while it speaks, so they are exact, and every one of them is checked
-against the audio before anything is written (`check_times`).
+The synthesiser reports the times while it speaks, so they are exact. Each time is checked against the audio before
+anything is written (`check_times`).
 """
 
 import ctypes
@@ -23,8 +23,8 @@ SAMPLE_RATE = 16_000
 GAIN = 0.5  # so that the resampler cannot clip
 STEPS = 4096  # 13 bits a sample: FLAC does not store low bits that are zero
 
-# Name in the files: (espeak-ng's voice, words per minute). The rates differ so that one voice's times say little about
-# the other's.
+# Name in the files: (espeak-ng's voice, words per minute). The rates differ, so that the times of one voice do not fit
+# the other.
 VOICES = {
     "us": ("en-us", 165),
     "gb": ("en-gb-x-rp+f1", 150),
@@ -123,7 +123,7 @@ class Synthesiser:
     def speak(self, text: str, voice: str, words_per_minute: int):
         """Return the samples at `native_rate`, [(start, first character, length)] and [(start, IPA)]; "" is a pause."""
         self.chunks, self.words, self.phonemes = [], [], []
-        if self.lib.espeak_SetVoiceByName(voice.encode()):  # without this check the last voice speaks on in silence
+        if self.lib.espeak_SetVoiceByName(voice.encode()):  # without this check, the previous voice would speak
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
         self.lib.espeak_SetParameter(RATE, words_per_minute, 0)
         buffer = text.encode("ascii")  # so that the synthesiser's character positions are ours

@@ -1,4 +1,4 @@
-"""The demo's model: speech frames and characters in one space, and the loss that puts them there."""
+"""The demo's model, which embeds speech frames and characters in one space, and its loss."""
 
 import math
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Settings:
     reg: float = 0.05
     objective: str = "value"
     prior: float = 5.0  # weight of the quadratic temporal prior in training
-    read_prior: float = 10.0  # and when an alignment is read off; learning needs the freer plan, reading the surer one
-    relax: float = 0.3  # how freely a character's share of the frames may depart from the uniform one; inf forbids it
+    read_prior: float = 10.0  # when an alignment is read from the plan: reading needs a sharper plan than training
+    relax: float = 0.3  # of the text side: a small value lets the characters' shares of the frames differ more; inf means equal shares
     contrast: bool = True
-    shuffles: int = 3  # copies of the own transcript with its words in another order, as further negatives
+    shuffles: int = 3  # further negatives: copies of the right transcript with its words in another order
     temperature: float = 0.05
     seed: int = 0
 
@@ -37,7 +37,7 @@ class Settings:
 
 
 class MaskedConv(nn.Conv1d):
-    """A convolution over `(B, T, C)` that reads zeros where the padding is, so that no item feels its batch mates."""
+    """A convolution over `(B, T, C)` that reads zeros where the padding is, so that an item does not depend on its batch."""
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         valid = torch.arange(x.shape[1]) < lengths[:, None]
@@ -46,7 +46,7 @@ class MaskedConv(nn.Conv1d):
 
 
 class Aligner(nn.Module):
-    """Two encoders that see a neighbourhood only (0.25 s of speech, five characters), so that position cannot leak in."""
+    """Two encoders that see only a neighbourhood (0.25 s of speech, five characters), so that they know no positions."""
 
     def __init__(self, width: int = 128, dim: int = 64, dropout: float = 0.1):
         super().__init__()
@@ -81,7 +81,7 @@ def make_criterion(settings: Settings) -> otalign.SinkhornLoss:
         reg=settings.reg,
         unbalanced=settings.unbalanced,
         objective=settings.objective,
-        max_iter=20,  # the plan of a training step need not be exact: exactly 20 iterations, whatever the error
+        max_iter=20,  # exactly 20 iterations, whatever the error: the plan of a training step need not be exact
         tol=0,
         reduction="none",
     )
@@ -103,10 +103,10 @@ def alignment_loss(
     settings: Settings,
     generator: torch.Generator,
 ) -> Tensor:
-    """Cross-entropy of finding the transcript of a recording, and the recording of a transcript, by transport alone.
+    """Cross-entropy of the transcript of a recording, and of the recording of a transcript, by transport values alone.
 
-    Every recording meets the B transcripts of the batch and `shuffles` shuffled copies of its own, all in one call of
-    the criterion. Without `contrast` it is the mean transport of the B true pairs, which collapses.
+    Every recording is paired with the B transcripts of the batch and with `shuffles` shuffled copies of its own, all in
+    one call of the criterion. Without `contrast`, the loss is the mean value of the B true pairs, which collapses.
     """
     size = len(batch)
     own = torch.arange(size)
@@ -128,7 +128,7 @@ def alignment_loss(
 def plans(
     model: Aligner, utterances: list[Utterance], settings: Settings, *, constant_cost: bool = False
 ) -> list[Tensor]:
-    """The transport plan `(frames, characters)` of every utterance; with `constant_cost`, what the prior alone gives."""
+    """The transport plan `(frames, characters)` of every utterance; with `constant_cost`, the plan of the prior alone."""
     model.eval()
     with torch.no_grad():
         x, x_lengths = model.speech(*pad([u.mel for u in utterances]))

@@ -1,18 +1,18 @@
 """Speech aligned to its transcript by optimal transport, learnt from scratch on one CPU core in about half a minute.
 
-A small convolutional encoder reads log-mel frames, another reads the transcript's characters, and the one criterion
-is `otalign.SinkhornLoss`: what it costs to transport the frames onto the characters. No time label is ever shown;
-the synthesiser's own word times serve to measure the result, on sentences that were not trained on. The run ends with
-a table and a picture of the transport plan.
+One small convolutional encoder reads log-mel frames, another reads the characters of the transcript. The only criterion
+is `otalign.SinkhornLoss`, the cost of transporting the frames to the characters. Training uses no time labels. The word
+times of the synthesiser measure the result on held-out sentences. The run ends with a table and a picture of the
+transport plan.
 
-Attraction alone aligns nothing: the cheapest transport maps every frame and every character to one point. Three
-things make the alignment emerge, and examples/README.md has the figures without each of them:
+Attraction alone does not align: the transport is cheapest if all frames and characters are one point. The alignment
+needs three things, and examples/README.md has the figures without each of them:
 
-1. Contrast. The loss is the cross-entropy of choosing a recording's transcript by its transport value, among the
-   other transcripts of the batch and copies of the right one with its words in another order.
-2. A temporal prior. Transport is blind to order: without `otalign.Prior`, every e of a sentence is as good as another.
-3. A relaxed text side. Under strict uniform marginals every character is owed the same share of the frames, which
-   leaves little but the diagonal. `unbalanced=(inf, rho)` places every frame and lets the characters' shares differ.
+1. Contrast. The loss is a cross-entropy: the transport value selects the transcript of a recording among the other
+   transcripts of the batch, and among copies of the right transcript with its words in another order.
+2. A temporal prior. Transport ignores order: without `otalign.Prior`, it cannot distinguish the copies of a letter.
+3. A relaxed text side. Strict uniform marginals give every character the same share of the frames, so that little more
+   than the diagonal is possible. With `unbalanced=(inf, rho)` every frame is transported, and the shares may differ.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def train(model: Aligner, utterances: list[Utterance], settings: Settings) -> No
     model.train()
     with tqdm(range(settings.steps), desc="training", unit="step", mininterval=1) as bar:
         for _ in bar:
-            # One voice of each sentence: two recordings of one transcript would be each other's false negatives.
+            # One voice of each sentence: two recordings of one transcript would be false negatives of each other.
             chosen = torch.randperm(len(voices), generator=generator)[: settings.batch].tolist()
             batch = [voices[k][int(torch.randint(len(voices[k]), (), generator=generator))] for k in chosen]
             loss = alignment_loss(model, criterion, batch, settings, generator)
@@ -61,7 +61,7 @@ def train(model: Aligner, utterances: list[Utterance], settings: Settings) -> No
 
 
 def word_errors(plan: Tensor, utterance: Utterance) -> list[float]:
-    """How far, for every word, the mean time of the frames that went to its characters is from the word's middle."""
+    """The distance, for every word, from its middle to the mean time of the frames that the plan gives to it."""
     times = FRAME * torch.arange(len(plan))
     errors = []
     for first, last, start, end in utterance.words:
@@ -71,7 +71,7 @@ def word_errors(plan: Tensor, utterance: Utterance) -> list[float]:
 
 
 def diagonal_errors(utterance: Utterance) -> list[float]:
-    """The same for characters spread evenly over the recording, which takes no model."""
+    """The same for characters that are spread evenly over the recording, without a model."""
     pace = utterance.duration / len(utterance.text)
     return [abs((first + last) / 2 * pace - (start + end) / 2) for first, last, start, end in utterance.words]
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the tensors are small: more threads gain little, and lose much on a busy machine
+    torch.set_num_threads(1)  # the tensors are small: more threads gain little, and cost much on a busy machine
     settings = replace(Settings(), steps=args.steps, seed=args.seed)
 
     utterances = load()

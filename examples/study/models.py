@@ -75,5 +75,5 @@ class Adapter(nn.Module):
 
 
 def _zeroed(x: Tensor, lengths: Tensor) -> Tensor:
-    """`(B, C, T)` with zeros for padding, so that no item feels its batch mates."""
+    """`(B, C, T)` with zeros for padding, so that an item does not depend on its batch."""
     return x * (torch.arange(x.shape[2]) < lengths[:, None])[:, None]

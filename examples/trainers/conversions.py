@@ -1,6 +1,6 @@
-"""The loss with the lengths and masks of other toolkits, as functions to copy: `python examples/trainers/conversions.py`.
+"""Functions to copy that convert the lengths and masks of other toolkits: `python examples/trainers/conversions.py`.
 
-Each takes what the toolkit has at the place where its losses are computed, and gives the same number.
+Each function takes the tensors that the toolkit has where it computes its losses. All of them give the same loss.
 """
 
 import torch
@@ -26,7 +26,7 @@ def espnet(encoder_out: Tensor, encoder_out_lens: Tensor, text: Tensor, text_len
 
 
 def nemo(speech: Tensor, speech_mask: Tensor, tokens: Tensor, token_mask: Tensor, embed) -> Tensor:
-    """In `training_step` of a SALM: padding on the left, masks that are True on what counts."""
+    """In `training_step` of a SALM: padding on the left, masks that are True on valid positions."""
     speech, n = layout.to_padded(*layout.from_mask(speech, speech_mask))
     text, m = layout.to_padded(*layout.from_mask(embed(tokens), token_mask))
     ids, _ = layout.to_padded(*layout.from_mask(tokens[..., None], token_mask))
@@ -41,12 +41,12 @@ def fairseq(encoder_out: Tensor, key_padding_mask: Tensor, target: Tensor, pad: 
 
 
 def hugging_face(hidden: Tensor, attention_mask: Tensor, tokens: Tensor, token_mask: Tensor, embed) -> Tensor:
-    """Outside of `otalign.attach`: 1 keeps."""
+    """Without `otalign.attach`: masks that are 1 on valid positions."""
     return nemo(hidden, attention_mask, tokens, token_mask, embed)
 
 
 def packed(speech: Tensor, cu_seqlens: Tensor, text: Tensor, cu_seqlens_text: Tensor) -> Tensor:
-    """Without padding, as FlashAttention has it: the solver takes it as it is."""
+    """Without padding, as in FlashAttention: the solver takes packed batches directly."""
     return otalign.sinkhorn_loss(
         speech, text, cu_seqlens_x=cu_seqlens, cu_seqlens_y=cu_seqlens_text, objective="plan_cost"
     )

@@ -40,7 +40,7 @@ def main(steps: int) -> None:
     first = weights.clone()
     dist.broadcast(first, 0)
     assert torch.equal(weights, first), "the processes have to keep the same weights"
-    dist.barrier()  # gloo's threads let go of their last tensors before it is taken down
+    dist.barrier()  # gloo's threads release their last tensors before the group is destroyed
     dist.destroy_process_group()
 
 

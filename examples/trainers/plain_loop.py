@@ -1,4 +1,4 @@
-"""OTReg in a training loop of one's own: `python examples/trainers/plain_loop.py`."""
+"""OTReg in a plain PyTorch loop: `python examples/trainers/plain_loop.py`."""
 
 import argparse
 
@@ -10,14 +10,14 @@ import otalign
 
 def main(steps: int) -> list[float]:
     model = tiny_model()
-    handle = otalign.attach(model, otalign.speech.OTRegLoss(warmup_steps=5), weight=1.0)  # this line is all
+    handle = otalign.attach(model, otalign.speech.OTRegLoss(warmup_steps=5), weight=1.0)  # the only line that is added
 
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     batches = torch.utils.data.DataLoader(Recordings(), 8, shuffle=True, collate_fn=collate)
     losses, step = [], 0
     while step < steps:
         for batch in batches:
-            loss = model(**batch).loss  # with the alignment's in it
+            loss = model(**batch).loss  # includes the alignment loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

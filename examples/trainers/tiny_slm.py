@@ -1,4 +1,4 @@
-"""What the trainers' examples train: a Qwen2-Audio with few random weights, on the recordings of data/."""
+"""The model and the data of the scripts here: a small Qwen2-Audio with random weights, the recordings of data/."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "demo"))
 from speech import ALPHABET, MELS, Utterance, load
 
 PAD, BEGIN, END, AUDIO = range(4)
-FRAMES = 400  # of 10 ms: all recordings are padded to 4 s, and their placeholders counted without the padding
+FRAMES = 400  # of 10 ms: all recordings are padded to 4 s; the padding has no placeholders
 
 
 def tiny_model(seed: int = 0) -> transformers.Qwen2AudioForConditionalGeneration:
