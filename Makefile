@@ -29,7 +29,7 @@ help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO)  ## train a small aligner on real speech, end with a picture and its errors
-	$(PY) examples/demo.py
+	$(PY) examples/demo/demo.py
 
 study: $(READY)  ## the papers' claims in small on synthesised speech: docs/study.md anew, the better part of an hour; needs espeak-ng and flite
 	$(PY) -m examples.study
@@ -64,11 +64,11 @@ docs: $(READY)  ## the documentation as a site in out/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(READY)  ## the table of times against the alternatives
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks cpu
 
 # On a machine with a GPU its own Python is used, whose torch and Triton fit the driver; DRY=1 rehearses here, in the venv.
 gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, sanitize, benchmark, within 9 minutes; DRY=1 rehearses on the CPU
-	$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_session.py --out $(RESULTS_DIR) \
+	$(if $(DRY),$(PY),$(PYTHON)) benchmarks session --out $(RESULTS_DIR) \
 	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
 # The newest wheel alone is installed, beside torch, where nothing of this checkout is seen.

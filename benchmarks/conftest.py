@@ -1,4 +1,4 @@
-"""The modules beside this file are scripts' modules: importable by their plain names."""
+"""Puts this folder on the path: benchmarks import each other as `common`, `cpu`, `gpu`, `codegen` and `methods`."""
 
 import sys
 from pathlib import Path

@@ -16,14 +16,14 @@ from .frozen import IGNORED, padded
 from .models import LAYERS, Adapter
 from .world import BOS, EOS, INDEX, PAD, SPECIAL, TASKS, answer, decode, encode
 
-TRAINED_TASK = "repeat"  # the other tasks the language model knows from text alone
+TRAINED_TASK = "repeat"  # the language model knows the other tasks from text alone
 LONGEST_ANSWER = 9
 WARMUP = 100  # steps over which the regulariser's weight rises
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is added to the cross-entropy: nothing, OTReg on the embeddings, or AI-STA's loss on hidden states."""
+    """The regulariser of a run: nothing, OTReg on the embeddings, or AI-STA's loss on hidden states."""
 
     method: str = "none"  # "otreg" or "aista"
     weight: float = 0.0
@@ -46,7 +46,7 @@ class Recordings:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of the two tables that a run adds to."""
+    """The rows of a run, for two tables."""
 
     errors: list[dict[str, Any]]  # by checkpoint and voice
     layers: list[dict[str, Any]]  # by voice and layer, at the end
@@ -113,7 +113,7 @@ def train(
 
 
 def regulariser(arm: Arm):
-    """The arm's loss, to be called `(embedded, hidden, lengths, text, step)`; None without one."""
+    """The arm's loss, a function of `(embedded, hidden, lengths, text, step)`, or None."""
     if arm.method == "otreg":
         otreg = speech.OTRegLoss(weight=arm.weight, warmup_steps=WARMUP)
         return lambda embedded, hidden, lengths, text, step: otreg(
@@ -200,7 +200,7 @@ def text_error(model: LlamaForCausalLM, task: str, texts: Sequence[str]) -> floa
 
 
 def words_found(model: LlamaForCausalLM, embedded: Tensor, lengths: Tensor, text: Text) -> float:
-    """Share of the spoken words that are the nearest word, by the cosine, of one of the frames at least."""
+    """Share of the spoken words that are the nearest word, by the cosine, of at least one frame."""
     words = model.get_input_embeddings().weight[len(SPECIAL) :]
     nearest = torch.cosine_similarity(embedded[:, :, None], words, dim=3).argmax(2) + len(SPECIAL)
     nearest = nearest.masked_fill(torch.arange(nearest.shape[1]) >= lengths[:, None], PAD)

@@ -13,11 +13,11 @@ from transformers import LlamaForCausalLM
 from .models import CHARACTERS, Encoder, language_model
 from .world import BOS, EOS, INDEX, PAD, TASKS, answer, encode, stutter
 
-IGNORED = -100  # label of what is not to be predicted
+IGNORED = -100  # label of positions that are not predicted
 
 
 def train_language_model(texts: Sequence[str], steps: int, batch: int = 64, seed: int = 0) -> LlamaForCausalLM:
-    """A language model that does all tasks with text, half of it stuttered: it has met words that go on for a while."""
+    """A language model that does all tasks with text. Half of the text is stuttered, as words in speech last long."""
     torch.manual_seed(seed)
     model, generator = language_model(), torch.Generator().manual_seed(seed)
     for _ in _training(model, steps, 2e-3, "language model"):
@@ -57,7 +57,7 @@ def train_encoder(recordings: Sequence[tuple[Tensor, str]], steps: int, batch: i
 
 
 def _training(model: nn.Module, steps: int, learning_rate: float, name: str):
-    """Steps, after each of which the gradients are applied."""
+    """Yield the steps, and apply the gradients after each."""
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     model.train()

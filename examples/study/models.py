@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..speech import MELS
+from ..demo.speech import MELS
 from .world import BOS, EOS, PAD, VOCABULARY
 
 WIDTH = 128  # of the encoder and of the language model
@@ -75,5 +75,5 @@ class Adapter(nn.Module):
 
 
 def _zeroed(x: Tensor, lengths: Tensor) -> Tensor:
-    """`(B, C, T)` with zeros for padding, so that no item feels its batch mates."""
+    """`(B, C, T)` with zeros for padding, so that an item does not depend on its batch."""
     return x * (torch.arange(x.shape[2]) < lengths[:, None])[:, None]

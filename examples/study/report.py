@@ -86,7 +86,7 @@ def final(rows: Sequence[Row]) -> list[Row]:
 
 
 def compare(rows: Sequence[Row], before: str, after: str, column: str) -> Paired:
-    """Two arms over the seeds that both have."""
+    """Compare two arms over the seeds that both have."""
     a, b = (by(select(rows, arm=arm), ("seed",), lambda row: row[column]) for arm in (before, after))
     seeds = sorted(a.keys() & b.keys())
     return paired([a[s] for s in seeds], [b[s] for s in seeds])
@@ -160,7 +160,7 @@ def gap(row: Row) -> float:
 
 
 def observations(errors: Sequence[Row]) -> dict[str, tuple[list[Row], tuple[str, ...]]]:
-    """Sets of rows over which the score and the gap are correlated, and what makes a point of each."""
+    """Sets of rows for the correlation of the score and the gap, and the columns whose values identify a point."""
     test = select(errors, split="test")
     alone = select(test, stage="compare", arm="none")
     return {

@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class Bench:
-    """What every run starts from."""
+    """The models and the recordings that every run uses."""
 
     model: LlamaForCausalLM
     training: Recordings
@@ -38,7 +38,7 @@ class Bench:
 
 
 def prepare(design: Design, work: Path, workers: int, speak: Speak = synthesise) -> Path:
-    """Synthesise the speech, train the language model and the encoder, and write a `Bench`, unless it is there."""
+    """Synthesise the speech, train the language model and the encoder, and write a `Bench`, unless the file exists."""
     file = work / "bench.pt"
     if file.exists() and json.loads((work / "design.json").read_text()) == repr(design):
         return file
@@ -102,7 +102,7 @@ _bench: Bench  # of a worker
 
 def _start(file: Path | None) -> None:
     global _bench
-    torch.set_num_threads(1)  # the tensors are small; the other cores have runs of their own
+    torch.set_num_threads(1)  # the tensors are small, and other runs use the other cores
     if file is not None:
         _bench = load(file)
 

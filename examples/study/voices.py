@@ -1,4 +1,4 @@
-"""The study's speech, from two synthesisers of Debian's: espeak-ng (formants) and flite (diphones and a statistical voice)."""
+"""The study's speech, from two synthesisers in Debian: espeak-ng (formants) and flite (diphones and a statistical voice)."""
 
 import functools
 import io
@@ -13,14 +13,14 @@ import torch
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from ..speech import SAMPLE_RATE, log_mel
+from ..demo.speech import SAMPLE_RATE, log_mel
 
 ESPEAK_WORDS_PER_MINUTE = 175  # espeak-ng's own default
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A voice of a synthesiser at a speed, 1 being the synthesiser's own."""
+    """A voice of a synthesiser at a speed; 1 is the synthesiser's own."""
 
     synthesiser: str
     name: str
@@ -40,7 +40,7 @@ def synthesise(voice: Voice, text: str) -> Tensor:
         sound: io.BytesIO | str = io.BytesIO(_run("espeak-ng", "-v", voice.name, "-s", str(speed), "--stdout", text))
         samples, rate = soundfile.read(sound, dtype="float32")
     else:
-        if voice.name not in _flite_voices():  # it would speak with another voice, and say nothing of it
+        if voice.name not in _flite_voices():  # flite would silently use another voice
             raise RuntimeError(f"flite has no voice {voice.name!r}, only {_flite_voices()}")
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
             stretch = f"duration_stretch={1 / voice.speed:.4f}"

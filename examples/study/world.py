@@ -59,7 +59,7 @@ def sentences(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> lis
 
 
 def answer(sentence: str, task: str) -> str:
-    """What the language model shall say: the sentence, its words backwards, or its object."""
+    """The right reply of the language model: the sentence, its words backwards, or its object."""
     words = sentence.split()
     return " ".join({"repeat": words, "reverse": words[::-1], "object": words[-1:]}[task])
 

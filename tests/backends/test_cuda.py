@@ -455,10 +455,10 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 @pytest.fixture(scope="module")
 def machine_code():
-    """The benchmarks' module machine_code: it reads the kernels in the installed extension."""
+    """benchmarks/codegen/machine_code.py, which reads the kernels in the installed extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(host_cuda.ROOT / "benchmarks"))
-        yield importlib.import_module("machine_code")
+        yield importlib.import_module("codegen.machine_code")
 
 
 @needs_nvcc

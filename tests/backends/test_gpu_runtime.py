@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -289,7 +288,6 @@ def test_memory_does_not_grow(device):
 def test_cases_of_the_sanitizer(device, monkeypatch):
     """Their results are right. This run also compiles their kernels, so the sanitizer need not."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import sanitize_gpu
+    from gpu.session import sanitize
 
-    assert sanitize_gpu.main([]) == 0
-    sys.modules.pop("sanitize_gpu")
+    assert sanitize.main([]) == 0

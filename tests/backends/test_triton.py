@@ -210,7 +210,7 @@ def test_launcher_and_triton_agree_on_variants():
 
 
 def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
-    compiled(str(BENCHMARKS / "variants.py"), "--out", str(path), *arguments)
+    compiled(str(BENCHMARKS), "variants", "--out", str(path), *arguments)
     with path.open() as file:
         return list(csv.DictReader(file))
 
@@ -260,7 +260,7 @@ def test_variants_compile(tmp_path, arch, every):
 
 def test_a_call_makes_four_launches():
     """Cost, iterations, and a gradient for each side. The second call uses cached kernels."""
-    said = compiled(str(BENCHMARKS / "launch_cost.py"), "--repeats", "3")
+    said = compiled(str(BENCHMARKS), "launch", "--repeats", "3")
     assert "launches: 4.0" in said
 
 

@@ -19,10 +19,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def example(monkeypatch):
     """The namespace of an example, run as if started from its folder."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "trainers"))
 
     def names(file: str) -> dict[str, Any]:
-        return runpy.run_path(str(EXAMPLES / file), run_name="example")
+        return runpy.run_path(str(EXAMPLES / "trainers" / file), run_name="example")
 
     return names
 
@@ -43,7 +43,7 @@ def test_hf_trainer(example, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning(example, tmp_path):
-    example("lightning.py")["main"](steps=15, folder=str(tmp_path))
+    example("lightning_trainer.py")["main"](steps=15, folder=str(tmp_path))
     (file,) = tmp_path.rglob("metrics.csv")
     with file.open() as lines:
         losses = [float(row["otalign/loss"]) for row in csv.DictReader(lines) if row["otalign/loss"]]
@@ -55,14 +55,14 @@ def test_lightning(example, tmp_path):
 def test_ddp():
     """With torchrun, on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(EXAMPLES / "ddp.py"), "--steps", "5"]
+    command += [str(EXAMPLES / "trainers" / "ddp.py"), "--steps", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "otalign/loss" in done.stdout
 
 
-def test_conventions_agree(example):
-    losses = example("conventions.py")["main"]()
+def test_conversions_agree(example):
+    losses = example("conversions.py")["main"]()
     assert len(losses) == 6
     assert list(losses.values()) == pytest.approx([losses["packed"]] * 6, rel=1e-5)
 
@@ -70,9 +70,10 @@ def test_conventions_agree(example):
 @pytest.mark.filterwarnings("ignore")
 def test_notebook(monkeypatch):
     """Runs all cells, with a model trained for few steps."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for folder in ("demo", "trainers"):
+        monkeypatch.syspath_prepend(str(EXAMPLES / folder))
     matplotlib.use("Agg")
-    cells = json.loads((EXAMPLES / "alignments.ipynb").read_text())["cells"]
+    cells = json.loads((EXAMPLES / "demo" / "alignments.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert any("STEPS = 300" in cell for cell in code)
     names: dict[str, Any] = {}

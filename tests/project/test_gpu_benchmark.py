@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,19 +49,35 @@ def benchmarks():
     sys.path.remove(str(BENCHMARKS))
 
 
+def test_commands_have_modules():
+    commands = runpy.run_path(str(BENCHMARKS / "__main__.py"), run_name="commands")["BENCHMARKS"]
+    assert {"cpu", "gpu", "memory", "launch", "variants", "session"} <= commands.keys()
+    for command in commands.values():
+        text = (BENCHMARKS / f"{command.module.replace('.', '/')}.py").read_text()
+        assert "def main(arguments: list[str]) -> int:" in text, command
+
+
+def test_the_sources_are_not_measured():
+    """With -m, Python would import otalign from the checkout, whose kernels are elsewhere."""
+    command = [sys.executable, "-m", "benchmarks", "cpu"]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "expected `python benchmarks NAME`" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def small():
-    from shapes import SMALL, make_batch
+    from common.shapes import SMALL, make_batch
 
     return make_batch(SMALL._replace(B=2, N=20, M=10))
 
 
 def test_truth_agrees_with_the_reference(small):
-    import gpu_oracle
+    from gpu import oracle
 
     import otalign
 
-    truth = gpu_oracle.solve(small, 0.05, iterations=7)
+    truth = oracle.solve(small, 0.05, iterations=7)
     x, y = small.x.double().requires_grad_(), small.y.double().requires_grad_()
     result = otalign.solve(x, y, small.n, small.m, reg=0.05, tol=0, max_iter=7, backend="reference")
     gradients = torch.autograd.grad(result.value.mean(), (x, y))
@@ -69,9 +87,9 @@ def test_truth_agrees_with_the_reference(small):
 
 
 def dry_run(tmp_path, *providers):
-    import gpu
+    from gpu import benchmark
 
-    code = gpu.main(["--dry", "--out", str(tmp_path), "--providers", *providers])
+    code = benchmark.main(["--dry", "--out", str(tmp_path), "--providers", *providers])
     with (tmp_path / "benchmark.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         return code, reader.fieldnames, list(reader)
@@ -106,24 +124,23 @@ def test_rows(tmp_path):
 
 def test_equal_marginal_error(tmp_path):
     """A library with another iteration runs until its marginal error is as small, and not much longer."""
-    import gpu
-    import gpu_oracle
+    from gpu import benchmark, oracle
 
     _, _, rows = dry_run(tmp_path, "POT")
-    shape = gpu.SMALL._replace(B=2, N=20, M=10)
+    shape = benchmark.SMALL._replace(B=2, N=20, M=10)
     for row in rows:
         assert row["match"] == "True"
         early = "early exit" in row["shape"]
-        batch = gpu.make(gpu.Case(shape, "ragged" in row["shape"], row["dtype"], 0.0), torch.device("cpu"))
-        wanted = 1e-3 if early else gpu_oracle.solve(batch, gpu.REG, iterations=gpu.FIXED_DRY).marginal_error
+        batch = benchmark.make(benchmark.Case(shape, "ragged" in row["shape"], row["dtype"], 0.0), torch.device("cpu"))
+        wanted = 1e-3 if early else oracle.solve(batch, benchmark.REG, iterations=benchmark.FIXED_DRY).marginal_error
         assert 0.5 * wanted <= float(row["marginal_error"]) <= 1.02 * wanted
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "not converged"])
 def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
-    import gpu_providers
+    from gpu import providers
 
-    pot = gpu_providers.PROVIDERS["POT"]
+    pot = providers.PROVIDERS["POT"]
 
     def spoilt(task):
         right = pot(task)
@@ -133,7 +150,7 @@ def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
             return right._replace(loss=lambda x, y: right.loss(x, y) * 1.01)
         return right._replace(loss=lambda x, y: (loss := right.loss(x, y)) + 0.1 * (loss - loss.detach()))
 
-    monkeypatch.setitem(gpu_providers.PROVIDERS, "POT", spoilt)
+    monkeypatch.setitem(providers.PROVIDERS, "POT", spoilt)
     _, _, rows = dry_run(tmp_path, "POT")
     converging = [row for row in rows if "early exit" in row["shape"] and row["mode"] == "full"]
     assert converging
@@ -141,33 +158,33 @@ def test_a_wrong_answer_has_no_time(tmp_path, monkeypatch, wrong):
 
 
 def test_a_failure_of_otalign_is_an_error(tmp_path, monkeypatch):
-    import gpu_providers
+    from gpu import providers
 
     def broken(task):
         raise RuntimeError("it broke")
 
-    monkeypatch.setitem(gpu_providers.PROVIDERS, "triton", broken)
+    monkeypatch.setitem(providers.PROVIDERS, "triton", broken)
     code, _, rows = dry_run(tmp_path, "triton")
     assert code == 1
     assert all(row["match"] == "failed: RuntimeError: it broke" for row in rows)
 
 
 def test_floor(small):
-    import gpu_oracle
+    from gpu import oracle
 
-    ceilings = gpu_oracle.Ceilings(1e12, {torch.bfloat16: 1e15, torch.float32: 1e9})
+    ceilings = oracle.Ceilings(1e12, {torch.bfloat16: 1e15, torch.float32: 1e9})
     numbers = int(small.n.sum() + small.m.sum()) * 64
-    assert gpu_oracle.floor_us(small, torch.bfloat16, "forward", ceilings) == pytest.approx(numbers * 2 / 1e6)
+    assert oracle.floor_us(small, torch.bfloat16, "forward", ceilings) == pytest.approx(numbers * 2 / 1e6)
     products = 2 * int((small.n * small.m).sum()) * 64
-    assert gpu_oracle.floor_us(small, torch.float32, "full", ceilings) == pytest.approx(3 * products / 1e3)
+    assert oracle.floor_us(small, torch.float32, "full", ceilings) == pytest.approx(3 * products / 1e3)
 
 
 def test_targets():
-    import gpu
+    from gpu import benchmark
 
     row = {"shape": "A", "mode": "forward", "dtype": "bf16"}
     rows = [{**row, "provider": "triton", "median_us": "300"}, {**row, "provider": "cuda", "median_us": "70.0"}]
-    lines = list(gpu.targets(rows))
+    lines = list(benchmark.targets(rows))
     assert lines[0] == (
         "A forward: 70.0 us by cuda, target 85 us met (stretch 60 us); Triton alone 300.0 us, not within 3x"
     )
@@ -175,13 +192,13 @@ def test_targets():
 
 
 def test_stages_of_equal_runs():
-    import gpu_stages
+    from gpu import stages
 
     flush = ("void bitwise_not_kernel", 9.0)
     run = [("cost_kernel", 1.0), ("project_kernel", 2.0), ("project_kernel", 3.0)]
     again = [(name, time + 1) for name, time in run]
     events = [("late", 1.0), flush, *run, flush, *again, flush, *run[:2]]
-    assert gpu_stages.by_stage(events) == [
+    assert stages.by_stage(events) == [
         ("cost_kernel", [1.0, 2.0]),
         ("project_kernel", [2.0, 3.0]),
         ("project_kernel", [3.0, 4.0]),
@@ -189,22 +206,22 @@ def test_stages_of_equal_runs():
 
 
 def test_every_case_has_every_provider():
-    import gpu
+    from gpu import benchmark
 
-    todo = list(gpu.cases(list(gpu.LARGE.values())))
-    planned = [(case, name) for case, names in gpu.plan(todo, list(gpu.PROVIDERS)) for name in names]
+    todo = list(benchmark.cases(list(benchmark.LARGE.values())))
+    planned = [(case, name) for case, names in benchmark.plan(todo, list(benchmark.PROVIDERS)) for name in names]
     assert len(planned) == len(set(planned))
-    assert set(planned) == {(case, name) for case in todo for name in gpu.PROVIDERS}
+    assert set(planned) == {(case, name) for case in todo for name in benchmark.PROVIDERS}
     assert {case.name for case, _ in planned[:12]} >= {"A", "A, early exit", "B"}
 
 
 def test_report(tmp_path):
-    import gpu_report
-    import report
+    from common import tables
+    from gpu import report
 
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:gpu -->\nold\n<!-- /bench:gpu -->\nafter\n")
-    report.replace_block(readme, "bench:gpu", gpu_report.table(gpu_report.read(tmp_path)))
+    tables.replace_block(readme, "bench:gpu", report.table(report.read(tmp_path)))
     assert readme.read_text() == "before\n<!-- bench:gpu -->\nNot measured on a GPU.\n<!-- /bench:gpu -->\nafter\n"
     (tmp_path / "chip").mkdir()
     row = dict.fromkeys(COLUMNS, "1") | {
@@ -221,41 +238,41 @@ def test_report(tmp_path):
         writer.writerows({**row, "provider": name, "median_us": time} for name, time in times.items())
         writer.writerow({**row, "provider": "cuda", "median_us": "", "match": "missing: no"})
         writer.writerow({**row, "provider": "dream", "median_us": "1", "device": "CPU (dry run)"})
-    rows = gpu_report.read(tmp_path)
-    report.replace_block(readme, "bench:gpu", gpu_report.table(rows))
+    rows = report.read(tmp_path)
+    tables.replace_block(readme, "bench:gpu", report.table(rows))
     assert "| `A` | 123 | 4568 | 1 |" in readme.read_text()
     assert "dream" not in readme.read_text()
-    gpu_report.draw(rows, tmp_path / "gpu.png")
+    report.draw(rows, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
 def test_results_are_added_by_device(tmp_path):
-    import gpu_report
+    from gpu import report
 
     session = tmp_path / "session"
     session.mkdir()
     (session / "summary.json").write_text("[]")
     (session / "log.txt").write_text("long")
     (session / "benchmark.csv").write_text("device,median_us\nNVIDIA H200,1.0\n")
-    folder = gpu_report.add(session, tmp_path / "results")
+    folder = report.add(session, tmp_path / "results")
     assert folder == tmp_path / "results" / "nvidia-h200"
     assert sorted(path.name for path in folder.iterdir()) == ["benchmark.csv", "summary.json"]
     (session / "benchmark.csv").write_text("device,median_us\nCPU (dry run): x,1.0\n")
     with pytest.raises(SystemExit, match="expected the rows of one GPU"):
-        gpu_report.add(session, tmp_path / "results")
+        report.add(session, tmp_path / "results")
 
 
 def test_session_records_failures(tmp_path):
-    import gpu_session
+    from gpu.session import run
 
     python, log = sys.executable, tmp_path / "log.txt"
     steps = [
-        gpu_session.Step("good", [python, "-c", "import os; print(os.environ['WORD'])"], 20, {"WORD": "hello"}),
-        gpu_session.Step("bad", [python, "-c", "raise SystemExit(3)"], 20),
-        gpu_session.Step("slow", [python, "-c", "import time; time.sleep(60)"], 0.3),
-        gpu_session.Step("absent", ["/no/such/program"], 1),
+        run.Step("good", [python, "-c", "import os; print(os.environ['WORD'])"], 20, {"WORD": "hello"}),
+        run.Step("bad", [python, "-c", "raise SystemExit(3)"], 20),
+        run.Step("slow", [python, "-c", "import time; time.sleep(60)"], 0.3),
+        run.Step("absent", ["/no/such/program"], 1),
     ]
-    outcomes = [str(gpu_session.run(step, log, tmp_path, {})["outcome"]) for step in steps]
+    outcomes = [str(run.run_step(step, log, tmp_path, {})["outcome"]) for step in steps]
     assert outcomes[:3] == ["passed", "failed with 3", "stopped after 0.3 s"]
     assert outcomes[3].startswith("cannot run")
     text = log.read_text()
@@ -264,52 +281,58 @@ def test_session_records_failures(tmp_path):
 
 
 def test_session_fits_into_nine_minutes(tmp_path):
-    import gpu_session
+    from gpu.session import run
 
     for dry in (False, True):
-        steps = list(gpu_session.steps(tmp_path, tmp_path, tmp_path, dry=dry))
+        steps = list(run.steps(tmp_path, tmp_path, tmp_path, dry=dry))
         assert sum(step.seconds for step in steps) <= 9 * 60
         assert {"tests", "benchmark", "stages"} <= {step.name for step in steps}
-    assert {"build", "memcheck", "racecheck"} <= {
-        step.name for step in gpu_session.steps(tmp_path, tmp_path, None, dry=False)
-    }
+    assert {"build", "memcheck", "racecheck"} <= {step.name for step in run.steps(tmp_path, tmp_path, None, dry=False)}
 
 
 def test_session_runs_every_gpu_test(tmp_path):
     """The session names files, so that imports of other tests cannot fail it. These must be all files with marked tests."""
-    import gpu_session
+    from gpu.session import run
 
     marked = [
         p
-        for p in Path(__file__).parents[1].rglob("test_*.py")
+        for p in (run.ROOT / "tests").rglob("test_*.py")
         if re.search(r"^[^\"#]*pytest\.mark\.gpu", p.read_text(), re.M)
     ]
     assert marked
-    assert {str(path) for path in marked} <= set(gpu_session.pytest(dry=False))
+    assert {str(path) for path in marked} <= set(run.pytest(dry=False))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_session_needs_its_tests(tmp_path, monkeypatch, dry):
+    """Without a path, pytest would run all tests."""
+    from gpu.session import run
+
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected test_gpu.*\.py in .*tests or below, found none"):
+        run.pytest(dry=dry)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_session_continues_without_kernels_that_hang(tmp_path, monkeypatch, fails):
-    import gpu_session
+    from gpu.session import run
 
     def steps(out, site, wheels, *, dry):
-        yield gpu_session.Step("first", [sys.executable, "-c", f"exit({int(fails)})"], 20, needed_for="LEFT_OUT")
-        yield gpu_session.Step(
-            "next", [sys.executable, "-c", "import os; print('left out:', 'LEFT_OUT' in os.environ)"], 20
-        )
+        yield run.Step("first", [sys.executable, "-c", f"exit({int(fails)})"], 20, needed_for="LEFT_OUT")
+        yield run.Step("next", [sys.executable, "-c", "import os; print('left out:', 'LEFT_OUT' in os.environ)"], 20)
 
-    monkeypatch.setattr(gpu_session, "steps", steps)
-    gpu_session.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(run, "steps", steps)
+    run.main(["--out", str(tmp_path)])
     assert f"left out: {fails}" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_session_leaves_few_files(tmp_path, monkeypatch, dry):
-    import gpu_session
+    from gpu.session import run
 
     def steps(out, site, wheels, *, dry):
-        yield gpu_session.Step("one", [sys.executable, "-c", "open('scratch', 'w'); print(1)"], 20)
+        yield run.Step("one", [sys.executable, "-c", "open('scratch', 'w'); print(1)"], 20)
 
-    monkeypatch.setattr(gpu_session, "steps", steps)
-    assert gpu_session.main(["--out", str(tmp_path / "out"), *(["--dry"] if dry else [])]) == 0
+    monkeypatch.setattr(run, "steps", steps)
+    assert run.main(["--out", str(tmp_path / "out"), *(["--dry"] if dry else [])]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "summary.json"]

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from examples.speech import SAMPLE_RATE, log_mel
+from examples.demo.speech import SAMPLE_RATE, log_mel
 from examples.study import adapting, report, stages, stats, world
 from examples.study.adapting import Arm, Recordings
 from examples.study.design import tiny

@@ -3,7 +3,7 @@
 import json
 import random
 
-import variants  # of the benchmarks
+from codegen import variants  # of the benchmarks
 
 
 def main() -> None:

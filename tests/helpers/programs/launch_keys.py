@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import torch
-import variants  # of the benchmarks
+from codegen import variants  # of the benchmarks
 from otalign.triton_kernels import launch
 
 from otalign.backends import triton

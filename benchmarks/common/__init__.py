@@ -1,0 +1,1 @@
+"""What several benchmarks share: inputs, peers, the description of the machine, and tables."""

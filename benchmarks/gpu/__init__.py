@@ -1,0 +1,1 @@
+"""How fast is a loss on a GPU, and where does the time go?"""
