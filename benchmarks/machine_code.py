@@ -97,8 +97,8 @@ def candidates(instructions: list[tuple[int, str]]) -> Iterator[Loop]:
 
 
 def forms() -> list[tuple[int, int, int, int]]:
-    """Width, lanes across, rows of a thread, and warps of every form, as csrc/cuda/layout.h lists them."""
-    text = (ROOT / "csrc/cuda/layout.h").read_text()
+    """Width, lanes across, rows of a thread, and warps of every form, as csrc/cuda/tiling.h lists them."""
+    text = (ROOT / "csrc/cuda/tiling.h").read_text()
     listed = re.search(r"kForms\[\] = \{(.*?)\};", text, re.DOTALL)
     assert listed
     numbers = [int(number) for number in re.findall(r"\d+", listed[1])]

@@ -10,8 +10,8 @@
 #include "cpu/pool.h"
 #include "problem.h"
 #ifdef OTALIGN_WITH_CUDA
-#include "cuda/device.h"
-#include "cuda/resident.h"
+#include "cuda/query.h"
+#include "cuda/launch.h"
 #endif
 
 namespace py = pybind11;

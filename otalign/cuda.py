@@ -18,7 +18,7 @@ from .problem import Problem, Solution
 if TYPE_CHECKING:
     from .triton_kernels.launch import Batch, Solved
 
-LONGEST_Y = 1024  # the widest form of csrc/cuda/layout.h
+LONGEST_Y = 1024  # the widest form of csrc/cuda/tiling.h
 
 
 def launch(problem: Problem) -> Solution:

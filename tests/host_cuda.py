@@ -23,7 +23,7 @@ STRICT, RELAXED, LIFT = range(3)
 
 
 class Choice(ctypes.Structure):
-    """As in csrc/cuda/layout.h."""
+    """As in csrc/cuda/tiling.h."""
 
     NAMES = ("form", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered")
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]

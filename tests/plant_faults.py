@@ -81,7 +81,7 @@ FAULTS = (
     ),
     engine(
         "a missing look for NaN",
-        "kernels.cpp",
+        "isa.cpp",
         "return Simd<T>::sum(zeros) == 0;",
         "return true;",
         "tests/test_odd_input.py",
@@ -122,19 +122,19 @@ FAULTS = (
     ),
     engine(
         "bfloat16 read as float16",
-        "kernels.cpp",
+        "isa.cpp",
         "to[k] = from_bf16(static_cast<const uint16_t*>(from)[k]);",
         "to[k] = from_f16(static_cast<const uint16_t*>(from)[k]);",
     ),
     engine(
         "a wrong sign in the implicit gradient",
-        "reverse.h",
+        "adjoint.h",
         "slope -= S::load(back.lift_y + j) + back.lift_x[i];",
         "slope -= S::load(back.lift_y + j) - back.lift_x[i];",
     ),
     engine(
         "offsets of plans that are transposed",
-        "plans.cpp",
+        "pack.cpp",
         "(b * p.x.size + i) * p.y.size",
         "(b * p.y.size + i) * p.y.size",
     ),
@@ -189,7 +189,7 @@ FAULTS = (
     ),
     cuda(
         "the last column without its lift",
-        "lift",
+        "adjoint",
         "if (j < block.m) t[j] = block.columns(kSolution)[j];",
         "if (j < block.m - 1) t[j] = block.columns(kSolution)[j];",
     ),

@@ -482,7 +482,7 @@ def test_loops_of_the_iteration(machine_code, architecture):
 @pytest.mark.slow
 def test_report_of_the_assembler(tmp_path):
     """The same from the compiler itself: `-Xptxas -v` tells of no spill."""
-    for source in ("narrow", "middle", "wide"):
+    for source in FORMS_OF:
         for architecture in ARCHITECTURES:
             command = [
                 "nvcc",
@@ -493,14 +493,14 @@ def test_report_of_the_assembler(tmp_path):
                 "-Xptxas",
                 "-v",
             ]
-            command += ["-cubin", str(host_cuda.ROOT / f"csrc/cuda/{source}.cu"), "-o", str(tmp_path / "out.cubin")]
+            command += ["-cubin", str(host_cuda.ROOT / f"csrc/cuda/instances/{source}.cu"), "-o", str(tmp_path / "out.cubin")]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
             assert len(spills) == 3 * len(FORMS_OF[source])
             assert set(spills) == {("0", "0", "0")}, f"{source} {architecture}"
 
 
-FORMS_OF = {"narrow": (0, 1, 2, 3), "middle": (4, 5, 6), "wide": (7, 8)}
+FORMS_OF = {"columns_32_64": (0, 1, 2, 3), "columns_128_256": (4, 5, 6), "columns_512_1024": (7, 8)}
 
 
 @needs_nvcc

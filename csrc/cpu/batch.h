@@ -22,7 +22,7 @@
 
 #include "../problem.h"
 #include "blas.h"
-#include "kernels.h"
+#include "isa.h"
 
 namespace otalign::cpu {
 

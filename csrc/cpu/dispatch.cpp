@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "isa.h"
 
 namespace otalign {
 

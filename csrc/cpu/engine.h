@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../problem.h"
-#include "kernels.h"
+#include "isa.h"
 
 namespace otalign::cpu {
 

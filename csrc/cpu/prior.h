@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace otalign::OTALIGN_ISA {

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "../absorb.h"
-#include "kernels.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace otalign::OTALIGN_ISA {

@@ -1,12 +1,12 @@
 // A thread block at work on an item: who has which rows and columns, sums over warps and over the blocks of a cluster.
 #pragma once
 
-#include <cuda/port.h>
+#include <cuda/intrinsics.h>
 
 #include <cfloat>
 #include <cmath>
 
-#include "layout.h"
+#include "tiling.h"
 
 namespace otalign::cuda {
 

@@ -1,8 +1,8 @@
 // The kernels of a form.
 #pragma once
 
-#include "lift.cuh"
-#include "resident.h"
+#include "adjoint.cuh"
+#include "launch.h"
 #include "sinkhorn.cuh"
 
 namespace otalign::cuda {

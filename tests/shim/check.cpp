@@ -1,4 +1,4 @@
-// A program that runs the kernels over port.h and compares them with plain loops in double: to be built with
+// A program that runs the kernels over intrinsics.h and compares them with plain loops in double: to be built with
 // sanitizers, which see the kernels' own memory only. Exit status 1 if anything is off; it prints what it does.
 #include <algorithm>
 #include <cmath>
@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/lift.cuh"
-#include "cuda/rule.h"
+#include "cuda/adjoint.cuh"
+#include "cuda/heuristics.h"
 #include "cuda/sinkhorn.cuh"
 
 using namespace otalign;

@@ -1,6 +1,6 @@
-// The kernels of csrc/cuda, compiled for the CPU over the port.h beside, as a library that Python loads with ctypes.
-#include "cuda/lift.cuh"
-#include "cuda/rule.h"
+// The kernels of csrc/cuda, compiled for the CPU over the intrinsics.h beside, as a library that Python loads with ctypes.
+#include "cuda/adjoint.cuh"
+#include "cuda/heuristics.h"
 #include "cuda/sinkhorn.cuh"
 
 namespace otalign::cuda {
@@ -58,7 +58,7 @@ int64_t host_scratch(const Problem* problem, const Choice* choice) {
   return far_rows(*choice, problem->x.size) > 0 ? scratch_bytes(*problem) : 0;
 }
 
-// Kinds as in resident.h. False if the form is not among those compiled.
+// Kinds as in launch.h. False if the form is not among those compiled.
 bool host_run(const Problem* problem, const Lifts* lifts, const Choice* choice, int kind, unsigned seed) {
   const Arguments arguments{*problem, lifts ? *lifts : Lifts{}, *choice, memory(kForms[choice->form], *choice),
                             static_cast<float>(problem->tol)};

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cuda/device.h"
+#include "cuda/query.h"
 
 namespace otalign::cuda {
 namespace {

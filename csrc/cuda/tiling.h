@@ -24,7 +24,7 @@ struct Form {
   }  // what a warp, or a block, sums: columns, and four numbers
 };
 
-// The forms that are compiled: the first that is wide enough, and has enough rows, for what rule.h wants.
+// The forms that are compiled: the first that is wide enough, and has enough rows, for what heuristics.h wants.
 constexpr Form kForms[] = {
     {32, 4, 16, 1}, {32, 4, 16, 4},  {64, 8, 16, 1},  {64, 8, 16, 4},   {128, 8, 8, 4},
     {128, 8, 8, 8}, {256, 16, 8, 8}, {512, 32, 8, 8}, {1024, 32, 0, 8},
@@ -43,7 +43,7 @@ struct Layout {
   static_assert(kColumns % 4 == 0 && kColumns <= 32 && kRows % 4 == 0 && kWarps <= 8);
 };
 
-// How a batch is solved; from rule.h.
+// How a batch is solved; from heuristics.h.
 struct Choice {
   int32_t form;       // of kForms
   int32_t cluster;    // blocks an item

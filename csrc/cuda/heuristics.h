@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "layout.h"
+#include "tiling.h"
 
 namespace otalign::cuda {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../problem.h"
-#include "layout.h"
+#include "tiling.h"
 
 namespace otalign::cuda {
 
@@ -13,7 +13,10 @@ enum Kind { kStrict, kRelaxed, kLift };  // kernels of a form
 struct Kernels {
   const void* of[3];
 };
-Kernels narrow_kernels(int form), middle_kernels(int form), wide_kernels(int form);
+// The kernels in instances/, by the number of columns of their forms; `form` counts within a file.
+Kernels kernels_of_columns_32_64(int form);
+Kernels kernels_of_columns_128_256(int form);
+Kernels kernels_of_columns_512_1024(int form);
 
 // All of these return nullptr, or a string that begins with the name of CUDA's error, or tells why not; the thread's
 // next call may overwrite it. `device` becomes the current one. A plan needs of a problem its sizes, items and

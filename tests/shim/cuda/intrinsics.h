@@ -1,4 +1,4 @@
-// csrc/cuda/port.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
+// csrc/cuda/intrinsics.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
 //
 // Fibers change places only where threads wait for each other. A warp goes as far ahead of the others as it can, until
 // the dice name another one: who reads what another has yet to write gets poison, and again with the same dice. Threads

@@ -6,8 +6,8 @@
 #include <string>
 #include <tuple>
 
-#include "resident.h"
-#include "rule.h"
+#include "launch.h"
+#include "heuristics.h"
 
 namespace otalign::cuda {
 namespace {
@@ -28,9 +28,9 @@ const char* message(cudaError_t status) {
   if (const char* error = message(call)) return error
 
 const void* kernel(int form, Kind kind) {
-  static_assert(kFormCount == 9, "narrow.cu, middle.cu and wide.cu have to have every form");
-  if (form < 4) return narrow_kernels(form).of[kind];
-  return (form < 7 ? middle_kernels(form - 4) : wide_kernels(form - 7)).of[kind];
+  static_assert(kFormCount == 9, "the files in instances/ have to have every form");
+  if (form < 4) return kernels_of_columns_32_64(form).of[kind];
+  return (form < 7 ? kernels_of_columns_128_256(form - 4) : kernels_of_columns_512_1024(form - 7)).of[kind];
 }
 
 bool is_relaxed(const Problem& p) { return p.rho_x < HUGE_VAL || p.rho_y < HUGE_VAL; }

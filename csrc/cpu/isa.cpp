@@ -1,11 +1,11 @@
 // The table of kernels for one instruction set: this file is compiled once for each (OTALIGN_ISA).
-#include "kernels.h"
+#include "isa.h"
 
 #include <cstring>
 #include <limits>
 
 #include "prior.h"
-#include "reverse.h"
+#include "adjoint.h"
 #include "solver.h"
 
 namespace otalign::OTALIGN_ISA {
