@@ -240,7 +240,7 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
         return like.new_empty(shape, dtype=dtype)
-    block = backends.extension().Block(count * dtype.itemsize)
+    block = backends.extension().PooledMemory(count * dtype.itemsize)
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 

@@ -88,7 +88,7 @@ FAULTS = (
     ),
     engine(
         "potentials of massless points that are stale",
-        "solver.h",
+        "finish.h",
         "if (massless_y) exact_columns(",
         "if (false) exact_columns(",
         "tests/test_oracle.py",
@@ -129,8 +129,8 @@ FAULTS = (
     engine(
         "a wrong sign in the implicit gradient",
         "adjoint.h",
-        "slope -= S::load(back.lift_y + j) + back.lift_x[i];",
-        "slope -= S::load(back.lift_y + j) - back.lift_x[i];",
+        "slope -= S::load(back.adjoint_y + j) + back.adjoint_x[i];",
+        "slope -= S::load(back.adjoint_y + j) - back.adjoint_x[i];",
     ),
     engine(
         "offsets of plans that are transposed",
@@ -188,7 +188,7 @@ FAULTS = (
         "numbers(kU + 1 - turn) = before;",
     ),
     cuda(
-        "the last column without its lift",
+        "the last column without its adjoint",
         "adjoint",
         "if (j < block.m) t[j] = block.columns(kSolution)[j];",
         "if (j < block.m - 1) t[j] = block.columns(kSolution)[j];",
@@ -196,13 +196,13 @@ FAULTS = (
     cuda(
         "the relaxation of the other side",
         "sinkhorn",
-        "scaling(total, part(gamma, k), block.current().keep_y)",
-        "scaling(total, part(gamma, k), block.current().keep_x)",
+        "scaling(total, part(gamma, k), block.current().damping_y)",
+        "scaling(total, part(gamma, k), block.current().damping_x)",
     ),
     cuda(
         "a dropped damping",
         "sinkhorn",
-        "b > 0 ? -block.current().keep_y * log_sum : 0",
+        "b > 0 ? -block.current().damping_y * log_sum : 0",
         "b > 0 ? -log_sum : 0",
     ),
     helper(

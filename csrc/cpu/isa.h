@@ -1,4 +1,5 @@
-// What one item needs of the hardware: a table of functions for each instruction set, chosen once at run time.
+// All work on one item, as a table of functions that is compiled for each instruction set. One table is chosen at run
+// time.
 #pragma once
 
 #include <cstddef>
@@ -8,28 +9,29 @@
 
 namespace otalign {
 
-// One item: n by m, its options, and where its results go. `K` holds the cost with any prior on entry to `solve`, the
-// plan on return; it is followed by kPlanGap zeros. a and b may be null (uniform). Where one of the two points has no
-// mass, the plan is kept as minus what it would be with a weight of one there: zero to all who ask for mass, and the
-// derivative by that weight.
+// One item: its sizes, its options, and where its results go. Vectors and matrices are contiguous. `K` holds the cost
+// with any prior on entry to `solve`, the plan on return; kPlanGap zeros follow it.
+//
+// The plan's entries: Negative = zero mass; its magnitude is dP/dweight. Clamp at 0 to read the plan. Such entries are
+// those where one of the two points has weight zero.
 template <class T>
 struct Item {
   int64_t n, m;
-  T* K;
-  const T* a;
-  const T* b;
-  const T* init;
+  T* K;           // (n, m)
+  const T* a;     // (n,) mass, sums to 1; null = uniform
+  const T* b;     // (m,) mass, sums to 1; null = uniform
+  const T* init;  // (m,) g to start from, in the unit of the cost; null = zero
   double reg, rho_x, rho_y;
   int64_t max_iter;
   double tol;
-  bool symmetric;  // both sides are the same points: f = g, by averaged updates
-  T* f;
-  T* g;
-  T* mass_x;
-  T* mass_y;
-  const T* scale_x;
-  const T* scale_y;
-  const T* distance;  // n by m, for the Euclidean cost
+  bool symmetric;     // both sides are the same points: f = g, by averaged updates
+  T* f;               // (n,) out, in the unit of the cost
+  T* g;               // (m,) out
+  T* mass_x;          // (n,) out: mass of the plan in each row, divided by the weight
+  T* mass_y;          // (m,) out
+  const T* scale_x;   // (n,) see Side::scale
+  const T* scale_y;   // (m,)
+  const T* distance;  // (n, m) for the Euclidean cost, else null
   Cost cost;
   PriorKind prior;
   double prior_parameters[2];
@@ -37,39 +39,39 @@ struct Item {
   int32_t n_iter;
 };
 
-// Numbers to allocate for a vector of n that is read in whole hardware vectors.
+// Elements to allocate for a vector of n that is read in whole hardware vectors.
 constexpr int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
 
-// The reverse pass of one item. `lift_x`, `lift_y` solve the implicit system; the gradient by the cost is
-//   H_ij = P_ij (w + l - (l C_ij + G_ij - lift_x_i - lift_y_j) / reg)
+// The reverse pass of one item. `adjoint_x`, `adjoint_y` solve the implicit system; the gradient by the cost is
+//   H_ij = P_ij (w + l - (l C_ij + G_ij - adjoint_x_i - adjoint_y_j) / reg)
 // for incoming gradients w of the value, l of the linear value and G of the plan.
 template <class T>
 struct Reverse {
-  double value, linear;
+  double value, linear;  // w, l
   bool implicit() const { return linear != 0 || plan; }
-  const T* plan;  // G, n by m, or null
-  T* term_x;      // (n): C_ij = term_x_i + term_y_j - reg log P_ij
-  T* term_y;      // (padded m)
-  T* lift_x;      // (n)
-  T* lift_y;      // (padded m)
-  T* diagonal_x;  // (n): what multiplies a point itself in its gradient
-  T* diagonal_y;  // (m)
-  T* a;           // gradients by the weights, or null
-  T* b;
+  const T* plan;  // (n, m) G; null = zero
+  T* term_x;      // (n,) C_ij = term_x_i + term_y_j - reg log P_ij
+  T* term_y;      // (padded(m),)
+  T* adjoint_x;   // (n,) null unless implicit
+  T* adjoint_y;   // (padded(m),) null unless implicit
+  T* diagonal_x;  // (n,) factor of a point itself in its gradient
+  T* diagonal_y;  // (m,)
+  T* a;           // (n,) out: gradient by the weights; null = not wanted
+  T* b;           // (m,) out
 };
 
-// Called now and then during long work; true = stop.
+// Called from time to time during long work; true = stop.
 struct Poll {
   bool (*function)(void*);
   void* context;
   bool operator()() const { return function && function(context); }
 };
 
-// Asks a poll after every so many numbers of work that asking costs nothing.
+// Calls a poll once for so many numbers of work that the call costs next to nothing.
 class Pace {
  public:
   explicit Pace(Poll poll) : poll_(poll) {}
-  // Whether to stop, after work on `numbers` more.
+  // Whether to stop. Call it after work on `numbers` more numbers.
   bool stops(int64_t numbers) {
     done_ += numbers;
     if (done_ < kNumbers) return stopped_;
@@ -86,34 +88,35 @@ class Pace {
 
 template <class T>
 struct Kernels {
-  // Bytes of scratch that solve and reverse need.
+  // Bytes of scratch memory that solve and reverse need.
   size_t (*scratch)(int64_t n, int64_t m);
 
-  // `count` numbers of any type to T and back.
+  // Converts `count` contiguous numbers of any type to T, and back.
   void (*read)(Scalar type, const void* from, T* to, int64_t count);
   void (*write)(Scalar type, const T* from, void* to, int64_t count);
 
-  // Sum of the squares of each of `rows` rows of x (stride in elements).
+  // out_i = sum of the squares of row i. x is (rows, dim), `stride` elements from row to row; out is (rows,).
   void (*squares)(const T* x, int64_t rows, int64_t dim, int64_t stride, T* out);
 
-  // Products x y^T in rows [begin, end) of K become costs, prior included; false if anything is not finite.
-  // x, y (rows of `dim`, strides in elements) are read where the product has lost its digits.
+  // Turns the products x y^T in rows [begin, end) of K into costs, prior included; returns false if any number is not
+  // finite. x (end - begin, dim) and y (m, dim), strides in elements, are read where the product has lost its digits.
+  // distance is (n, m), out, for the Euclidean cost.
   bool (*cost)(Item<T>& item, int64_t begin, int64_t end, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
                int64_t dim, T* distance);
 
   void (*solve)(Item<T>& item, void* scratch, Poll poll);
-  void (*fail)(Item<T>& item);  // everything NaN
+  void (*fail)(Item<T>& item);  // sets all results to NaN
 
   void (*reverse)(const Item<T>& item, Reverse<T>& reverse, void* scratch, Poll poll);
-  // Rows [begin, end) of the matrix A for which the gradients are A y + diag x and A^T x + diag y; with a given cost,
-  // of the gradient itself. out is (end - begin, m).
+  // Rows [begin, end) of the matrix A such that the gradients by points are A y + diag x and A^T x + diag y; with a
+  // given cost, of the gradient by the cost. out is (end - begin, m), contiguous.
   void (*panel)(const Item<T>& item, const Reverse<T>& reverse, int64_t begin, int64_t end, T* out);
 
-  // out_i = diagonal_i * x_i, a matrix of rows by dim.
+  // out_i = diagonal_i * x_i. x and out are (rows, dim), strides in elements; diagonal is (rows,).
   void (*scale_rows)(const T* x, int64_t x_stride, const T* diagonal, int64_t rows, int64_t dim, T* out,
                      int64_t out_stride);
 
-  // Zeroes memory that is not read soon, past the caches where it is much.
+  // Zeroes memory that is not read soon. Large memory is written past the caches.
   void (*clear)(void* memory, size_t bytes);
 };
 

@@ -1,30 +1,31 @@
-// What the rest of the extension sees of the kernels. No CUDA header here, so that bindings.cpp compiles without the
+// How the rest of the extension launches the kernels. No CUDA header here, so that bindings.cpp compiles without the
 // toolkit.
 #pragma once
 
 #include <cstdint>
 
-#include "../problem.h"
-#include "tiling.h"
+#include "arguments.h"
 
 namespace otalign::cuda {
 
-enum Kind { kStrict, kRelaxed, kLift };  // kernels of a form
+enum Kind { kStrict, kRelaxed, kAdjoint };  // kernels of a shape
 struct Kernels {
-  const void* of[3];
+  const void* of[3];  // the device functions, by Kind
 };
-// The kernels in instances/, by the number of columns of their forms; `form` counts within a file.
-Kernels kernels_of_columns_32_64(int form);
-Kernels kernels_of_columns_128_256(int form);
-Kernels kernels_of_columns_512_1024(int form);
+// The kernels in instances/, by the number of columns of their shapes; `index` counts within a file.
+Kernels kernels_of_columns_32_64(int index);
+Kernels kernels_of_columns_128_256(int index);
+Kernels kernels_of_columns_512_1024(int index);
 
-// All of these return nullptr, or a string that begins with the name of CUDA's error, or tells why not; the thread's
-// next call may overwrite it. `device` becomes the current one. A plan needs of a problem its sizes, items and
-// relaxation.
-const char* plan(const Problem& problem, bool lift, int device, Choice* choice, int64_t* scratch);
+// Each of these returns nullptr, or an error: a string that begins with the name of CUDA's error, or says why there is
+// no launch. The thread's next call may overwrite it. `device` becomes the current one.
+
+// How the batch is to be launched, and the bytes of scratch memory that it needs. Of the problem it reads sizes, items
+// and relaxation.
+const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch);
 // Solves the batch; with `wait`, faults of the kernel are among the errors.
-const char* solve(const Problem& problem, int device, void* stream, bool wait);
+const char* solve(const CudaProblem& problem, int device, void* stream, bool wait);
 // Solves the implicit system.
-const char* lift(const Problem& problem, const Lifts& lifts, int device, void* stream, bool wait);
+const char* solve_adjoint(const CudaProblem& problem, const Adjoints& adjoints, int device, void* stream, bool wait);
 
 }  // namespace otalign::cuda
