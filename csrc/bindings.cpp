@@ -1,5 +1,5 @@
-// pybind11: integers to memory, nothing else. Arguments are validated in Python (otalign/problem.py), and what the CPU
-// engine is told of memory is checked by it before it reads or writes (cpu/batch.h).
+// pybind11: turns integers into memory, and nothing else. Arguments are validated in Python (otalign/problem.py). The
+// CPU engine checks the sizes of its memory before it reads or writes (cpu/batch.h).
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -8,18 +8,22 @@
 #include "cpu/blas.h"
 #include "cpu/engine.h"
 #include "cpu/pool.h"
+#include "cuda/arguments.h"
 #include "problem.h"
 #ifdef OTALIGN_WITH_CUDA
-#include "cuda/device.h"
-#include "cuda/resident.h"
+#include "cuda/launch.h"
+#include "cuda/query.h"
 #endif
 
 namespace py = pybind11;
 using namespace otalign;
+using cuda::Adjoints;
+using cuda::CudaProblem;
+using cuda::CudaSide;
 
 namespace {
 
-// Memory as a pair of its address, 0 being null, and its size in bytes. The address has to be right.
+// Memory as a pair: its address, 0 = null, and its size in bytes. Nothing checks the address.
 template <class Class, class T>
 void memory(py::class_<Class>& type, const char* name, Span<T> Class::* field) {
   type.def_property(
@@ -49,7 +53,7 @@ bool interrupted(void*) {
   return PyErr_CheckSignals() != 0;
 }
 
-// Runs without the GIL; a Ctrl-C stops it.
+// Calls without the GIL; Ctrl-C stops the call.
 template <class F>
 void run(F call) {
   bool finished;
@@ -108,10 +112,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("tol", &Problem::tol)
       .def_readwrite("symmetric", &Problem::symmetric)
       .def_readwrite("capacity", &Problem::capacity)
-      .def_readwrite("threads", &Problem::threads)
-      .def_readwrite("reg_of_all", &Problem::reg_of_all)
-      .def_readwrite("pitch", &Problem::pitch)
-      .def_property_readonly("itself", [](const Problem& p) { return reinterpret_cast<uintptr_t>(&p); });
+      .def_readwrite("threads", &Problem::threads);
   choice(problem, "cost", &Problem::cost, Cost::given);
   choice(problem, "given_type", &Problem::given_type, Scalar::f16);
   choice(problem, "prior", &Problem::prior, PriorKind::band);
@@ -124,7 +125,6 @@ PYBIND11_MODULE(_C, module) {
   memory(problem, "linear", &Problem::linear);
   memory(problem, "error", &Problem::error);
   memory(problem, "n_iter", &Problem::n_iter);
-  memory(problem, "scratch", &Problem::scratch);
 
   py::class_<Gradients> gradients(module, "Gradients");
   gradients.def(py::init([] { return Gradients{}; }));
@@ -137,32 +137,58 @@ PYBIND11_MODULE(_C, module) {
   memory(gradients, "a", &Gradients::a);
   memory(gradients, "b", &Gradients::b);
 
-  py::class_<Lifts> lifts(module, "Lifts");
-  lifts.def(py::init([] { return Lifts{}; }))
-      .def_readwrite("linear_step", &Lifts::linear_step)
-      .def_property_readonly("itself", [](const Lifts& l) { return reinterpret_cast<uintptr_t>(&l); });
-  memory(lifts, "linear", &Lifts::linear);
-  memory(lifts, "plan", &Lifts::plan);
-  memory(lifts, "x", &Lifts::x);
-  memory(lifts, "y", &Lifts::y);
+  py::class_<CudaSide> cuda_side(module, "CudaSide");
+  memory(cuda_side, "lengths", &CudaSide::lengths);
+  memory(cuda_side, "starts", &CudaSide::starts);
+  cuda_side.def_readwrite("size", &CudaSide::size).def_readwrite("rows", &CudaSide::rows);
+  memory(cuda_side, "weights", &CudaSide::weights);
+  memory(cuda_side, "potential", &CudaSide::potential);
+
+  py::class_<CudaProblem> cuda_problem(module, "CudaProblem");
+  cuda_problem.def(py::init([] { return CudaProblem{}; }))
+      .def_readwrite("items", &CudaProblem::items)
+      .def_readonly("x", &CudaProblem::x)
+      .def_readonly("y", &CudaProblem::y)
+      .def_readwrite("reg_of_all", &CudaProblem::reg_of_all)
+      .def_readwrite("rho_x", &CudaProblem::rho_x)
+      .def_readwrite("rho_y", &CudaProblem::rho_y)
+      .def_readwrite("max_iter", &CudaProblem::max_iter)
+      .def_readwrite("tol", &CudaProblem::tol)
+      .def_readwrite("pitch", &CudaProblem::pitch);
+  memory(cuda_problem, "costs", &CudaProblem::costs);
+  memory(cuda_problem, "reg", &CudaProblem::reg);
+  memory(cuda_problem, "init", &CudaProblem::init);
+  memory(cuda_problem, "value", &CudaProblem::value);
+  memory(cuda_problem, "linear", &CudaProblem::linear);
+  memory(cuda_problem, "error", &CudaProblem::error);
+  memory(cuda_problem, "n_iter", &CudaProblem::n_iter);
+  memory(cuda_problem, "scratch", &CudaProblem::scratch);
+
+  py::class_<Adjoints> adjoints(module, "Adjoints");
+  adjoints.def(py::init([] { return Adjoints{}; })).def_readwrite("linear_step", &Adjoints::linear_step);
+  memory(adjoints, "linear", &Adjoints::linear);
+  memory(adjoints, "plan", &Adjoints::plan);
+  memory(adjoints, "x", &Adjoints::x);
+  memory(adjoints, "y", &Adjoints::y);
 
   module.def("cpu_forward", [](const Problem& p) { run([&](Poll poll) { return cpu::forward(p, poll); }); });
   module.def("cpu_backward",
              [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
-  using Place = std::pair<uintptr_t, int64_t>;
-  module.def("cpu_unpack", [](const Problem& p, const Place& dense) {
+  using Memory = std::pair<uintptr_t, int64_t>;
+  module.def("cpu_unpack", [](const Problem& p, const Memory& dense) {
     const py::gil_scoped_release release;
     cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second});
   });
-  module.def("cpu_pack", [](const Problem& p, const Place& dense) {
+  module.def("cpu_pack", [](const Problem& p, const Memory& dense) {
     const py::gil_scoped_release release;
     cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second});
   });
 
-  py::class_<Block>(module, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Block& block) {
-    return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.size()));
-  });
-  module.def("pool_idle", &pool_idle);
+  py::class_<PooledMemory>(module, "PooledMemory", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](PooledMemory& memory) {
+        return py::buffer_info(static_cast<uint8_t*>(memory.data()), static_cast<py::ssize_t>(memory.size()));
+      });
 
   module.def("use_blas", [](const std::string& name, uintptr_t sgemm, uintptr_t dgemm, uintptr_t limit,
                             uintptr_t threads, uintptr_t set_threads) {
@@ -183,34 +209,21 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_reason") = OTALIGN_CUDA_REASON;
 #endif
 #ifdef OTALIGN_WITH_CUDA
-  module.def("cuda_scratch", [](const Problem& p, bool lift, int device) {
-    cuda::Choice choice;
+  module.def("cuda_scratch", [](const CudaProblem& p, bool adjoint, int device) {
+    cuda::LaunchConfig config;
     int64_t scratch = 0;
-    check(cuda::plan(p, lift, device, &choice, &scratch));
+    check(cuda::configure(p, adjoint, device, &config, &scratch));
     return scratch;
   });
-  module.def("cuda_choice", [](const Problem& p, bool lift, int device) {
-    cuda::Choice choice;
-    int64_t scratch = 0;
-    check(cuda::plan(p, lift, device, &choice, &scratch));
-    const cuda::Form& form = cuda::kForms[choice.form];
-    py::dict out;
-    out["form"] = py::make_tuple(form.width, form.lanes, form.rows, form.warps);
-    out["cluster"] = choice.cluster;
-    out["in_flight"] = choice.in_flight;
-    out["shared"] = choice.shared;
-    out["far"] = cuda::far_rows(choice, p.x.size);
-    out["bytes"] = choice.bytes;
-    return out;
-  });
-  module.def("cuda_solve", [](const Problem& p, int device, uintptr_t stream, bool wait) {
+  module.def("cuda_solve", [](const CudaProblem& p, int device, uintptr_t stream, bool wait) {
     const py::gil_scoped_release release;
     check(cuda::solve(p, device, reinterpret_cast<void*>(stream), wait));
   });
-  module.def("cuda_lift", [](const Problem& p, const Lifts& lifts, int device, uintptr_t stream, bool wait) {
-    const py::gil_scoped_release release;
-    check(cuda::lift(p, lifts, device, reinterpret_cast<void*>(stream), wait));
-  });
+  module.def("cuda_adjoint",
+             [](const CudaProblem& p, const Adjoints& adjoints, int device, uintptr_t stream, bool wait) {
+               const py::gil_scoped_release release;
+               check(cuda::solve_adjoint(p, adjoints, device, reinterpret_cast<void*>(stream), wait));
+             });
 #endif
   module.def("cuda_devices", [] {
     py::list out;
@@ -225,4 +238,25 @@ PYBIND11_MODULE(_C, module) {
 #endif
     return out;
   });
+
+  py::module_ testing = module.def_submodule("testing", "Hooks for tests only.");
+  testing.def("address", [](const CudaProblem& p) { return reinterpret_cast<uintptr_t>(&p); });
+  testing.def("address", [](const Adjoints& a) { return reinterpret_cast<uintptr_t>(&a); });
+  testing.def("pool_idle", &pool_idle);
+#ifdef OTALIGN_WITH_CUDA
+  testing.def("cuda_config", [](const CudaProblem& p, bool adjoint, int device) {
+    cuda::LaunchConfig config;
+    int64_t scratch = 0;
+    check(cuda::configure(p, adjoint, device, &config, &scratch));
+    const cuda::TileShape& shape = cuda::kTileShapes[config.shape];
+    py::dict out;
+    out["shape"] = py::make_tuple(shape.width, shape.lanes, shape.rows, shape.warps);
+    out["cluster"] = config.cluster;
+    out["in_flight"] = config.in_flight;
+    out["shared"] = config.shared;
+    out["off_chip"] = cuda::off_chip_rows(config, p.x.size);
+    out["bytes"] = config.bytes;
+    return out;
+  });
+#endif
 }

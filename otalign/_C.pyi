@@ -1,6 +1,6 @@
 """The compiled engine. Memory is a pair of its address, 0 for null, and its size in bytes.
 
-Fields are those of csrc/problem.h, which documents them.
+Fields are those of csrc/problem.h and csrc/cuda/arguments.h, which document them.
 """
 
 from typing import Any
@@ -56,20 +56,6 @@ class Problem:
     error: _Memory
     n_iter: _Memory
     threads: int
-    reg_of_all: float
-    pitch: int
-    scratch: _Memory
-    @property
-    def itself(self) -> int: ...
-
-class Lifts:
-    linear: _Memory
-    linear_step: int
-    plan: _Memory
-    x: _Memory
-    y: _Memory
-    @property
-    def itself(self) -> int: ...
 
 class Gradients:
     value: _Memory
@@ -81,8 +67,44 @@ class Gradients:
     a: _Memory
     b: _Memory
 
-class Block:
-    """A block of the engine's memory pool, through the buffer protocol."""
+class CudaSide:
+    lengths: _Memory
+    starts: _Memory
+    size: int
+    rows: int
+    weights: _Memory
+    potential: _Memory
+
+class CudaProblem:
+    items: int
+    @property
+    def x(self) -> CudaSide: ...
+    @property
+    def y(self) -> CudaSide: ...
+    costs: _Memory
+    reg: _Memory
+    reg_of_all: float
+    rho_x: float
+    rho_y: float
+    init: _Memory
+    max_iter: int
+    tol: float
+    value: _Memory
+    linear: _Memory
+    error: _Memory
+    n_iter: _Memory
+    pitch: int
+    scratch: _Memory
+
+class Adjoints:
+    linear: _Memory
+    linear_step: int
+    plan: _Memory
+    x: _Memory
+    y: _Memory
+
+class PooledMemory:
+    """Memory of the engine's pool, through the buffer protocol."""
 
     def __init__(self, size: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -91,11 +113,19 @@ def cpu_forward(problem: Problem, /) -> None: ...
 def cpu_backward(problem: Problem, gradients: Gradients, /) -> None: ...
 def cpu_unpack(problem: Problem, dense: _Memory, /) -> None: ...
 def cpu_pack(problem: Problem, dense: _Memory, /) -> None: ...
-def pool_idle() -> int: ...
-def use_blas(name: str, sgemm: int, dgemm: int, limit: int, /) -> None: ...
+def use_blas(name: str, sgemm: int, dgemm: int, limit: int, threads: int, set_threads: int, /) -> None: ...
 def blas() -> str: ...
-def cuda_scratch(problem: Problem, lift: bool, device: int, /) -> int: ...
-def cuda_choice(problem: Problem, lift: bool, device: int, /) -> dict[str, Any]: ...
-def cuda_solve(problem: Problem, device: int, stream: int, wait: bool, /) -> None: ...
-def cuda_lift(problem: Problem, lifts: Lifts, device: int, stream: int, wait: bool, /) -> None: ...
+def cuda_scratch(problem: CudaProblem, adjoint: bool, device: int, /) -> int: ...
+def cuda_solve(problem: CudaProblem, device: int, stream: int, wait: bool, /) -> None: ...
+def cuda_adjoint(problem: CudaProblem, adjoints: Adjoints, device: int, stream: int, wait: bool, /) -> None: ...
 def cuda_devices() -> list[tuple[str, int, int, int]]: ...
+
+class testing:
+    """A submodule: hooks for tests only."""
+
+    @staticmethod
+    def address(struct: CudaProblem | Adjoints, /) -> int: ...
+    @staticmethod
+    def pool_idle() -> int: ...
+    @staticmethod
+    def cuda_config(problem: CudaProblem, adjoint: bool, device: int, /) -> dict[str, Any]: ...

@@ -51,7 +51,7 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if otalign.backends.reason_missing("cpu") is None:
         engine = otalign.backends.extension.module()
         # The engine has its own pool of memory, which torch does not fill.
-        monkeypatch.setattr(engine, "Block", poisoned(engine.Block))
+        monkeypatch.setattr(engine, "PooledMemory", poisoned(engine.PooledMemory))
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -21,7 +21,7 @@ from otalign import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-KINDS = ("strict", "relaxed", "lift")
+KINDS = ("strict", "relaxed", "adjoint")
 
 
 class Kernel(NamedTuple):
@@ -53,8 +53,8 @@ def cuobjdump(*options: str) -> str:
 
 
 def kernel(symbol: str, architecture: str) -> Kernel | None:
-    form = re.search(r"LayoutILi(\d+)E", symbol)
-    kind = "lift" if "lift_kernel" in symbol else "relaxed" if "ELb1E" in symbol else "strict"
+    form = re.search(r"TilingILi(\d+)E", symbol)
+    kind = "adjoint" if "adjoint_kernel" in symbol else "relaxed" if "ELb1E" in symbol else "strict"
     return Kernel(architecture, kind, int(form[1])) if form else None
 
 
@@ -97,9 +97,9 @@ def candidates(instructions: list[tuple[int, str]]) -> Iterator[Loop]:
 
 
 def forms() -> list[tuple[int, int, int, int]]:
-    """Width, lanes across, rows of a thread, and warps of every form, as csrc/cuda/layout.h lists them."""
-    text = (ROOT / "csrc/cuda/layout.h").read_text()
-    listed = re.search(r"kForms\[\] = \{(.*?)\};", text, re.DOTALL)
+    """Width, lanes across, rows of a thread, and warps of every form, as csrc/cuda/tiling.h lists them."""
+    text = (ROOT / "csrc/cuda/tiling.h").read_text()
+    listed = re.search(r"kTileShapes\[\] = \{(.*?)\};", text, re.DOTALL)
     assert listed
     numbers = [int(number) for number in re.findall(r"\d+", listed[1])]
     return [(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)]
@@ -127,7 +127,7 @@ def table(found: list[dict[str, object]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     by_kernel: dict[tuple[object, ...], dict[object, dict[str, object]]] = {}
     for row in found:
-        if row["kernel"] != "lift":
+        if row["kernel"] != "adjoint":
             key = (row["columns"], row["rows_in_registers"], row["warps"], row["kernel"])
             by_kernel.setdefault(key, {})[row["architecture"]] = row
     for key, of in by_kernel.items():

@@ -1,33 +1,18 @@
-// What the forward and the backward pass share: memory, threads, tasks, and a problem's items one by one.
+// A batch as the forward and the backward pass see it: a checked problem, and its items one by one.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <initializer_list>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "../problem.h"
-#include "blas.h"
-#include "kernels.h"
+#include "isa.h"
+#include "parallel.h"
 
 namespace otalign::cpu {
-
-constexpr double kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
-constexpr double kSolveWork = 64;        // multiply-adds for each number of an item's cost, as a guess
 
 inline size_t bytes(Scalar type) { return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2; }
 template <class T>
@@ -35,138 +20,6 @@ constexpr Scalar scalar() {
   return sizeof(T) == 8 ? Scalar::f64 : Scalar::f32;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Bytes of a cache line.
-constexpr int64_t kLine = 64;
-inline bool aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % kLine == 0; }
-
-// Memory that starts at a cache line; not initialised.
-class Buffer {
- public:
-  explicit Buffer(size_t size = 0) : data_(size ? ::operator new(size, std::align_val_t(kLine)) : nullptr) {}
-  template <class T>
-  T* as(size_t offset = 0) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data_.get()) + offset);
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(kLine)); }
-  };
-  std::unique_ptr<void, Free> data_;
-};
-
-// Memory for each thread, in parts whose sizes are the most that any task asks for.
-class Scratch {
- public:
-  Scratch(int threads, std::initializer_list<size_t> parts) {
-    size_t total = 0;
-    for (size_t size : parts) {
-      offsets_.push_back(total);
-      total += (size + kLine - 1) / kLine * kLine;
-    }
-    for (int t = 0; t < threads; ++t) buffers_.emplace_back(total);
-  }
-  template <class T>
-  T* get(int thread, int part) const {
-    return buffers_[thread].as<T>(offsets_[part]);
-  }
-
- private:
-  std::vector<size_t> offsets_;
-  std::vector<Buffer> buffers_;
-};
-
-// Runs tasks in parallel, in their order, until the caller's poll says stop. What a task throws is thrown by `run`,
-// once no task runs any more: no exception may leave a parallel region.
-class Team {
- public:
-  Team(int threads, Poll poll) : threads_(std::max(1, threads)), poll_(poll) {}
-
-  int threads() const { return threads_; }
-  bool stopped() const { return stop_.load(std::memory_order_relaxed); }
-
-  // `work` is in multiply-adds: a little is not worth a second thread, which may have to be woken.
-  template <class F>
-  void run(int64_t tasks, double work, const F& task) {
-    const double useful = std::min(static_cast<double>(tasks), work / kThreadWork);
-    const int team = static_cast<int>(std::max(1.0, std::min<double>(threads_, useful)));
-    std::atomic<int64_t> next{0};
-    std::atomic<int> finished{0};
-#pragma omp parallel num_threads(team)
-    {
-      const OneThread one;
-#ifdef _OPENMP
-      const int thread = omp_get_thread_num(), members = omp_get_num_threads();
-#else
-      const int thread = 0, members = 1;
-#endif
-      Seat seat{this, thread == 0};
-      for (int64_t k = next++; k < tasks && !ask(&seat); k = next++) attempt(task, k, thread, Poll{&ask_stop, &seat});
-      finished.fetch_add(1, std::memory_order_release);
-      if (seat.caller) wait_for(finished, members, seat);
-    }
-    if (failure_) std::rethrow_exception(failure_);
-  }
-
- private:
-  struct Seat {
-    Team* team;
-    bool caller;
-  };
-
-  template <class F>
-  void attempt(const F& task, int64_t k, int thread, Poll poll) noexcept {
-    try {
-      task(k, thread, poll);
-    } catch (...) {
-      if (!failed_.exchange(true)) failure_ = std::current_exception();
-      stop_.store(true, std::memory_order_relaxed);
-    }
-  }
-
-  // The caller alone can ask whether to stop, so it does not sleep in the barrier while others work. Its naps are a
-  // small share of what it has waited, so that they cost as little.
-  static void wait_for(const std::atomic<int>& finished, int members, Seat& seat) {
-    const auto begin = std::chrono::steady_clock::now();
-    while (finished.load(std::memory_order_acquire) < members) {
-      ask(&seat);
-      const auto waited = std::chrono::steady_clock::now() - begin;
-      if (waited < std::chrono::milliseconds(1))
-        std::this_thread::yield();
-      else
-        std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(waited / 128, std::chrono::milliseconds(10)));
-    }
-  }
-
-  static bool ask_stop(void* seat) { return ask(static_cast<Seat*>(seat)); }
-  static bool ask(Seat* seat) {
-    Team& team = *seat->team;
-    if (seat->caller && team.poll_.function && !team.stopped()) {
-      const auto now = std::chrono::steady_clock::now();
-      if (now - team.asked_ > std::chrono::milliseconds(20)) {
-        team.asked_ = now;
-        if (team.poll_()) team.stop_.store(true, std::memory_order_relaxed);
-      }
-    }
-    return team.stopped();
-  }
-
-  const int threads_;
-  const Poll poll_;
-  std::atomic<bool> stop_{false}, failed_{false};
-  std::exception_ptr failure_;
-  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
-};
-
-struct Task {
-  int64_t item, begin, end;
-  double work;
-};
-
-inline void longest_first(std::vector<Task>& tasks) {
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
-}
 
 inline void check(bool valid, const char* what) {
   if (!valid) throw std::invalid_argument(what);
@@ -179,7 +32,7 @@ inline int64_t product(int64_t a, int64_t b) {
   return a * b;
 }
 
-// Throws unless there are `count` numbers of `size` bytes at `data`.
+// Throws unless `data` has room for `count` numbers of `size` bytes each.
 inline void need(const void* data, int64_t bytes, int64_t count, size_t size, const char* name) {
   const int64_t expected = product(count, static_cast<int64_t>(size));
   if (expected == 0 || (data && bytes >= expected)) return;
@@ -196,6 +49,7 @@ void need_if_any(const Span<T>& memory, int64_t count, size_t size, const char* 
   if (memory) need(memory, count, size, name);
 }
 
+// Element `offset` of `base`; null if that is null.
 template <class T>
 T* at(void* base, int64_t offset) {
   return base ? static_cast<T*>(base) + offset : nullptr;
@@ -204,6 +58,7 @@ template <class T>
 const T* at(const void* base, int64_t offset) {
   return base ? static_cast<const T*>(base) + offset : nullptr;
 }
+// The address of element `elements` of numbers of a type.
 inline const char* bytes_at(const void* base, int64_t elements, Scalar type) {
   return static_cast<const char*>(base) + elements * static_cast<int64_t>(bytes(type));
 }
@@ -211,21 +66,22 @@ inline char* bytes_at(void* base, int64_t elements, Scalar type) {
   return static_cast<char*>(base) + elements * static_cast<int64_t>(bytes(type));
 }
 
-// Zeroes the rows behind an item, in a tensor with `row` bytes for each row of a side.
+// Zeroes the padding behind item b in `out`, a tensor (rows of the side,) with `row` bytes a row.
 inline void zero_padding(const Side& side, int64_t items, int64_t b, void* out, size_t row) {
   const int64_t begin = side.row(b) + side.lengths[b];
   const int64_t end = !side.starts ? (b + 1) * side.size : b + 1 == items ? side.rows : begin;
   if (out && end > begin) kernels<float>().clear(static_cast<char*>(out) + begin * row, (end - begin) * row);
 }
-// Nothing is behind an item where there is none.
+// Without items there is no padding behind one: zeroes all of `out`.
 inline void zero_all(const Side& side, int64_t items, void* out, size_t row) {
   if (out && items == 0 && side.rows > 0) std::memset(out, 0, side.rows * row);
 }
 
-// A problem with lengths and offsets of its own, checked: whoever made them may change them at any moment.
-class Layout {
+// A problem whose lengths and offsets are checked. They are copied first, since the caller's memory may change at any
+// time.
+class CheckedProblem {
  public:
-  explicit Layout(const Problem& problem) : p(problem) {
+  explicit CheckedProblem(const Problem& problem) : p(problem) {
     check(p.items >= 0 && p.capacity >= 0, "sizes: expected numbers >= 0");
     own_side(p.x, kept_[0], kept_[1], {"x_lengths", "cu_seqlens_x", "max_seqlen_x"});
     own_side(p.y, kept_[2], kept_[3], {"y_lengths", "cu_seqlens_y", "max_seqlen_y"});
@@ -237,7 +93,7 @@ class Layout {
       check(total <= p.capacity, "capacity: too small for the plans of this batch");
     }
   }
-  Layout(const Layout&) = delete;
+  CheckedProblem(const CheckedProblem&) = delete;
 
   int64_t n(int64_t b) const { return p.x.lengths[b]; }
   int64_t m(int64_t b) const { return p.y.lengths[b]; }
@@ -246,8 +102,8 @@ class Layout {
   void check_plan(size_t number) const { need(p.plan, p.capacity, number, "plan"); }
 
   Problem p;
-  std::vector<int64_t> offsets;  // of the items' plans
-  int64_t total = 0;             // numbers in all plans
+  std::vector<int64_t> offsets;  // (B,) first element of each item's plan
+  int64_t total = 0;             // elements in all plans
 
  private:
   struct Names {
@@ -288,9 +144,9 @@ class Layout {
 };
 
 template <class T>
-class Batch : public Layout {
+class Batch : public CheckedProblem {  // T is the type of the computation
  public:
-  explicit Batch(const Problem& problem) : Layout(problem) {
+  explicit Batch(const Problem& problem) : CheckedProblem(problem) {
     check_options();
     check_side(p.x, "x", "a");
     check_side(p.y, "y", "b");
@@ -342,10 +198,10 @@ class Batch : public Layout {
   }
   bool converts(const Side& side) const { return side.points && side.points_type != scalar<T>(); }
 
-  // A BLAS may round by where in a cache line a matrix starts, and by how far apart its rows are. So that the bits of
-  // an item are the same in every batch and layout, both depend on the item's sizes alone: the products see points,
-  // and their gradients, at the start of a line and `product_stride` apart. Where they do not lie like that, the
-  // products see a copy; `may_copy` says whether any of a side's do.
+  // A BLAS may round differently with the place in a cache line where a matrix starts, and with the stride of its rows.
+  // The bits of an item have to be the same in every batch and layout, so both depend on the item's sizes alone: the
+  // products read points, and write their gradients, at the start of a line and `product_stride` apart. Points that are
+  // not placed like that are copied first; `may_copy` says whether a side may have any.
   int64_t product_stride(const Side& side, int64_t columns) const {
     return std::max<int64_t>(1, converts(side) ? columns : p.dim);
   }
@@ -372,7 +228,7 @@ class Batch : public Layout {
     check(p.dim >= 0 && p.dim < INT32_MAX, "D: too large for the BLAS");
   }
 
-  // A side's vectors, and its points as far as strides lead.
+  // Checks the memory of a side's vectors, and of its points up to the last that the strides lead to.
   void check_side(const Side& side, const char* name, const char* weights) {
     for (const Span<void>* vector : {&side.potential, &side.mass, &side.scale, &side.exponent})
       need(*vector, side.rows, sizeof(T), name);
@@ -401,21 +257,22 @@ class Batch : public Layout {
   std::vector<double> reg_;
 };
 
-// A block of an item's points as T, as the products want them: in place, or copied into `buffer`.
+// Some rows and columns of an item's points as T.
 template <class T>
-struct Block {
-  const T* data;
-  int64_t stride;
+struct PointsView {
+  const T* data;   // (rows, columns), columns contiguous
+  int64_t stride;  // elements from one row to the next
 };
-// A kept exponent as a number for scalbn, were it changed meanwhile.
+// An exponent from Side::exponent for scalbn; 0 if the caller has written something else there since the forward pass.
 template <class T>
 int power(T exponent) {
   return std::abs(exponent) < 5000 ? static_cast<int>(exponent) : 0;
 }
 
-// Points over two to the power of what `exponent` says of each, in `store`.
+// Each point over 2^exponent, in `store` (rows, stride); exponent is (rows,).
 template <class T>
-Block<T> over_powers(Block<T> points, int64_t rows, int64_t columns, const T* exponent, T* store, int64_t stride) {
+PointsView<T> over_powers(PointsView<T> points, int64_t rows, int64_t columns, const T* exponent, T* store,
+                          int64_t stride) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t d = 0; d < columns; ++d)
       store[i * stride + d] = std::scalbn(points.data[i * points.stride + d], -power(exponent[i]));
@@ -426,9 +283,11 @@ bool any_power(const T* exponent, int64_t rows) {
   return std::any_of(exponent, exponent + rows, [](T e) { return e != 0; });
 }
 
+// Rows and columns of item b's points, placed as the products require: in place, or copied into `buffer`, which has
+// room for `rows` rows of `product_stride` elements.
 template <class T>
-Block<T> read_block(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
-                    int64_t columns, T* buffer) {
+PointsView<T> read_points(const Batch<T>& batch, const Side& side, int64_t b, int64_t row, int64_t rows, int64_t column,
+                          int64_t columns, T* buffer) {
   const int64_t stride = batch.product_stride(side, columns);
   const char* const points = batch.points(side, b, row, column);
   if (batch.in_place(side, points, side.row_stride)) return {reinterpret_cast<const T*>(points), stride};

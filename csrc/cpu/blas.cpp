@@ -6,6 +6,7 @@
 namespace otalign {
 namespace {
 
+// Fortran's gemm: transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc; column-major.
 template <class T>
 using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
                       const T*, const int*, const T*, T*, const int*);
@@ -22,7 +23,8 @@ struct Library {
   SetThreads set_threads = nullptr;
 } library;
 
-// Of a library whose number of threads is of the whole process: how many want it to be one, and what it was before.
+// For a library with one number of threads for the whole process: how many OneThread objects there are, and the number
+// before the first.
 std::mutex mutex;
 int limited = 0, before_all = 0;
 

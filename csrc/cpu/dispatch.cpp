@@ -1,7 +1,8 @@
+// The choice of the instruction set.
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "isa.h"
 
 namespace otalign {
 
@@ -21,7 +22,7 @@ extern const Isa kIsa;
 
 namespace {
 
-// OTALIGN_SIMD=baseline|avx2|avx512 lowers the choice, to test what other machines would run.
+// OTALIGN_SIMD=baseline|avx2|avx512 lowers the choice, to test the code that other processors run.
 bool allowed(const char* name) {
   static const char* const order[] = {"baseline", "avx2", "avx512"};
   const char* most = std::getenv("OTALIGN_SIMD");

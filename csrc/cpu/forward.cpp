@@ -1,20 +1,19 @@
-// The forward pass: costs by blocks of rows, then one solve for each item.
+// The forward pass: costs in tasks of some rows, then one solve for each item.
 #include "batch.h"
 #include "engine.h"
 
 namespace otalign::cpu {
 namespace {
 
-constexpr int64_t kBlock = 256;  // rows of a block of the cost
-constexpr int64_t kRows = 16;    // of which a block has a multiple: whole cache lines, for any D
-constexpr double kBlockWork =
-    4.0 * (1ll << 30);  // most multiply-adds of a block, since a product cannot be interrupted
+constexpr int64_t kCostRows = 256;               // rows of a task of the cost, about
+constexpr int64_t kRowsMultiple = 16;            // a task has a multiple of so many rows: whole cache lines, for any D
+constexpr double kCostWork = 4.0 * (1ll << 30);  // most multiply-adds of a task, since a product cannot be interrupted
 
-// Norms between whose reciprocals nothing over- or underflows: not their squares, nor the products of two.
+// Norms from kShortest to 1 / kShortest have squares and products of two that neither overflow nor underflow.
 template <class T>
 constexpr T kShortest = sizeof(T) == 4 ? T(1e-15) : T(1e-140);
 
-// The exponent that brings a row's largest number to between 1/2 and 1; 0 for rows of zeros, or not of numbers.
+// The exponent e such that the largest number of a row over 2^e is in [1/2, 1); 0 if all are zero or any is not finite.
 template <class T>
 int exponent_of(const T* row, int64_t dim) {
   T largest = 0;
@@ -28,16 +27,17 @@ int exponent_of(const T* row, int64_t dim) {
   return exponent;
 }
 
-// What the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the distances.
-// The cosine does not know lengths, but its squares do: points too long or too short for them are over 2^exponent here
-// and wherever else they are used. Returns whether there are any.
+// Writes what the products of `rows` points are scaled with: reciprocal norms for the cosine, squared norms for the
+// distances; `out` and `exponent` are (rows,). The cosine does not depend on lengths, but the squares of very long or
+// very short points leave the range of T: such points are taken over 2^exponent, here and wherever else they are used.
+// Returns whether there are any.
 template <class T>
-bool scales(const Problem& p, Block<T> points, int64_t rows, T* out, T* exponent) {
+bool scales(const Problem& p, PointsView<T> points, int64_t rows, T* out, T* exponent) {
   if (p.cost == Cost::dot) return false;
   kernels<T>().squares(points.data, rows, p.dim, points.stride, out);
   if (p.cost != Cost::cosine) return false;
   constexpr T least = kShortest<T> * kShortest<T>;
-  bool wild = false;
+  bool rescale = false;
   for (int64_t i = 0; i < rows; ++i) {
     exponent[i] = 0;
     if (out[i] >= least && out[i] <= 1 / least) {
@@ -45,7 +45,7 @@ bool scales(const Problem& p, Block<T> points, int64_t rows, T* out, T* exponent
       continue;
     }
     exponent[i] = static_cast<T>(exponent_of(points.data + i * points.stride, p.dim));
-    wild = wild || exponent[i] != 0;
+    rescale = rescale || exponent[i] != 0;
     T square = 0;
     for (int64_t d = 0; d < p.dim; ++d) {
       const T z = std::scalbn(points.data[i * points.stride + d], -power(exponent[i]));
@@ -53,10 +53,11 @@ bool scales(const Problem& p, Block<T> points, int64_t rows, T* out, T* exponent
     }
     out[i] = square == 0 ? T(0) : square < T(HUGE_VAL) ? 1 / std::sqrt(square) : static_cast<T>(NAN);
   }
-  return wild;
+  return rescale;
 }
 
-// Rows [begin, end) of an item's cost; false if any is not finite.
+// Rows [begin, end) of an item's cost; false if any is not finite. Buffers: x (rows, D), y (m, D), scale_y and
+// exponent_y (m,).
 template <class T>
 bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer, T* y_buffer, T* scale_y,
                 T* exponent_y, Poll poll) {
@@ -76,20 +77,61 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
     }
     return kernels<T>().cost(it, task.begin, task.end, nullptr, 0, nullptr, 0, 0, nullptr);
   }
-  Block<T> x = read_block(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
-  Block<T> y = read_block(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
+  PointsView<T> x = read_points(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
+  PointsView<T> y = read_points(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
   T* const exponent_x = at<T>(p.x.exponent, p.x.row(b) + task.begin);
-  const bool wild_x = scales(p, x, rows, const_cast<T*>(it.scale_x) + task.begin, exponent_x);
-  const bool wild_y = scales(p, y, it.m, scale_y, exponent_y);
+  const bool rescale_x = scales(p, x, rows, const_cast<T*>(it.scale_x) + task.begin, exponent_x);
+  const bool rescale_y = scales(p, y, it.m, scale_y, exponent_y);
   if (task.begin == 0 && p.cost != Cost::dot) std::copy_n(scale_y, it.m, const_cast<T*>(it.scale_y));
   if (task.begin == 0 && p.cost == Cost::cosine) std::copy_n(exponent_y, it.m, at<T>(p.y.exponent, p.y.row(b)));
   it.scale_y = scale_y;
-  const Buffer tame_x((wild_x ? rows * p.dim : 0) * sizeof(T)), tame_y((wild_y ? it.m * p.dim : 0) * sizeof(T));
-  if (wild_x) x = over_powers(x, rows, p.dim, exponent_x, tame_x.as<T>(), p.dim);
-  if (wild_y) y = over_powers(y, it.m, p.dim, exponent_y, tame_y.as<T>(), p.dim);
+  const Buffer rescaled_x((rescale_x ? rows * p.dim : 0) * sizeof(T)),
+      rescaled_y((rescale_y ? it.m * p.dim : 0) * sizeof(T));
+  if (rescale_x) x = over_powers(x, rows, p.dim, exponent_x, rescaled_x.as<T>(), p.dim);
+  if (rescale_y) y = over_powers(y, it.m, p.dim, exponent_y, rescaled_y.as<T>(), p.dim);
   gemm_nt(rows, it.m, p.dim, x.data, x.stride, y.data, y.stride, out, it.m);
   return kernels<T>().cost(it, task.begin, task.end, x.data, x.stride, y.data, y.stride, p.dim,
                            const_cast<T*>(it.distance));
+}
+
+// The tasks of the cost: rows of each item, longest first.
+template <class T>
+std::vector<Task> cost_tasks(const Batch<T>& batch) {
+  const Problem& p = batch.p;
+  std::vector<Task> tasks;
+  for (int64_t b = 0; b < p.items; ++b) {
+    if (batch.empty(b) || p.cost == Cost::given) continue;
+    const int64_t n = batch.n(b), m = batch.m(b);
+    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / kCostWork);
+    const int64_t pieces = std::max<int64_t>({1, (n + kCostRows / 2) / kCostRows, std::min(n, heavy)});
+    const int64_t rows = ceil_div(ceil_div(n, pieces), kRowsMultiple) * kRowsMultiple;
+    for (int64_t i = 0; i < n; i += rows) {
+      const int64_t end = std::min(n, i + rows);
+      tasks.push_back({b, i, end, static_cast<double>(end - i) * m});
+    }
+  }
+  longest_first(tasks);
+  return tasks;
+}
+
+// Zeroes those outputs of an item that neither its cost nor its solve writes.
+template <class T>
+void zero_unwritten(const Batch<T>& batch, const Item<T>& it, int64_t b) {
+  const Problem& p = batch.p;
+  const int64_t used = it.n * it.m;
+  for (T* matrix : {it.K, const_cast<T*>(it.distance)})
+    if (matrix) std::fill_n(matrix + used, plan_stride(it.n, it.m) - used, T(0));
+  if (batch.empty(b) || p.cost == Cost::given || p.cost == Cost::dot) {
+    std::fill_n(at<T>(p.x.scale, p.x.row(b)), it.n, T(0));
+    std::fill_n(at<T>(p.y.scale, p.y.row(b)), it.m, T(0));
+  }
+  if (batch.empty(b) || p.cost != Cost::cosine) {
+    std::fill_n(at<T>(p.x.exponent, p.x.row(b)), it.n, T(0));
+    std::fill_n(at<T>(p.y.exponent, p.y.row(b)), it.m, T(0));
+  }
+  if (!batch.empty(b)) return;
+  for (T* vector : {it.f, it.mass_x}) std::fill_n(vector, it.n, T(0));
+  for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
 }
 
 template <class T>
@@ -98,60 +140,41 @@ bool forward(const Problem& problem, Poll poll) {
   const Problem& p = batch.p;
   for (const Span<void>* numbers : {&p.value, &p.linear}) need(*numbers, p.items, sizeof(T), "value");
   need(p.n_iter, p.items, sizeof(int32_t), "n_iter");
-  std::vector<Task> blocks, items;
+  const std::vector<Task> costs = cost_tasks(batch);
+  std::vector<Task> items;
+  double elements = 0;  // of all costs
   for (int64_t b = 0; b < p.items; ++b) {
-    const int64_t n = batch.n(b), m = batch.m(b);
-    items.push_back({b, 0, 0, static_cast<double>(n) * m});
-    if (batch.empty(b) || p.cost == Cost::given) continue;
-    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / kBlockWork);
-    const int64_t pieces = std::max<int64_t>({1, (n + kBlock / 2) / kBlock, std::min(n, heavy)});
-    const int64_t rows = ceil_div(ceil_div(n, pieces), kRows) * kRows;
-    for (int64_t i = 0; i < n; i += rows) {
-      const int64_t end = std::min(n, i + rows);
-      blocks.push_back({b, i, end, static_cast<double>(end - i) * m});
-    }
+    items.push_back({b, 0, 0, static_cast<double>(batch.n(b)) * batch.m(b)});
+    elements += items.back().work;
   }
-  longest_first(blocks);
   longest_first(items);
 
   Team team(p.threads, poll);
-  const size_t block_rows = std::min<int64_t>(batch.most_n, 2 * kBlock);
-  const Scratch scratch(team.threads(), {batch.may_copy(p.x) ? block_rows * p.dim * sizeof(T) : 0,
+  const size_t rows = std::min<int64_t>(batch.most_n, 2 * kCostRows);
+  enum Part { kX, kY, kNormsOfY, kSolve };
+  const Scratch scratch(team.threads(), {batch.may_copy(p.x) ? rows * p.dim * sizeof(T) : 0,
                                          batch.may_copy(p.y) ? batch.most_m * p.dim * sizeof(T) : 0,
                                          2 * batch.most_m * sizeof(T), batch.scratch});
   std::vector<std::atomic<bool>> broken(p.items);
-  double elements = 0;
-  for (const Task& item : items) elements += item.work;
-  team.run(blocks.size(), elements * p.dim, [&](int64_t k, int thread, Poll stop) {
-    const Task& task = blocks[k];
-    const bool finite =
-        build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, 0), scratch.get<T>(thread, 1),
-                   scratch.get<T>(thread, 2), scratch.get<T>(thread, 2) + batch.most_m, stop);
-    if (!finite) broken[task.item].store(true, std::memory_order_relaxed);
+  team.run(costs.size(), elements * p.dim, [&](int64_t k, int thread, Poll stop) {
+    const Task& task = costs[k];
+    T* const norms = scratch.get<T>(thread, kNormsOfY);
+    if (!build_cost(batch, batch.item(task.item), task, scratch.get<T>(thread, kX), scratch.get<T>(thread, kY), norms,
+                    norms + batch.most_m, stop))
+      broken[task.item].store(true, std::memory_order_relaxed);
   });
   team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
-    const int64_t used = it.n * it.m;
-    for (T* matrix : {it.K, const_cast<T*>(it.distance)})
-      if (matrix) std::fill_n(matrix + used, plan_stride(it.n, it.m) - used, T(0));
-    if (batch.empty(b) || p.cost == Cost::given || p.cost == Cost::dot) {
-      std::fill_n(at<T>(p.x.scale, p.x.row(b)), it.n, T(0));
-      std::fill_n(at<T>(p.y.scale, p.y.row(b)), it.m, T(0));
-    }
-    if (batch.empty(b) || p.cost != Cost::cosine) {
-      std::fill_n(at<T>(p.x.exponent, p.x.row(b)), it.n, T(0));
-      std::fill_n(at<T>(p.y.exponent, p.y.row(b)), it.m, T(0));
-    }
-    if (batch.empty(b)) {
-      for (T* vector : {it.f, it.mass_x}) std::fill_n(vector, it.n, T(0));
-      for (T* vector : {it.g, it.mass_y}) std::fill_n(vector, it.m, T(0));
-    } else if (broken[b].load(std::memory_order_relaxed) ||
-               (p.cost == Cost::given &&
-                !build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr, stop))) {
-      kernels<T>().fail(it);
-    } else {
-      kernels<T>().solve(it, scratch.get<char>(thread, 3), stop);
+    zero_unwritten(batch, it, b);
+    if (!batch.empty(b)) {
+      const bool finite = p.cost == Cost::given
+                              ? build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr, stop)
+                              : !broken[b].load(std::memory_order_relaxed);
+      if (finite)
+        kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop);
+      else
+        kernels<T>().fail(it);
     }
     static_cast<T*>(p.value)[b] = static_cast<T>(it.value);
     static_cast<T*>(p.linear)[b] = static_cast<T>(it.linear);

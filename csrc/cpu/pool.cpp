@@ -22,7 +22,7 @@ struct Pool {
   size_t bytes = 0;
 };
 
-// Never destroyed: blocks may outlive everything else at exit.
+// Never destroyed: allocations may outlive everything else at exit.
 Pool& pool() {
   static Pool* const one = new Pool;
   return *one;
@@ -45,10 +45,10 @@ size_t pool_idle() {
   return pool().bytes;
 }
 
-Block::Block(size_t size) : size_(size), capacity_((size + kPage - 1) / kPage * kPage) {
+PooledMemory::PooledMemory(size_t size) : size_(size), capacity_((size + kPage - 1) / kPage * kPage) {
   if (size > SIZE_MAX / 2) throw std::bad_alloc();
   {
-    // The block that fits best, unless more than a quarter of it would be wasted.
+    // The smallest allocation that is large enough, if at most a quarter more than needed.
     const std::lock_guard<std::mutex> lock(pool().mutex);
     auto& blocks = pool().blocks;
     auto best = blocks.end();
@@ -67,7 +67,7 @@ Block::Block(size_t size) : size_(size), capacity_((size + kPage - 1) / kPage * 
   data_ = ::operator new(capacity_, std::align_val_t(kPage));
 }
 
-Block::~Block() {
+PooledMemory::~PooledMemory() {
   if (capacity_ > pool_limit()) {
     give_back(data_);
     return;
@@ -82,7 +82,7 @@ Block::~Block() {
   try {
     blocks.push_back({data_, capacity_});
     pool().bytes += capacity_;
-  } catch (const std::bad_alloc&) {  // there is no memory to remember it in
+  } catch (const std::bad_alloc&) {  // the list cannot grow
     give_back(data_);
   }
 }

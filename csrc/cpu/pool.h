@@ -1,19 +1,19 @@
-// Memory for the large results: blocks that are handed out again instead of going back to the system.
+// Memory for the large results, which is kept and reused instead of returned to the system.
 //
-// The C library returns every allocation above 32 MiB to the system at once, so that a training step would fault its
-// gradients in page by page each time, which takes longer than computing them.
+// The C library returns every allocation above 32 MiB to the system at once. Without the pool each training step would
+// fault in its gradients page by page, which takes longer than computing them.
 #pragma once
 
 #include <cstddef>
 
 namespace otalign {
 
-// A block of at least `size` bytes, aligned to a page; its contents are arbitrary. Goes back to the pool at the end.
-class Block {
+// At least `size` bytes, aligned to a page; the contents are arbitrary. The destructor returns them to the pool.
+class PooledMemory {
  public:
-  explicit Block(size_t size);
-  ~Block();
-  Block(const Block&) = delete;
+  explicit PooledMemory(size_t size);
+  ~PooledMemory();
+  PooledMemory(const PooledMemory&) = delete;
   void* data() const { return data_; }
   size_t size() const { return size_; }
 
@@ -22,8 +22,9 @@ class Block {
   void* data_;
 };
 
-// Bytes that may lie idle in the pool: OTALIGN_POOL_MB, 512 unless set; 0 switches it off.
+// The most bytes that the pool keeps: OTALIGN_POOL_MB, 512 unless set; 0 switches it off.
 size_t pool_limit();
+// The bytes that it keeps now.
 size_t pool_idle();
 
 }  // namespace otalign

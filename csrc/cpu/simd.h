@@ -1,7 +1,7 @@
 // Vectors of the instruction set that this file is compiled for, by the compilers' vector extension.
 //
-// Everything lives in a namespace named after the instruction set, so that no object file offers the linker a copy of
-// a function that another one needs for other hardware.
+// Everything is in a namespace named after the instruction set. Otherwise object files for different hardware would
+// define the same functions, and the linker would keep one of them for all.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +65,7 @@ struct Simd {
   static OTALIGN_INLINE V min(V a, V b) { return a < b ? a : b; }
   static OTALIGN_INLINE V abs(V a) { return max(a, -a); }
 
-  // Lanes below count.
+  // A mask of the first `count` lanes.
   static OTALIGN_INLINE I first(int count) {
     I lane;
     for (int k = 0; k < W; ++k) lane[k] = k;
@@ -127,7 +127,7 @@ struct Simd {
       return fold<2 * H>(rows);
     }
   }
-  // Lane l gets a[l] + a[l + H] where bit H of l is clear, b[l] + b[l - H] where it is set: a blend and a shuffle.
+  // Lane l gets a[l] + a[l + H] if bit H of l is clear, b[l] + b[l - H] if it is set: a blend and a shuffle.
   template <int H>
   static OTALIGN_INLINE V interleave(V a, V b) {
     I stay, move;

@@ -1,4 +1,4 @@
-// Sinkhorn's iterations for one item: multiply-adds on an absorbed kernel, exact wherever floats run out (absorb.h).
+// Sinkhorn's iterations for one item: multiply-adds on an absorbed kernel, exact wherever floats overflow (absorb.h).
 #pragma once
 
 #include <cmath>
@@ -6,65 +6,17 @@
 #include <utility>
 
 #include "../absorb.h"
-#include "kernels.h"
+#include "entries.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace otalign::OTALIGN_ISA {
 
-// Calls f(j, count, inside) for each vector of a row of m numbers; the last may hold fewer.
-template <class T, class F>
-static OTALIGN_INLINE void for_vectors(int64_t m, F f) {
-  constexpr int W = Simd<T>::W;
-  int64_t j = 0;
-#pragma GCC unroll 2
-  for (; j + W <= m; j += W) f(j, W, typename Simd<T>::I{} - 1);
-  if (j < m) f(j, static_cast<int>(m - j), Simd<T>::first(static_cast<int>(m - j)));
-}
-
-// Cuts aligned arrays out of one block of scratch memory, set to zero.
-struct Arena {
-  char* next;
-  template <class N>
-  N* take(int64_t count) {
-    N* out = reinterpret_cast<N*>(next);
-    next += (count * sizeof(N) + 63) / 64 * 64;
-    for (int64_t k = 0; k < count; ++k) out[k] = N(0);
-    return out;
-  }
-};
-
-// An entry of K as its exponent, and back.
-template <class T>
-static OTALIGN_INLINE typename Simd<T>::V exponent(typename Simd<T>::V k) {
-  using S = Simd<T>;
-  const auto positive = k > 0, small = k <= S::splat(-Absorb<T>::kFar);
-  const auto t = S::select(positive, log<T>(S::select(positive, k, S::splat(1))), k);
-  return S::any(~(positive | small)) ? S::select(positive | small, t, -1 / k) : t;
-}
-template <class T>
-static OTALIGN_INLINE typename Simd<T>::V entry(typename Simd<T>::V t) {
-  using S = Simd<T>;
-  const auto small = t<S::splat(-Absorb<T>::kFar), large = t> S::splat(Absorb<T>::kFar);
-  const auto k = S::select(small, t, exp<T>(t));
-  return S::any(large) ? S::select(large, -1 / t, k) : k;
-}
-// The entry k after its exponent has grown by `shift`, with factor = exp(shift): a product wherever floats can hold it.
-template <class T>
-static OTALIGN_INLINE typename Simd<T>::V grown(typename Simd<T>::V k, typename Simd<T>::V factor,
-                                                typename Simd<T>::V shift) {
-  using S = Simd<T>;
-  const auto low = S::splat(std::exp(-Absorb<T>::kFar)), high = S::splat(std::exp(Absorb<T>::kFar));
-  const auto product = k * factor;
-  const auto held = (k > 0) & (product > low) & (product < high) & (factor > low) & (factor < high);
-  if (!S::any(~held)) return product;
-  return S::select(held, product, entry<T>(exponent<T>(k) + shift));
-}
-
-// K_ij = exp(phi_i + gamma_j - C_ij / reg) r_i r_j, with r powers of two near the roots of the weights, so
-// that points of very small weight keep K in the range of floats: an entry that matters to its row or column lies
-// within 45 nats (in float) of one. Points that carry no mass, since their weight is zero or since nothing with mass
-// reaches them, have a factor of one, and have no part in the iterations: their sums count as one, and their potentials
-// are made in the end.
+// K_ij = exp(phi_i + gamma_j - C_ij / reg) r_i r_j, where r are powers of two near the roots of the weights. They keep
+// K in the range of floats for points of very small weight: an entry that matters to its row or column has an exponent
+// within 45 (in float) of zero. Points without mass, because their weight is zero or because they are unreached (at
+// infinite cost to all mass), have r = 1 and take no part in the iterations: their sums count as one, and their
+// potentials are computed at the end.
 template <class T>
 class Solver {
   using S = Simd<T>;
@@ -88,13 +40,13 @@ class Solver {
     for (double** vector : {&phi, &log_root_a, &next_log}) *vector = arena.take<double>(n);
     for (double** vector : {&gamma, &log_root_b}) *vector = arena.take<double>(m);
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
-    keep_x = damping(it.reg, it.rho_x);
-    keep_y = damping(it.reg, it.rho_y);
+    damping_x = damping(it.reg, it.rho_x);
+    damping_y = damping(it.reg, it.rho_y);
     for (int64_t i = 0; i < n; ++i) a[i] = it.a ? it.a[i] : T(1) / n;
     for (int64_t j = 0; j < m; ++j) b[j] = it.b ? it.b[j] : T(1) / m;
   }
 
-  // False if there is no finite solution, or if it was told to stop.
+  // Returns false if there is no finite solution, or if the poll has stopped it.
   bool run(Poll poll) {
     if (!weights_valid() || !begin()) return false;
     double error = 0;
@@ -122,8 +74,8 @@ class Solver {
     return valid;
   }
 
-  // What iterations start from: K at the potentials gamma of `init` and, for rows, those that make the largest entry
-  // one (or at zero, if symmetric), and which points carry mass.
+  // Prepares the iterations: K at the potentials gamma of `init` and phi that make each row's largest entry one (or at
+  // zero, if symmetric), and the weights of the points that carry mass. Returns false if `init` is not finite.
   bool begin() {
     for (int64_t j = 0; j < m; ++j) {
       gamma[j] = it.init ? it.init[j] / it.reg : 0.0;
@@ -143,7 +95,7 @@ class Solver {
       log_root_a[i] = exponent * kLog2;
       rest_a[i] = a[i] / root;
       over_root_a[i] = a[i] > 0 ? 1 / root : T(0);
-      z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
+      z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     }
     for (int64_t j = 0; j < m; ++j) {
       const int exponent = root_exponent(b[j]);
@@ -157,7 +109,7 @@ class Solver {
     return true;
   }
 
-  // The least C - g of a row over the points that have mass; infinite if it reaches none.
+  // The least C - g of a row over the points that have mass; infinite if the row is unreached.
   T lowest_cost(int64_t i) const {
     const T* cost = it.K + i * m;
     V least = S::splat(T(HUGE_VAL));
@@ -168,7 +120,7 @@ class Solver {
     return S::smallest(least);
   }
 
-  // Columns that no row with mass reaches. Without infinite costs there are none, which the first row tells.
+  // Takes out unreached columns. If the first row with mass has no infinite cost, there are none.
   void take_out_columns() {
     const V infinity = S::splat(T(HUGE_VAL));
     for (int64_t j = 0; j < padded(m); ++j) column[j] = T(HUGE_VAL);
@@ -187,15 +139,16 @@ class Solver {
       if (column[j] == T(HUGE_VAL)) take_out(b[j], it.rho_y);
   }
 
-  // A point that nothing with mass reaches carries none; where it has to, no plan has the marginals.
+  // An unreached point carries no mass. If its marginal is strict, no plan has that marginal: the error keeps its
+  // weight.
   void take_out(T& weight, double rho) {
     if (is_strict(rho)) missing += weight;
     weight = 0;
   }
 
   void build() {
-    const T per_reg = static_cast<T>(1 / it.reg);
-    const V most = S::splat(Absorb<T>::kFar);
+    const T inv_reg = static_cast<T>(1 / it.reg);
+    const V most = S::splat(Absorb<T>::kEntryRange);
     for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
     V extreme{}, largest{};
     for (int64_t i = 0; i < n; ++i) {
@@ -205,11 +158,11 @@ class Solver {
       const T root = a[i] > 0 ? 1 / over_root_a[i] : T(1);
       const auto exponents = [&](auto make) {
         for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-          const V density = (lowest - S::load(cost + j) + S::load(top + j)) * per_reg;
+          const V density = (lowest - S::load(cost + j) + S::load(top + j)) * inv_reg;
           const V t = density + (S::load(column + j) + half);
           extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
           largest = S::select(inside, S::max(largest, t), largest);
-          // Times powers of two nothing is rounded, which counts where reg is large against the cost.
+          // A product with powers of two is not rounded, which matters if reg is large against the cost.
           S::store(row + j, make(t, exp<T>(density) * (S::load(root_b + j) * root), density < most), count);
         });
       };
@@ -218,13 +171,13 @@ class Solver {
       else  // no exponent is positive
         exponents([&](V t, V product, auto) { return S::select(t < -most, t, product); });
     }
-    far = S::any(extreme > S::splat(Absorb<T>::kFar));
-    huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kFar));
+    has_exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
+    huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
   }
 
-  // One pass over K, W rows at a time: their sums, from them u_next and the error that u leaves, and (if Columns) the
-  // column sums with u_next. The first pass has no u yet. Sets `exact` where multiply-adds cannot do it: then next_log
-  // holds what u_next cannot.
+  // One pass over K, W rows at a time: row sums, from them u_next and the error of u, and (if Columns) the column sums
+  // with u_next. The first pass has no u yet. Sets `exact` if the pass had to be made in the log domain: then the
+  // result is in next_log instead of u_next.
   template <bool Columns>
   double sweep(bool first) {
     exact = huge;
@@ -239,9 +192,9 @@ class Solver {
   template <bool Columns>
   double sweep_fast(bool first) {
     const int64_t vectors = (m + W - 1) / W;
-    if (Columns && !far && keep_x == 1 && W >= 4 && vectors <= kNarrow)
+    if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow)
       return sweep_vectors(static_cast<int>(vectors), first, std::make_integer_sequence<int, kNarrow>());
-    return far ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
+    return has_exponents ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
   }
 
   template <int... N>
@@ -250,7 +203,8 @@ class Solver {
     return (this->*table[vectors - 1])(first);
   }
 
-  // The same, four rows at a time, for a strict marginal and rows of N vectors, whose column sums stay in registers.
+  // The same, four rows at a time, for a strict marginal and rows of N hardware vectors, whose column sums stay in
+  // registers.
   template <int N>
   double sweep_narrow(bool first) {
     using Four = typename S::Four;
@@ -292,13 +246,13 @@ class Solver {
     return *reinterpret_cast<const typename S::UnalignedFour*>(p);
   }
 
-  // A number of K as a factor: what is kept as an exponent is zero. Without such entries there is nothing to do.
-  template <bool Far>
+  // Entries of K as factors: those that are stored as exponents are zero.
+  template <bool HasExponents>
   static OTALIGN_INLINE V factor(const T* k) {
-    return Far ? S::max(S::load(k), V{}) : S::load(k);
+    return HasExponents ? S::max(S::load(k), V{}) : S::load(k);
   }
 
-  template <bool Columns, bool Far>
+  template <bool Columns, bool HasExponents>
   double sweep_rows(bool first) {
     if (Columns)
       for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
@@ -311,33 +265,33 @@ class Solver {
       for (int64_t j = 0; j < m; j += W) {
         const V wj = S::load(w + j);
 #pragma GCC unroll 16
-        for (int k = 0; k < W; ++k) sums[k] += factor<Far>(rows[k] + j) * wj;
+        for (int k = 0; k < W; ++k) sums[k] += factor<HasExponents>(rows[k] + j) * wj;
       }
       const V over = S::load(over_root_a + i);
       const V sum = S::select(over > 0, S::sum_rows(sums) * over, S::splat(1));
       V next, ratio;
-      if (keep_x == 1) {
+      if (damping_x == 1) {
         next = 1 / sum;
         ratio = S::load(u + i) * sum;
       } else {
-        next =
-            exp<T>(S::load(z + i) - static_cast<T>(keep_x) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
+        next = exp<T>(S::load(z + i) -
+                      static_cast<T>(damping_x) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
         next = S::select(over > 0, next, S::splat(1));
         ratio = S::load(u + i) / next;
       }
-      const auto near = inside_range(sum) & inside_range(next);
-      if (__builtin_expect(S::any(~near), 0)) {
-        // A relaxed row may grow by any factor until the columns follow: both are then updated at once.
-        if (keep_x != 1 || it.symmetric) {
+      const auto in_range = in_scaling_range(sum) & in_scaling_range(next);
+      if (__builtin_expect(S::any(~in_range), 0)) {
+        // A relaxed row may grow by any factor until the columns follow, so both are updated together.
+        if (damping_x != 1 || it.symmetric) {
           exact = true;
           return 0;
         }
-        if (!Far && Columns) {
-          far = true;  // absorbing may bring entries that only exponents can hold
+        if (!HasExponents && Columns) {
+          has_exponents = true;  // absorbing may make entries that leave the range of floats
           return sweep_rows<Columns, true>(first);
         }
         for (int k = 0; k < count; ++k)
-          if (!near[k]) rescue_row(i + k, Columns, first, next[k], ratio[k]);
+          if (!in_range[k]) rescue_row(i + k, Columns, first, next[k], ratio[k]);
       }
       error += S::load(a + i) * S::abs(ratio - 1);
       S::store(u_next + i, next);
@@ -348,8 +302,8 @@ class Solver {
         V even = S::load(column + j), odd{};
 #pragma GCC unroll 16
         for (int k = 0; k < W; k += 2) {
-          even += factor<Far>(rows[k] + j) * weight[k];
-          odd += factor<Far>(rows[k + 1] + j) * weight[k + 1];
+          even += factor<HasExponents>(rows[k] + j) * weight[k];
+          odd += factor<HasExponents>(rows[k + 1] + j) * weight[k + 1];
         }
         S::store(column + j, even + odd);
       }
@@ -357,11 +311,11 @@ class Solver {
     return S::sum(error);
   }
 
-  static OTALIGN_INLINE auto inside_range(V x) {
+  static OTALIGN_INLINE auto in_scaling_range(V x) {
     return (x >= S::splat(Absorb<T>::kLow)) & (x <= S::splat(Absorb<T>::kHigh));
   }
 
-  // Row and column update, or the averaged one, from what the sweep has found.
+  // The row and column update, or the averaged one, from the results of the sweep.
   void update() {
     if (it.symmetric) {
       update_symmetric();
@@ -394,15 +348,15 @@ class Solver {
   }
 
   // log u_next for the exact sum of a row.
-  double next_of(int64_t i, double log_sum) const { return -(1 - keep_x) * phi[i] - keep_x * log_sum; }
+  double next_of(int64_t i, double log_sum) const { return -(1 - damping_x) * phi[i] - damping_x * log_sum; }
 
-  // |u / u_next - 1|'s ratio from logarithms.
+  // u / u_next from logarithms.
   double ratio_of(int64_t i, double log_sum, double next) const {
     const double old = std::log(static_cast<double>(u[i]));
-    return std::exp(keep_x == 1 ? old + log_sum : old - next);
+    return std::exp(damping_x == 1 ? old + log_sum : old - next);
   }
 
-  // The row update in the log domain, into next_log; the error that u leaves.
+  // The row update in the log domain, into next_log; returns the error of u.
   double exact_rows(bool first) {
     double error = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -415,7 +369,7 @@ class Solver {
     return error;
   }
 
-  // A row whose sum floats cannot hold: made exactly, and its potential absorbed unless K is only being looked at.
+  // A row whose sum leaves the range of floats: computes it exactly and, if `absorb`, absorbs its potential into K.
   void rescue_row(int64_t i, bool absorb, bool first, T& next, T& ratio) {
     const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
@@ -428,18 +382,18 @@ class Solver {
     const V shift = S::splat(static_cast<T>(next_log)), factor = S::splat(static_cast<T>(std::exp(next_log)));
     grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
     phi[i] += next_log;
-    z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
+    z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     next = 1;
-    const double kept = old_log - next_log, limit = 0.5 * Absorb<T>::kFar;
+    const double kept = old_log - next_log, limit = 0.5 * Absorb<T>::kEntryRange;
     u[i] = static_cast<T>(std::exp(kept < -limit ? -limit : kept > limit ? limit : kept));
   }
 
   struct Growth {
-    V factor, shift;  // exp(shift), where floats hold it
+    V factor, shift;  // factor = exp(shift), if a float can hold it
   };
 
-  // A row of K after its exponents have grown by growth(j); tells in `huge` if an entry that counts is now beyond
-  // floats.
+  // Lets the exponents of a row of K grow by growth(j). Sets `huge` if an entry between points with mass now exceeds
+  // the range of floats.
   template <class F>
   void grow_row(int64_t i, F growth) {
     T* row = K + i * stride;
@@ -452,28 +406,28 @@ class Solver {
     });
   }
 
-  // v and w from the column sums.
+  // Computes v and w from the column sums.
   void update_columns() {
-    bool near = true;
+    bool in_range = true;
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const V rest = S::load(rest_b + j);
       const auto mass = inside & (rest > 0);
       const V sum = S::select(mass, S::load(column + j) / S::load(root_b + j), S::splat(1));
       V next = 1 / sum;
-      if (keep_y != 1) {
+      if (damping_y != 1) {
         V offset;
-        for (int k = 0; k < count; ++k) offset[k] = static_cast<T>(-(1 - keep_y) * gamma[j + k]);
+        for (int k = 0; k < count; ++k) offset[k] = static_cast<T>(-(1 - damping_y) * gamma[j + k]);
         for (int k = count; k < W; ++k) offset[k] = 0;
-        next = exp<T>(offset - static_cast<T>(keep_y) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
+        next = exp<T>(offset - static_cast<T>(damping_y) * log<T>(S::max(sum, S::splat(Absorb<T>::kLow * T(0.5)))));
       }
-      near = near && !S::any(mass & ~(inside_range(sum) & inside_range(next)));
+      in_range = in_range && !S::any(mass & ~(in_scaling_range(sum) & in_scaling_range(next)));
       next = S::select(mass, next, S::splat(1));
       S::store(v + j, next, count);
       S::store(w + j, rest * next, count);
     });
-    if (near) return;
-    // Column sums that floats cannot hold: all made exactly, and all potentials absorbed.
-    far = true;
+    if (in_range) return;
+    // A column sum leaves the range of floats: computes all of them exactly, and absorbs all potentials.
+    has_exponents = true;
     exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
     absorb_columns();
     huge = false;
@@ -481,16 +435,16 @@ class Solver {
       grow_row(i, [&](int64_t j) { return Growth{S::load(column_log + j), S::load(top + j)}; });
   }
 
-  // Both updates in the log domain: rows by next_log, then columns.
+  // Both updates in the log domain: the rows from next_log, then the columns.
   void update_exactly() {
-    far = true;
+    has_exponents = true;
     exact_columns([&](int64_t i) { return next_log[i]; });
     absorb_columns();
     huge = false;
     for (int64_t i = 0; i < n && feasible; ++i) {
       const T shift = a[i] > 0 ? static_cast<T>(next_log[i]) : T(0);
       if (a[i] > 0) phi[i] += next_log[i];
-      z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
+      z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
       u[i] = 1;
       grow_row(i, [&](int64_t j) {
         const V both = S::load(top + j) + shift;
@@ -508,13 +462,13 @@ class Solver {
       }
       return;
     }
-    far = true;
+    has_exponents = true;
     huge = false;
     for (int64_t i = 0; i < n; ++i) {
       const double shift = a[i] > 0 ? 0.5 * (std::log(static_cast<double>(u[i])) + next_log[i]) : 0.0;
       top[i] = static_cast<T>(shift);
       gamma[i] = phi[i] += shift;
-      z[i] = static_cast<T>(-(1 - keep_x) * phi[i]);
+      z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
       u[i] = v[i] = 1;
       w[i] = rest_b[i];
     }
@@ -525,7 +479,7 @@ class Solver {
       });
   }
 
-  // log sum_i K_ij a_i u_i / (r_i r_j) of every column, into column_log, with log u_i = log_u(i).
+  // column_log_j = log sum_i K_ij a_i u_i / (r_i r_j), where log u_i = log_u(i).
   template <class F>
   void exact_columns(F log_u) {
     for (int64_t j = 0; j < m; ++j) {
@@ -552,7 +506,7 @@ class Solver {
                           : T(-HUGE_VAL);
   }
 
-  // gamma after an update by column_log; by how much it has grown into `top`, exp of that into column_log.
+  // Updates gamma by column_log. Its growth goes into `top`, and exp of the growth into column_log.
   void absorb_columns() {
     for (int64_t j = 0; j < m; ++j) {
       T shift = 0;
@@ -567,153 +521,63 @@ class Solver {
       w[j] = rest_b[j];
     }
   }
-  double next_of_column(int64_t j) const { return -(1 - keep_y) * gamma[j] - keep_y * column_log[j]; }
-
-  // Potentials, masses, the plan in the place of K, and the values.
-  void finish() {
-    finish_columns();
-    Sums sums;
-    for (int64_t i = 0; i < n; ++i) {
-      if (a[i] > 0)
-        finish_row(i, sums);
-      else
-        finish_massless_row(i);
-    }
-    const bool balanced = keep_x == 1 && keep_y == 1 && !it.symmetric;
-    double shift = 0, value = 0, total_a = 0, total_b = 0;
-    for (int64_t j = 0; j < m; ++j) {
-      if (b[j] > 0) it.mass_y[j] = v[j] * column[j] / root_b[j];
-      gamma[j] = it.reg * (gamma[j] + std::log(static_cast<double>(v[j])));
-      if (balanced) shift += b[j] * gamma[j];
-    }
-    const auto gauge = [&](T weight, T mass) {
-      return weight == 0 && mass == 0 ? 0.0 : shift;
-    };  // not of the unreached
-    for (int64_t i = 0; i < n; ++i) {
-      const double f = it.reg * (phi[i] + std::log(static_cast<double>(u[i]))) + gauge(a[i], it.mass_x[i]);
-      const T weight = it.a ? it.a[i] : T(1) / n;
-      value += weighted_dual_term(weight, f, it.rho_x);
-      total_a += weight;
-      it.f[i] = static_cast<T>(f);
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      const double g = gamma[j] - gauge(b[j], it.mass_y[j]);
-      const T weight = it.b ? it.b[j] : T(1) / m;
-      value += weighted_dual_term(weight, g, it.rho_y);
-      total_b += weight;
-      it.g[j] = it.symmetric ? it.f[j] : static_cast<T>(g);
-    }
-    it.value = value - it.reg * (sums.mass - total_a * total_b);  // one, but for the rounding of the weights
-    it.linear = sums.linear;
-  }
+  double next_of_column(int64_t j) const { return -(1 - damping_y) * gamma[j] - damping_y * column_log[j]; }
 
   struct Sums {
     double mass = 0, linear = 0;
   };
+  // The results of the solve: finish.h.
+  void finish();
+  void finish_columns();
+  void finish_row(int64_t i, Sums& sums);
+  void finish_massless_row(int64_t i);
 
-  // The potentials of columns without mass, from those of the rows; `top` becomes the part of a column in C, column_log
-  // by how much the potential of a massless column has moved.
-  void finish_columns() {
-    if (massless_y) exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
-    for (int64_t j = 0; j < m; ++j) {
-      top[j] = static_cast<T>(it.reg * gamma[j]);
-      column[j] = 0;
-      if (b[j] > 0) continue;
-      const bool reached = column_log[j] > T(-HUGE_VAL);
-      const double next = reached ? next_of_column(j) : unreached_potential(it.rho_y) / it.reg - gamma[j];
-      it.mass_y[j] = reached ? bounded(column_log[j] + next) : T(0);
-      gamma[j] += next;
-      column_log[j] = static_cast<T>(next);
-    }
-  }
-
-  void finish_row(int64_t i, Sums& sums) {
-    const T* row = K + i * stride;
-    T* plan = it.K + i * m;
-    const T reg = static_cast<T>(it.reg), weight = rest_a[i] * u[i], log_weight = std::log(weight);
-    const T potential = static_cast<T>(it.reg * phi[i]);
-    V sum = V{}, cost = V{};
-    for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-      const V k = S::load(row + j), kept = S::max(k, V{}), wj = S::load(w + j);
-      const V p = weight * kept * wj;
-      const V density = kept * (over_root_a[i] / S::load(root_b + j));
-      const auto held = (density > 0) & (density < S::splat(T(1e30)));  // else the weights leave no mass
-      const V C = S::load(top + j) + potential - reg * log<T>(S::select(held, density, S::splat(1)));
-      sum += kept * wj;
-      cost += S::select(inside & held & (p > 0), p * C, V{});
-      S::store(column + j, S::load(column + j) + weight * kept, count);
-      V stored = p;
-      if (massless_y) {  // see Item::K
-        const V with_one = exp<T>(exponent<T>(k) + log_weight + S::load(column_log + j));
-        stored = S::select(S::load(b + j) == 0, V{} - with_one, stored);
-      }
-      S::store(plan + j, stored, count);
-    });
-    it.mass_x[i] = u[i] * S::sum(sum) * over_root_a[i];
-    sums.linear += S::sum(cost);
-    sums.mass += static_cast<double>(a[i]) * it.mass_x[i];
-  }
-
-  // Of a row without mass: its potential from those of the columns, and its plan with a weight of one.
-  void finish_massless_row(int64_t i) {
-    const T* row = K + i * stride;
-    T* plan = it.K + i * m;
-    const double log_sum = log_row_sum(i);
-    const bool reached = log_sum > -HUGE_VAL;
-    const double next = reached ? next_of(i, log_sum) : unreached_potential(it.rho_x) / it.reg - phi[i];
-    const T shift = static_cast<T>(next);
-    it.mass_x[i] = reached ? bounded(log_sum + next) : T(0);
-    phi[i] += next;
-    u[i] = 1;
-    for_vectors<T>(m, [&](int64_t j, int count, auto) {
-      const V wj = S::load(w + j);
-      const V density = exp<T>(exponent<T>(S::load(row + j)) + shift + log<T>(S::select(wj > 0, wj, S::splat(1))));
-      S::store(plan + j, S::select(wj > 0, V{} - density, V{}), count);
-    });
-  }
-
-  // Of the power of two near the root of a weight; 0 for points that carry no mass.
+  // The exponent of a power of two near the root of a weight; 0 for points that carry no mass.
   static int root_exponent(T weight) {
     int exponent = 0;
     if (weight > 0) std::frexp(weight, &exponent);
     return exponent / 2;
   }
 
-  // exp, within the range of T.
+  // exp, clamped to the range of T.
   static T bounded(double exponent) {
     return static_cast<T>(std::fmin(std::exp(exponent), static_cast<double>(std::numeric_limits<T>::max())));
   }
 
-  // A point without weight counts nothing, whatever its potential.
+  // A point without weight adds nothing, even if its potential is infinite.
   static double weighted_dual_term(T weight, double potential, double rho) {
     return weight > 0 ? weight * dual_term(potential, rho) : 0.0;
   }
 
-  // An item that fits into the first-level cache is iterated on in a copy with aligned rows.
+  // An item that fits into the first-level cache is iterated in a copy with aligned rows.
   static bool small(int64_t n, int64_t m) { return n * aligned(m) * sizeof(T) <= 64 * 1024; }
   static int64_t aligned(int64_t m) { return (m + W - 1) / W * W; }
 
   Item<T>& it;
   const int64_t n, m;
-  int64_t stride;  // from row to row of K
-  T* K;
-  T *a, *b;                 // weights; 0 also for points that nothing with mass reaches
-  T *over_root_a, *root_b;  // of the powers of two near the roots of weights that are in K: 1 / theirs, or 0; theirs
-  T *rest_a, *rest_b;       // weights over these powers of two
-  T *u, *u_next, *v;
-  T* w;  // weights of y in the products with K: rest_b v
-  T* z;  // what a relaxed update adds to log u
-  T *column, *top, *column_log;
-  double *phi, *gamma;  // absorbed potentials over reg
-  double *log_root_a, *log_root_b;
-  double* next_log;  // log u_next after exact_rows
-  double keep_x, keep_y;
-  double missing = 0;  // weights of points that have to carry mass and cannot
+  int64_t stride;                   // elements from one row of K to the next
+  T* K;                             // (n, m)
+  T *a, *b;                         // (n,), (m,) weights; 0 also for unreached points
+  T* over_root_a;                   // (n,) 1 / r_i; 0 without mass
+  T* root_b;                        // (m,) r_j
+  T *rest_a, *rest_b;               // (n,), (m,) a / r, b / r
+  T *u, *u_next, *v;                // (n,), (n,), (m,)
+  T* w;                             // (m,) rest_b v, the factors of the columns in the products with K
+  T* z;                             // (n,) -(1 - damping_x) phi, a term of log u in a relaxed update
+  T* column;                        // (m,) column sums
+  T *top, *column_log;              // (m,) see the functions that write them
+  double *phi, *gamma;              // (n,), (m,) absorbed potentials over reg
+  double *log_root_a, *log_root_b;  // (n,), (m,) log r
+  double* next_log;                 // (n,) log u_next after exact_rows
+  double damping_x, damping_y;
+  double missing = 0;  // weights of unreached points whose marginals are strict
   bool feasible = true;
-  bool massless_y = false;  // some point of y carries no mass
-  bool far = false;         // K holds entries as exponents
-  bool huge = false;        // K holds entries that count and are beyond floats
-  bool exact = false;       // the last sweep was made in the log domain
+  bool massless_y = false;     // some point of y carries no mass
+  bool has_exponents = false;  // K has entries that are stored as exponents
+  bool huge = false;           // K has entries between points with mass that exceed the range of floats
+  bool exact = false;          // the last sweep was made in the log domain
 };
 
 }  // namespace otalign::OTALIGN_ISA
+
+#include "finish.h"

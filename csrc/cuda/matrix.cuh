@@ -1,63 +1,65 @@
-// A block's part of the matrix of an item, held on the chip for all iterations: in registers, then shared memory, then
-// L2.
+// A block's part of the matrix of an item, kept for all iterations: the first rows in registers, the next in shared
+// memory, the others in scratch memory, which L2 caches.
 #pragma once
 
 #include "block.cuh"
 
 namespace otalign::cuda {
 
-template <class L>
+template <class Tile>
 class Matrix {
-  static constexpr int C = L::kColumns, R = L::kRows;
+  static constexpr int C = Tile::kColumns, R = Tile::kRows;
 
  public:
-  // Fills it with entry(c, cost): of the lane's c-th column, and the cost times `factor`. Before each row comes
-  // begin(i, mine, numbers), with the row's numbers if it is `mine`, that is, exists. Entries outside have to be zero.
+  // Fills the matrix with entry(c, cost), c the lane's c-th column and cost that of the entry times `factor`. Each row
+  // begins with begin(i, mine, numbers): the row exists if it is `mine`, and has these numbers. `entry` has to return
+  // zero for rows and columns that do not exist.
   template <class Begin, class Entry>
-  OTALIGN_DEVICE void build(const Block<L>& block, float factor, Begin begin, Entry entry) {
+  OTALIGN_DEVICE void build(const Block<Tile>& block, float factor, Begin begin, Entry entry) {
     OTALIGN_UNROLL
     for (int r = 0; r < R; ++r) {
-      fill(block, r * L::kStep + block.below, held[r], factor, block.register_row(r), begin, entry);
+      fill(block, r * Tile::kStep + block.below, held[r], factor, block.register_row(r), begin, entry);
       OTALIGN_IN_ORDER;
     }
-    fill_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, block.near(), factor, Near(), begin, entry);
-    if (block.count > block.near()) {
-      float* const rows = far_row(block, block.near());
-      fill_memory(block, rows, block.p.pitch, block.near(), block.count, factor, Far(), begin, entry);
+    fill_memory(block, shared_row(block, Tile::kHeld), Tile::kWidth, Tile::kHeld, block.on_chip(), factor, OnChip(),
+                begin, entry);
+    if (block.count > block.on_chip()) {
+      float* const rows = scratch_row(block, block.on_chip());
+      fill_memory(block, rows, block.p.pitch, block.on_chip(), block.count, factor, OffChip(), begin, entry);
     }
   }
 
-  // One pass: every row is summed with `w`, which are the column vector kW; update(i, sum, mine, one, numbers) makes of
-  // that sum the factor with which the row is added to `sums`, if it is `mine`, that is, exists; of the lanes that have
-  // it only `one` may store something. `numbers` are those of near rows, or of others.
+  // One pass over the matrix: sums = K^T t with t_i = update(i, (K w)_i, mine, one, numbers), where w is the column
+  // vector of index 0. A row exists if it is `mine`, and has these numbers. Of the lanes that hold the row only one has
+  // `one` set, and only that one may store something.
   template <class Update>
-  OTALIGN_DEVICE void pass(const Block<L>& block, float (&sums)[C], Update update) {
+  OTALIGN_DEVICE void pass(const Block<Tile>& block, float (&sums)[C], Update update) {
     float w[C];
     block.load_columns(block.columns(0), w);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = 0;
     if constexpr (R > 0) pass_registers(block, w, sums, update);
-    if (block.count > L::kHeld) {
-      const int near = block.count < block.near() ? block.count : block.near();
-      pass_memory(block, near_row(block, L::kHeld), L::kWidth, L::kHeld, near, w, sums, update, Near());
+    if (block.count > Tile::kHeld) {
+      const int on_chip = block.count < block.on_chip() ? block.count : block.on_chip();
+      pass_memory(block, shared_row(block, Tile::kHeld), Tile::kWidth, Tile::kHeld, on_chip, w, sums, update, OnChip());
     }
-    if (block.count > block.near()) {
-      const float* const rows = far_row(block, block.near());
-      pass_memory(block, rows, block.p.pitch, block.near(), block.count, w, sums, update, Far());
+    if (block.count > block.on_chip()) {
+      const float* const rows = scratch_row(block, block.on_chip());
+      pass_memory(block, rows, block.p.pitch, block.on_chip(), block.count, w, sums, update, OffChip());
     }
   }
 
  private:
   // The numbers of a row in memory.
-  struct Near {
-    OTALIGN_DEVICE auto operator()(const Block<L>& block, int i) const { return block.near_row(i); }
+  struct OnChip {
+    OTALIGN_DEVICE auto operator()(const Block<Tile>& block, int i) const { return block.on_chip_row(i); }
   };
-  struct Far {
-    OTALIGN_DEVICE auto operator()(const Block<L>& block, int i) const { return block.far_row(i); }
+  struct OffChip {
+    OTALIGN_DEVICE auto operator()(const Block<Tile>& block, int i) const { return block.off_chip_row(i); }
   };
 
   template <class Rows, class Begin, class Entry>
-  OTALIGN_DEVICE static void fill(const Block<L>& block, int i, float (&row)[C], float factor, Rows numbers,
+  OTALIGN_DEVICE static void fill(const Block<Tile>& block, int i, float (&row)[C], float factor, Rows numbers,
                                   Begin& begin, Entry& entry) {
     const bool mine = i < block.count;
     float cost[C];
@@ -67,13 +69,13 @@ class Matrix {
     for (int c = 0; c < C; ++c) row[c] = entry(c, cost[c]);
   }
 
-  // Rows from `from` to `to`, if there are so many, in memory.
+  // Rows from `from` to `to`, as far as they exist, in memory: `rows` (to - from, pitch).
   template <class Rows, class Begin, class Entry>
-  OTALIGN_DEVICE static void fill_memory(const Block<L>& block, float* rows, int64_t pitch, int from, int to,
+  OTALIGN_DEVICE static void fill_memory(const Block<Tile>& block, float* rows, int64_t pitch, int from, int to,
                                          float factor, Rows numbers, Begin& begin, Entry& entry) {
     if (to > block.count) to = block.count;
     OTALIGN_ROLLED
-    for (int i = from + block.below; i < to; i += L::kStep) {
+    for (int i = from + block.below; i < to; i += Tile::kStep) {
       float row[C];
       fill(block, i, row, factor, numbers(block, i), begin, entry);
       OTALIGN_UNROLL
@@ -84,39 +86,49 @@ class Matrix {
     }
   }
 
-  OTALIGN_DEVICE static float* near_row(const Block<L>& block, int i) {
-    return block.shared + block.at.kernel + (i - L::kHeld) * L::kWidth;
+  // (width,) row i of the matrix in shared memory.
+  OTALIGN_DEVICE static float* shared_row(const Block<Tile>& block, int i) {
+#ifdef OTALIGN_MUTATE_5
+    return block.shared + block.at.kernel + (i - Tile::kHeld + 1) * Tile::kWidth;
+#else
+    return block.shared + block.at.kernel + (i - Tile::kHeld) * Tile::kWidth;
+#endif
   }
-  OTALIGN_DEVICE static float* far_row(const Block<L>& block, int i) { return block.far_matrix() + i * block.p.pitch; }
+  // (pitch,) row i of the matrix in scratch memory.
+  OTALIGN_DEVICE static float* scratch_row(const Block<Tile>& block, int i) {
+    return block.off_chip_matrix() + i * block.p.pitch;
+  }
 
   template <class Update>
-  OTALIGN_DEVICE void pass_registers(const Block<L>& block, const float (&w)[C], float (&sums)[C], Update update) {
+  OTALIGN_DEVICE void pass_registers(const Block<Tile>& block, const float (&w)[C], float (&sums)[C], Update update) {
     float dots[R];
     OTALIGN_UNROLL
     for (int r = 0; r < R; r += 4) {
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) dots[r + k] = 0;
-      if (r * L::kStep >= block.count) continue;  // of short items, rows that none has
+      if (r * Tile::kStep >= block.count) continue;  // a short item has no such rows
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) {
         OTALIGN_UNROLL
         for (int c = 0; c < C; ++c) dots[r + k] += held[r + k][c] * w[c];
       }
     }
-    const int first = fold<R, L::kLanes / 2, 1>(dots, block.lane, Sum());
-    constexpr int left = folded(R, L::kLanes / 2, 1), same = folded_twice(R, L::kLanes / 2, 1);
-    float* const factors = block.shared + block.at.factors + block.below * R;
+    const int first = fold<R, Tile::kLanes / 2, 1>(dots, block.lane, Sum());
+    constexpr int left = folded(R, Tile::kLanes / 2, 1), same = folded_twice(R, Tile::kLanes / 2, 1);
+    float* const factors = block.shared + block.at.factors + block.below * R;  // (R,) of the lane's rows
     OTALIGN_UNROLL
     for (int k = 0; k < left; ++k) {
-      const int i = (first + k) * L::kStep + block.below;
+      const int i = (first + k) * Tile::kStep + block.below;
       const bool one = (block.lane & same) == 0;
       const float factor = update(i, dots[k], i < block.count, one, block.register_row(first + k));
       if (one) factors[first + k] = factor;
     }
-    port::sync_warp();
+#ifndef OTALIGN_MUTATE_2
+    intrinsics::sync_warp();
+#endif
     OTALIGN_UNROLL
     for (int r = 0; r < R; r += 4) {
-      if (r * L::kStep >= block.count) continue;
+      if (r * Tile::kStep >= block.count) continue;
       const float4 four = load4(factors + r);
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -126,18 +138,18 @@ class Matrix {
     }
   }
 
-  // Rows from `from` to `to` in memory, some of a lane's at once.
+  // Rows from `from` to `to` in memory, `rows` (to - from, pitch); a lane reads kAtOnce of its rows at once.
   template <class Update, class Rows>
-  OTALIGN_DEVICE static void pass_memory(const Block<L>& block, const float* rows, int64_t pitch, int from, int to,
+  OTALIGN_DEVICE static void pass_memory(const Block<Tile>& block, const float* rows, int64_t pitch, int from, int to,
                                          const float (&w)[C], float (&sums)[C], Update update, Rows numbers) {
-    constexpr int N = L::kAtOnce;
+    constexpr int N = Tile::kAtOnce;
     OTALIGN_ROLLED
-    for (int i = from + block.below; i - block.below < to; i += N * L::kStep) {
+    for (int i = from + block.below; i - block.below < to; i += N * Tile::kStep) {
       float row[N][C];
       OTALIGN_UNROLL
       for (int k = 0; k < N; ++k) {
-        const bool mine = i + k * L::kStep < to;
-        const float* const at = rows + (i + k * L::kStep - from) * pitch;
+        const bool mine = i + k * Tile::kStep < to;
+        const float* const at = rows + (i + k * Tile::kStep - from) * pitch;
         OTALIGN_UNROLL
         for (int c = 0; c < C; c += 4) {
           float4 four{};
@@ -154,10 +166,10 @@ class Matrix {
         for (int c = 0; c < C; ++c) dots[k] += row[k][c] * w[c];
       }
       OTALIGN_UNROLL
-      for (int k = 0; k < N; ++k) dots[k] = over_lanes<L::kLanes>(dots[k], Sum());
+      for (int k = 0; k < N; ++k) dots[k] = over_lanes<Tile::kLanes>(dots[k], Sum());
       OTALIGN_UNROLL
       for (int k = 0; k < N; ++k) {
-        const int at = i + k * L::kStep;
+        const int at = i + k * Tile::kStep;
         const float factor = update(at, dots[k], at < to, block.across == 0, numbers(block, at));
         OTALIGN_UNROLL
         for (int c = 0; c < C; ++c) sums[c] += row[k][c] * factor;
@@ -165,7 +177,7 @@ class Matrix {
     }
   }
 
-  float held[R > 0 ? R : 1][C];
+  float held[R > 0 ? R : 1][C];  // the thread's entries in registers
 };
 
 }  // namespace otalign::cuda

@@ -263,7 +263,7 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
         return like.new_empty(shape, dtype=dtype)
-    block = extension.module().Block(count * dtype.itemsize)
+    block = extension.module().PooledMemory(count * dtype.itemsize)
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 

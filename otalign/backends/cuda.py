@@ -10,7 +10,7 @@ import torch
 from ..problem import Problem, Solution
 from . import triton
 
-LONGEST_Y = 1024  # the widest form of csrc/cuda/layout.h
+LONGEST_Y = 1024  # the widest tile shape of csrc/cuda/tiling.h
 
 
 def solve(problem: Problem) -> Solution:

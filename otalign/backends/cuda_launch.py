@@ -39,15 +39,15 @@ def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
     p = _problem(batch, costs, values["f"], values["g"])
     found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}
     engine = _engine()
-    lifts = engine.Lifts()
+    adjoints = engine.Adjoints()
     if values["linear_step"] >= 0:
-        lifts.linear, lifts.linear_step = _memory(values["grad_linear"]), values["linear_step"]
+        adjoints.linear, adjoints.linear_step = _memory(values["grad_linear"]), values["linear_step"]
     if values["has_plan"]:
-        lifts.plan = _memory(values["G"])
-    lifts.x, lifts.y = _memory(found["x_lift"]), _memory(found["y_lift"])
+        adjoints.plan = _memory(values["G"])
+    adjoints.x, adjoints.y = _memory(found["x_lift"]), _memory(found["y_lift"])
     with _on(batch.device):
         scratch = _scratch(batch, p, lift=True)
-        engine.cuda_lift(p, lifts, batch.device.index, _stream(batch.device), debugging())
+        engine.cuda_adjoint(p, adjoints, batch.device.index, _stream(batch.device), debugging())
     del scratch
     return found
 
@@ -55,8 +55,8 @@ def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
 def _problem(batch: Batch, costs: Tensor, f: Tensor, g: Tensor) -> Any:
     """The batch as the kernels take it, with its costs and potentials."""
     values = batch.values
-    p = _engine().Problem()
-    p.items, p.pitch, p.given = batch.items, batch.ld, _memory(costs)
+    p = _engine().CudaProblem()
+    p.items, p.pitch, p.costs = batch.items, batch.ld, _memory(costs)
     for to, side, potential in ((p.x, batch.x, f), (p.y, batch.y, g)):
         to.size, to.rows, to.potential = side.size, side.rows, _memory(potential)
         to.weights = _memory(side.weights)

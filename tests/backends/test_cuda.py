@@ -22,9 +22,9 @@ from ..cuda_on_cpu.host_cuda import Engine, chosen, emulated
 from ..helpers.problems import Batch, close, draw, draw_weights, identical
 
 INF = math.inf
-FORMS = {32: (0, 1), 64: (2, 3), 128: (4, 5), 256: (6,), 512: (7,), 1024: (8,)}
-ANY_FORM = [form for forms in FORMS.values() for form in forms]
-WIDTHS = {form: width for width, forms in FORMS.items() for form in forms}
+SHAPES = {32: (0, 1), 64: (2, 3), 128: (4, 5), 256: (6,), 512: (7,), 1024: (8,)}
+ANY_SHAPE = [shape for shapes in SHAPES.values() for shape in shapes]
+WIDTHS = {shape: width for width, shapes in SHAPES.items() for shape in shapes}
 
 
 def everything(batch: Batch, backend: str, weights=(None, None), **options):
@@ -59,42 +59,42 @@ def compare(engine: Engine | None, batch: Batch, weights=(None, None), *, within
 RAGGED = ([40, 1, 0, 23, 31, 7], [20, 5, 3, 0, 32, 1])
 
 
-# `make test` runs every form and every cluster size, `make test-all` every combination of them.
-FORMS_AND_CLUSTERS = [
-    pytest.param(form, cluster, marks=[] if form % 3 == place else pytest.mark.slow)
-    for form in ANY_FORM
+# `make test` runs every tile shape and every cluster size, `make test-all` every combination of them.
+SHAPES_AND_CLUSTERS = [
+    pytest.param(shape, cluster, marks=[] if shape % 3 == place else pytest.mark.slow)
+    for shape in ANY_SHAPE
     for place, cluster in enumerate((1, 2, 4))
 ]
 
 
-@pytest.mark.parametrize(("form", "cluster"), FORMS_AND_CLUSTERS)
-def test_forms_and_clusters(form, cluster):
-    engine = Engine(form=form, cluster=cluster, in_flight=2, scatter=form % 2, ordered=1)
+@pytest.mark.parametrize(("shape", "cluster"), SHAPES_AND_CLUSTERS)
+def test_forms_and_clusters(shape, cluster):
+    engine = Engine(shape=shape, cluster=cluster, in_flight=2, scatter=shape % 2, ordered=1)
     compare(engine, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=6)
-    assert [choice.cluster for choice in engine.choices] == [cluster] * 3  # the iterations, and two implicit systems
+    assert [config.cluster for config in engine.configs] == [cluster] * 3  # the iterations, and two implicit systems
 
 
 @pytest.mark.parametrize("scatter", [0, 1])
 @pytest.mark.parametrize(("cluster", "shared"), [(1, 0), (1, 24), (3, 8), (2, 64)])
-@pytest.mark.parametrize("form", [2, 7, 8])
-def test_rows_beyond_registers(form, cluster, shared, scatter):
+@pytest.mark.parametrize("shape", [2, 7, 8])
+def test_rows_beyond_registers(shape, cluster, shared, scatter):
     """The rows are in shared memory, and in L2 if shared memory is too small."""
-    engine = Engine(form=form, cluster=cluster, shared=shared, scatter=scatter)
+    engine = Engine(shape=shape, cluster=cluster, shared=shared, scatter=scatter)
     compare(engine, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
 
 
-@pytest.mark.parametrize("form", [1, 3, 5, 6])
-def test_long_items(form):
+@pytest.mark.parametrize("shape", [1, 3, 5, 6])
+def test_long_items(shape):
     """More rows than the registers of a block of several warps hold."""
-    engine = Engine(form=form, cluster=2, shared=32)
-    rows = 2 * host_cuda.library().host_held(form)
-    compare(engine, draw([rows + 75, rows - 1], [WIDTHS[form] - 2, 30], D=4), reg=0.2, tol=0, max_iter=3)
+    engine = Engine(shape=shape, cluster=2, shared=32)
+    rows = 2 * host_cuda.library().host_held(shape)
+    compare(engine, draw([rows + 75, rows - 1], [WIDTHS[shape] - 2, 30], D=4), reg=0.2, tol=0, max_iter=3)
 
 
 @pytest.mark.parametrize("unbalanced", [0.5, (0.3, INF), (INF, 0.4)], ids=str)
-@pytest.mark.parametrize(("form", "cluster"), [(0, 1), (2, 4), (5, 1), (7, 2)])
-def test_relaxed(form, cluster, unbalanced):
-    engine = Engine(form=form, cluster=cluster, shared=8)
+@pytest.mark.parametrize(("shape", "cluster"), [(0, 1), (2, 4), (5, 1), (7, 2)])
+def test_relaxed(shape, cluster, unbalanced):
+    engine = Engine(shape=shape, cluster=cluster, shared=8)
     compare(engine, draw(*RAGGED, D=8), unbalanced=unbalanced, reg=0.1, tol=0, max_iter=15)
 
 
@@ -109,7 +109,7 @@ def test_weights(zeros, rho):
     batch = draw(*RAGGED, D=8)
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1], zeros=zeros).nan_to_num(0) for lengths, values in sides]
-    compare(Engine(form=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
+    compare(Engine(shape=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
 
 
 # How items end -----------------------------------------------------------------------------------------------------------
@@ -117,13 +117,13 @@ def test_weights(zeros, rho):
 
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_items_stop_by_themselves(cluster):
-    result = compare(Engine(form=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500)
+    result = compare(Engine(shape=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500)
     assert result.converged.all()
     assert len(set(result.n_iter.tolist())) > 2
 
 
 def test_one_iteration():
-    compare(Engine(form=2, cluster=2), draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=1)
+    compare(Engine(shape=2, cluster=2), draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=1)
 
 
 @pytest.mark.parametrize("reg", [1e-4, 1e-2, 1e3])
@@ -131,7 +131,7 @@ def test_absorption(reg):
     """Cost ranges from 10^4 reg, where scalings leave the range of float32 again and again, to 10^-3 reg."""
     C = torch.rand(3, 50, 30, generator=torch.Generator().manual_seed(0))
     options = {"reg": reg, "tol": 0, "max_iter": 60}
-    with emulated(Engine(form=2, cluster=2, shared=4)):
+    with emulated(Engine(shape=2, cluster=2, shared=4)):
         actual = otalign.solve_cost(C, backend="cuda", **options)
     expected = otalign.solve_cost(C.double(), backend="reference", **options)
     close(actual.value, expected.value, 1e-5 + 2e-7 * reg)
@@ -142,11 +142,11 @@ def test_absorption(reg):
 def test_warm_start():
     batch = draw(*RAGGED, D=8)
     first = otalign.solve(*batch, reg=0.1, max_iter=5, tol=0)
-    compare(Engine(form=2, cluster=2), batch, init=first.potentials, reg=0.1, max_iter=3, tol=0)
+    compare(Engine(shape=2, cluster=2), batch, init=first.potentials, reg=0.1, max_iter=3, tol=0)
 
 
 def test_reg_of_every_item():
-    compare(Engine(form=2), draw(*RAGGED, D=8), reg=torch.linspace(0.05, 0.5, 6), max_iter=20, tol=0)
+    compare(Engine(shape=2), draw(*RAGGED, D=8), reg=torch.linspace(0.05, 0.5, 6), max_iter=20, tol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF])
@@ -154,7 +154,7 @@ def test_a_bad_item_leaves_the_others_unchanged(bad):
     batch = draw(*RAGGED, D=8).to(torch.float32)
     spoilt = batch._replace(x=batch.x.clone())
     spoilt.x[3 + 1, 20, 4] = bad
-    with emulated(Engine(form=2, cluster=2)):
+    with emulated(Engine(shape=2, cluster=2)):
         good, found = (otalign.solve(*part, reg=0.1, backend="cuda") for part in (batch, spoilt))
     others = [0, 1, 2, 3, 5]
     for name in ("value", "value_linear", "error", "n_iter"):
@@ -167,7 +167,7 @@ def test_a_bad_item_leaves_the_others_unchanged(bad):
 def test_infeasible_item_does_not_converge():
     C = torch.rand(2, 6, 4)
     C[1, 2] = INF
-    with emulated(Engine(form=0)):
+    with emulated(Engine(shape=0)):
         result = otalign.solve_cost(C, reg=0.1, backend="cuda")
     assert result.value.isfinite().all()
     assert result.converged.tolist() == [True, False]
@@ -185,7 +185,7 @@ def bits(engine: Engine, batch: Batch, **options) -> list[torch.Tensor]:
 
 def test_same_bits_in_any_order_of_threads():
     batch = draw(*RAGGED, D=8).to(torch.float32)
-    first, *others = (bits(Engine(seed, form=3, cluster=4, in_flight=2, ordered=1), batch) for seed in range(5))
+    first, *others = (bits(Engine(seed, shape=3, cluster=4, in_flight=2, ordered=1), batch) for seed in range(5))
     for other in others:
         for actual, expected in zip(other, first, strict=True):
             identical(actual, expected)
@@ -194,7 +194,7 @@ def test_same_bits_in_any_order_of_threads():
 def test_same_bits_in_any_order_of_items():
     batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 2, [5, 20, 9, 30, 3, 0, 12, 1] * 2, D=8).to(torch.float32)
     first, *others = (
-        bits(Engine(form=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
+        bits(Engine(shape=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
         for in_flight, ordered in ((16, 0), (1, 1), (5, 1), (5, 0))
     )
     for other in others:
@@ -263,12 +263,12 @@ def test_random_problems(seed):
     def pick(*values):
         return values[int(torch.randint(len(values), (), generator=generator))]
 
-    form, items = pick(*ANY_FORM), pick(1, 3, 8)
-    longest = pick(1, 20, 120), min(WIDTHS[form], pick(1, 7, 33, 130)) - 2
+    shape, items = pick(*ANY_SHAPE), pick(1, 3, 8)
+    longest = pick(1, 20, 120), min(WIDTHS[shape], pick(1, 7, 33, 130)) - 2
     lengths = [torch.randint(0, max(n, 1) + 1, (items,), generator=generator).tolist() for n in longest]
     lengths[0][0], lengths[1][0] = longest[0], max(longest[1], 1)
     engine = Engine(
-        seed, form=form, cluster=pick(1, 2, 3, 4, 5, 8), shared=pick(0, 1, 2) * host_cuda.library().host_step(form),
+        seed, shape=shape, cluster=pick(1, 2, 3, 4, 5, 8), shared=pick(0, 1, 2) * host_cuda.library().host_step(shape),
         in_flight=pick(1, 2, items), scatter=pick(0, 1), ordered=pick(0, 1),
     )  # fmt: skip
     unbalanced = pick(None, None, 0.4, (0.3, INF), (INF, 1.0))
@@ -282,12 +282,10 @@ ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread", "-DOTALIGN_SHIM_THREADS"]
 
 
-def program(path: Path, forms: str, *options: str, rows: int, csrc: Path = host_cuda.ROOT / "csrc") -> Path:
-    """Compile tests/cuda_on_cpu/check.cpp for some forms, with at most so many rows a block."""
-    sizes = [f"-DOTALIGN_FORMS={forms}", f"-DOTALIGN_ROWS={rows}", "-DOTALIGN_ITERATIONS=3"]
-    command = host_cuda.compile_command(
-        host_cuda.ROOT / "tests/cuda_on_cpu/check.cpp", path / "check", *sizes, csrc=csrc
-    )
+def program(path: Path, shapes: str, *options: str, rows: int) -> Path:
+    """Compile tests/cuda_on_cpu/check.cpp for some tile shapes, with at most so many rows a block."""
+    sizes = [f"-DOTALIGN_TILE_SHAPES={shapes}", f"-DOTALIGN_ROWS={rows}", "-DOTALIGN_ITERATIONS=3"]
+    command = host_cuda.compile_command(host_cuda.ROOT / "tests/cuda_on_cpu/check.cpp", path / "check", *sizes)
     subprocess.run([*command, "-O1", "-g", "-pthread", *options], check=True)
     return path / "check"
 
@@ -311,37 +309,36 @@ def test_under_thread_sanitizer(tmp_path):
 
 @pytest.mark.slow
 def test_more_under_sanitizers(tmp_path):
-    for forms, options, rows in (("0,1,3,5,6,7,8", ADDRESS, 150), ("3", THREAD, 9)):
-        right, said = outcome(program(tmp_path, forms, *options, rows=rows))
+    for shapes, options, rows in (("0,1,3,5,6,7,8", ADDRESS, 150), ("3", THREAD, 9)):
+        right, said = outcome(program(tmp_path, shapes, *options, rows=rows))
         assert right, said
 
 
-BROKEN = {
-    "no barrier before an exchange": (
-        "block.cuh",
-        "    port::sync_block();\n    const int groups",
-        "    const int groups",
-    ),
-    "no barrier of a warp": ("matrix.cuh", "port::sync_warp();", ""),
-    "no vote": ("sinkhorn.cuh", "columns_near = port::all_of_block(columns_near);", ""),
-    "one inbox": ("block.cuh", "at.inbox + epoch % 2 * at.inbox_pitch", "at.inbox"),
-    "beyond shared memory": ("matrix.cuh", "(i - L::kHeld) * L::kWidth", "(i - L::kHeld + 1) * L::kWidth"),
+# Faults in csrc/cuda that the compiler puts in for OTALIGN_MUTATE_n.
+MUTATIONS = {
+    "no barrier before an exchange": 1,
+    "no barrier of a warp": 2,
+    "no vote": 3,
+    "one inbox": 4,
+    "beyond shared memory": 5,
 }
 
 
-def broken(tmp_path: Path, what: str) -> Path:
-    copy = tmp_path / "csrc"
-    shutil.copytree(host_cuda.ROOT / "csrc", copy)
-    name, old, new = BROKEN[what]
-    text = (copy / "cuda" / name).read_text()
-    assert text.count(old) == 1
-    (copy / "cuda" / name).write_text(text.replace(old, new))
-    return copy
+def mutated(path: Path, what: str, shapes: str, *options: str, rows: int) -> Path:
+    """`program` with a fault."""
+    return program(path, shapes, f"-DOTALIGN_MUTATE_{MUTATIONS[what]}", *options, rows=rows)
+
+
+def test_every_mutation_is_in_the_source():
+    """Each of them once, and no other."""
+    sources = [path.read_text() for path in (host_cuda.ROOT / "csrc").rglob("*.*")]
+    found = re.findall(r"^#if.*OTALIGN_MUTATE_(\d)", "\n".join(sources), re.MULTILINE)
+    assert sorted(map(int, found)) == sorted(MUTATIONS.values())
 
 
 @pytest.mark.parametrize("what", ["no barrier before an exchange", pytest.param("no vote", marks=pytest.mark.slow)])
 def test_a_missing_barrier_gives_wrong_numbers(tmp_path, what):
-    right, said = outcome(program(tmp_path, "3", rows=9, csrc=broken(tmp_path, what)))
+    right, said = outcome(mutated(tmp_path, what, "3", rows=9))
     assert not right
     assert "WRONG" in said
 
@@ -349,15 +346,14 @@ def test_a_missing_barrier_gives_wrong_numbers(tmp_path, what):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["no barrier of a warp", "one inbox"])
 def test_a_race_is_reported(tmp_path, what):
-    right, said = outcome(program(tmp_path, "2", *THREAD, rows=9, csrc=broken(tmp_path, what)))
+    right, said = outcome(mutated(tmp_path, what, "2", *THREAD, rows=9))
     assert not right
     assert "ThreadSanitizer: data race" in said
 
 
 @pytest.mark.slow
 def test_an_overrun_is_reported(tmp_path):
-    check = program(tmp_path, "2", *ADDRESS, rows=80, csrc=broken(tmp_path, "beyond shared memory"))
-    right, said = outcome(check)
+    right, said = outcome(mutated(tmp_path, "beyond shared memory", "2", *ADDRESS, rows=80))
     assert not right
     assert "heap-buffer-overflow" in said
 
@@ -375,29 +371,27 @@ def test_every_choice_can_be_launched(chip):
     for items in (1, 7, 32, 500, 5000):
         for size_x in (1, 60, 300, 750, 3000, 40_000):
             for size_y in (1, 32, 33, 100, 512, 1000):
-                choice = chosen(items, size_x, size_y, **chip)
-                assert choice.bytes <= chip["shared"]
-                assert 1 <= choice.cluster <= min(chip["largest_cluster"], size_x)
-                assert 1 <= choice.in_flight <= items
-                assert choice.shared % step(choice.form) == 0
-                assert WIDTHS[choice.form] == min(width for width in FORMS if width >= size_y)
-                assert bool(choice.ordered) <= (choice.in_flight < items)
-                rows = -(-size_x // choice.cluster)
-                assert choice.shared < max(1, rows - held(choice.form)) + step(choice.form), (
-                    "no more shared memory than needed"
-                )
+                config = chosen(items, size_x, size_y, **chip)
+                assert config.bytes <= chip["shared"]
+                assert 1 <= config.cluster <= min(chip["largest_cluster"], size_x)
+                assert 1 <= config.in_flight <= items
+                assert config.shared % step(config.shape) == 0
+                assert WIDTHS[config.shape] == min(width for width in SHAPES if width >= size_y)
+                assert bool(config.ordered) <= (config.in_flight < items)
+                rows = -(-size_x // config.cluster)
+                assert config.shared < max(1, rows - held(config.shape)) + step(config.shape), "no more shared memory than needed"
 
 
 def test_typical_batches_stay_on_the_chip():
     held = host_cuda.library().host_held
     for items, size_x, size_y in ((32, 750, 128), (16, 300, 100), (256, 60, 60), (8, 300, 128)):
-        choice = chosen(items, size_x, size_y, **H200)
-        assert held(choice.form) + choice.shared >= -(-size_x // choice.cluster)
-        assert choice.in_flight == items, "all items at once"
+        config = chosen(items, size_x, size_y, **H200)
+        assert held(config.shape) + config.shared >= -(-size_x // config.cluster)
+        assert config.in_flight == items, "all items at once"
 
 
 def test_too_long_items_are_refused(monkeypatch):
-    assert max(FORMS) == cuda.LONGEST_Y
+    assert max(SHAPES) == cuda.LONGEST_Y
     assert chosen(4, 100, cuda.LONGEST_Y, **H200).in_flight > 0
     assert chosen(4, 100, cuda.LONGEST_Y + 1, **H200).in_flight == 0
     with emulated(), pytest.raises(ValueError, match="up to 1024 points, got 1025"):
@@ -466,7 +460,7 @@ def test_no_kernel_uses_local_memory(machine_code):
     """No spills and no arrays: all values of a thread are in registers, on every architecture."""
     usages = machine_code.usages()
     assert collections.Counter(kernel.architecture for kernel in usages) == dict.fromkeys(
-        ARCHITECTURES, 3 * len(ANY_FORM)
+        ARCHITECTURES, 3 * len(ANY_SHAPE)
     )
     for kernel, usage in usages.items():
         assert usage.local == 0, kernel
@@ -480,7 +474,7 @@ def test_no_kernel_uses_local_memory(machine_code):
 def test_loops_of_the_iteration(machine_code, architecture):
     """The hot loop reads four numbers at once, and uses no local memory."""
     loops = machine_code.loops(architecture)
-    assert len(loops) == 3 * len(ANY_FORM)
+    assert len(loops) == 3 * len(ANY_SHAPE)
     for kernel, loop in loops.items():
         assert loop.count("LDL") + loop.count("STL") == 0, kernel
         assert loop.count("LDS", ".128") >= 4, kernel
@@ -491,7 +485,7 @@ def test_loops_of_the_iteration(machine_code, architecture):
 @pytest.mark.slow
 def test_compiler_reports_no_spill(tmp_path):
     """The compiler agrees: `-Xptxas -v` reports no spill."""
-    for source in ("narrow", "middle", "wide"):
+    for source in SHAPES_OF:
         for architecture in ARCHITECTURES:
             command = [
                 "nvcc",
@@ -502,20 +496,25 @@ def test_compiler_reports_no_spill(tmp_path):
                 "-Xptxas",
                 "-v",
             ]
-            command += ["-cubin", str(host_cuda.ROOT / f"csrc/cuda/{source}.cu"), "-o", str(tmp_path / "out.cubin")]
+            command += [
+                "-cubin",
+                str(host_cuda.ROOT / f"csrc/cuda/instances/{source}.cu"),
+                "-o",
+                str(tmp_path / "out.cubin"),
+            ]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-            assert len(spills) == 3 * len(FORMS_OF[source])
+            assert len(spills) == 3 * len(SHAPES_OF[source])
             assert set(spills) == {("0", "0", "0")}, f"{source} {architecture}"
 
 
-FORMS_OF = {"narrow": (0, 1, 2, 3), "middle": (4, 5, 6), "wide": (7, 8)}
+SHAPES_OF = {"columns_32_64": (0, 1, 2, 3), "columns_128_256": (4, 5, 6), "columns_512_1024": (7, 8)}
 
 
 @needs_nvcc
 def test_without_a_driver_the_error_has_its_name():
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    problem = backends.extension.module().Problem()
+    problem = backends.extension.module().CudaProblem()
     with pytest.raises(RuntimeError, match=r"^cuda(ErrorInsufficientDriver|ErrorNoDevice): "):
         backends.extension.module().cuda_scratch(problem, False, 0)

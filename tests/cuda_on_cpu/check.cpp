@@ -1,5 +1,5 @@
-// A program that runs the kernels over port.h and compares them with plain loops in double: to be built with
-// sanitizers, which see the kernels' own memory only. Exit status 1 if anything is off; it prints what it does.
+// A program that runs the kernels over intrinsics.h and compares them with plain loops in double. It has no Python, so
+// that sanitizers see the kernels' memory alone. It prints what it does; its exit status is 1 if a comparison fails.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/lift.cuh"
-#include "cuda/rule.h"
+#include "cuda/adjoint.cuh"
+#include "cuda/heuristics.h"
 #include "cuda/sinkhorn.cuh"
 
 using namespace otalign;
@@ -19,9 +19,10 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// A padded ragged batch with random costs; what nobody may read, or has yet to write, is NaN.
-struct Batch {
-  Batch(std::vector<int64_t> n, std::vector<int64_t> m, int64_t size_x, int64_t size_y, bool weighted, unsigned seed)
+// A padded ragged batch with random costs. Memory that may not be read, or is still to be written, is NaN.
+struct RandomBatch {
+  RandomBatch(std::vector<int64_t> n, std::vector<int64_t> m, int64_t size_x, int64_t size_y, bool weighted,
+              unsigned seed)
       : n(std::move(n)), m(std::move(m)), size_x(size_x), size_y(size_y), pitch((size_y + 31) / 32 * 32) {
     const size_t items = this->n.size(), rows = items * size_x, columns = items * size_y;
     std::minstd_rand random(seed);
@@ -52,14 +53,12 @@ struct Batch {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(to[i] / sum);
   }
 
-  Problem problem(double reg, double rho_x, double rho_y, int64_t max_iter, double tol) {
-    Problem p{};
+  CudaProblem problem(double reg, double rho_x, double rho_y, int64_t max_iter, double tol) {
+    CudaProblem p{};
     p.items = static_cast<int64_t>(n.size());
-    p.x = {n.data(), nullptr,  size_x,   p.items * size_x, nullptr, Scalar::f32, 0,
-           0,        a.data(), f.data(), nullptr,          nullptr, nullptr};
-    p.y = {m.data(), nullptr,  size_y,   p.items * size_y, nullptr, Scalar::f32, 0,
-           0,        b.data(), g.data(), nullptr,          nullptr, nullptr};
-    p.given = costs.data();
+    p.x = {n.data(), nullptr, size_x, p.items * size_x, a.data(), f.data()};
+    p.y = {m.data(), nullptr, size_y, p.items * size_y, b.data(), g.data()};
+    p.costs = costs.data();
     p.pitch = pitch;
     p.reg_of_all = reg;
     p.rho_x = rho_x;
@@ -85,7 +84,7 @@ bool expect(bool right, const char* what, double off) {
 }
 
 // The plan of an item after `iterations`, by logarithms of sums in double, and potentials for it.
-std::vector<double> reference(const Batch& batch, int64_t item, double reg, double rho_x, double rho_y,
+std::vector<double> reference(const RandomBatch& batch, int64_t item, double reg, double rho_x, double rho_y,
                               int iterations) {
   const int64_t n = batch.n[item], m = batch.m[item];
   const float* a = &batch.a[item * batch.size_x];
@@ -117,7 +116,7 @@ std::vector<double> reference(const Batch& batch, int64_t item, double reg, doub
   return plan;
 }
 
-std::vector<double> plan_of(const Batch& batch, int64_t item, double reg) {
+std::vector<double> plan_of(const RandomBatch& batch, int64_t item, double reg) {
   const int64_t n = batch.n[item], m = batch.m[item];
   std::vector<double> plan(n * m);
   for (int64_t i = 0; i < n; ++i)
@@ -129,8 +128,8 @@ std::vector<double> plan_of(const Batch& batch, int64_t item, double reg) {
   return plan;
 }
 
-// What is left of the implicit system when the lifts are put in, relative to its right side.
-double residual(const Batch& batch, int64_t item, double reg, double rho_x, double rho_y, double linear) {
+// The residual of the implicit system at the adjoints, relative to its right side.
+double residual(const RandomBatch& batch, int64_t item, double reg, double rho_x, double rho_y, double linear) {
   const int64_t n = batch.n[item], m = batch.m[item];
   const std::vector<double> plan = plan_of(batch, item, reg);
   std::vector<double> left(n + m), right(n + m), mass(n + m);
@@ -147,8 +146,8 @@ double residual(const Batch& batch, int64_t item, double reg, double rho_x, doub
     }
   double off = 0, all = 0;
   for (int64_t k = 0; k < n + m; ++k) {
-    const double lift = k < n ? batch.s[item * batch.size_x + k] : batch.t[item * batch.size_y + k - n];
-    left[k] += mass[k] / damping(reg, k < n ? rho_x : rho_y) * lift;
+    const double adjoint = k < n ? batch.s[item * batch.size_x + k] : batch.t[item * batch.size_y + k - n];
+    left[k] += mass[k] / damping(reg, k < n ? rho_x : rho_y) * adjoint;
     off += std::fabs(left[k] - right[k]);
     all += std::fabs(right[k]);
   }
@@ -163,29 +162,29 @@ struct Case {
 
 template <int N>
 bool check(const Case& c, unsigned seed) {
-  using L = Layout<N>;
-  const int64_t size_y = L::kWidth - 3;
+  using Tile = Tiling<N>;
+  const int64_t size_y = Tile::kWidth - 3;
   // Some rows in L2, if there may be so many.
-  const int64_t size_x = c.cluster * std::min(OTALIGN_ROWS, L::kHeld + c.shared + 11);
+  const int64_t size_x = c.cluster * std::min(OTALIGN_ROWS, Tile::kHeld + c.shared + 11);
   const std::vector<int64_t> n = {size_x, size_x - 3, 1, 0, 4, 5, 2}, m = {size_y, size_y - 5, 1, 3, 0, 9, 1};
-  Batch batch(n, m, size_x, size_y, c.weighted, seed);
+  RandomBatch batch(n, m, size_x, size_y, c.weighted, seed);
   constexpr int iterations = OTALIGN_ITERATIONS;
   Arguments arguments{batch.problem(c.reg, c.rho_x, c.rho_y, iterations, 0), {}, {}, {}, 0};
   const int32_t ordered = c.in_flight < static_cast<int>(n.size());
-  arguments.choice = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, ordered};
-  arguments.memory = memory(L::form(), arguments.choice);
-  std::vector<char> scratch(far_rows(arguments.choice, size_x) ? scratch_bytes(arguments.problem) : 0);
+  arguments.config = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, ordered};
+  arguments.memory = shared_memory(Tile::shape(), arguments.config);
+  std::vector<float> scratch(off_chip_rows(arguments.config, size_x) ? scratch_bytes(arguments.problem) / 4 : 0);
   arguments.problem.scratch = scratch.data();
   const float one = 0.5f;
-  arguments.lifts = {&one, 0, batch.upstream.data(), batch.s.data(), batch.t.data()};
+  arguments.adjoints = {&one, 0, batch.upstream.data(), batch.s.data(), batch.t.data()};
   const auto launch = [&](auto run) {
-    port::launch(c.in_flight, c.cluster, L::kThreads, 4 * arguments.memory.end, seed, run);
+    intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed, run);
   };
   const bool relaxed = c.rho_x < kInfinity || c.rho_y < kInfinity;
-  launch([&] { relaxed ? Sinkhorn<L, true>(arguments).run() : Sinkhorn<L, false>(arguments).run(); });
-  launch([&] { Lift<L>(arguments).run(); });
+  launch([&] { relaxed ? Sinkhorn<Tile, true>(arguments).run() : Sinkhorn<Tile, false>(arguments).run(); });
+  launch([&] { Adjoint<Tile>(arguments).run(); });
   bool right = true;
-  double worst = 0, worst_lift = 0;
+  double worst = 0, worst_residual = 0;
   for (int64_t item = 0; item < static_cast<int64_t>(n.size()); ++item) {
     const bool empty = n[item] == 0 || m[item] == 0;
     right &= expect(batch.n_iter[item] == (empty ? 0 : iterations), "number of iterations", batch.n_iter[item]);
@@ -201,17 +200,17 @@ bool check(const Case& c, unsigned seed) {
       mass += wanted[k];
     }
     right &= expect(off <= 3e-5 * std::fmax(mass, 1), "plan (L1)", off);
-    const double lift = residual(batch, item, c.reg, c.rho_x, c.rho_y, one);
-    right &= expect(lift <= 3e-5, "implicit system", lift);
+    const double left = residual(batch, item, c.reg, c.rho_x, c.rho_y, one);
+    right &= expect(left <= 3e-5, "implicit system", left);
     worst = std::fmax(worst, off);
-    worst_lift = std::fmax(worst_lift, lift);
+    worst_residual = std::fmax(worst_residual, left);
   }
   for (int64_t k = 0; k < static_cast<int64_t>(n.size()); ++k) {
     for (int64_t i = n[k]; i < size_x; ++i) right &= expect(batch.f[k * size_x + i] == 0, "padding of f", i);
     for (int64_t j = m[k]; j < size_y; ++j) right &= expect(batch.g[k * size_y + j] == 0, "padding of g", j);
   }
-  std::printf("form %d, cluster %d, shared %d, scatter %d, reg %g, rho %g %g: plan %.1e, lifts %.1e\n", N, c.cluster,
-              c.shared, c.scatter, c.reg, c.rho_x, c.rho_y, worst, worst_lift);
+  std::printf("shape %d, cluster %d, shared %d, scatter %d, reg %g, rho %g %g: plan %.1e, adjoints %.1e\n", N,
+              c.cluster, c.shared, c.scatter, c.reg, c.rho_x, c.rho_y, worst, worst_residual);
   return right;
 }
 
@@ -231,7 +230,7 @@ int main(int count, char** arguments) {
       {1, 0, 0, 2, 0.1, inf, inf, false},  {2, 8, 0, 1, 0.05, inf, inf, true}, {4, 0, 0, 2, 0.1, inf, inf, true},
       {4, 8, 1, 1, 0.005, inf, inf, true}, {2, 0, 1, 3, 0.1, 0.5, inf, true},  {1, 8, 0, 7, 0.2, 0.3, 0.6, false},
   };
-  const bool right = check_all(cases, seed, std::integer_sequence<int, OTALIGN_FORMS>());
+  const bool right = check_all(cases, seed, std::integer_sequence<int, OTALIGN_TILE_SHAPES>());
   std::puts(right ? "all right" : "something is wrong");
   return right ? 0 : 1;
 }

@@ -20,13 +20,13 @@ from otalign import backends
 from otalign.backends import cuda_launch
 
 ROOT = Path(__file__).parents[2]
-STRICT, RELAXED, LIFT = range(3)
+STRICT, RELAXED, ADJOINT = range(3)
 
 
-class Choice(ctypes.Structure):
-    """As in csrc/cuda/layout.h."""
+class LaunchConfig(ctypes.Structure):
+    """As in csrc/cuda/tiling.h."""
 
-    NAMES = ("form", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered")
+    NAMES = ("shape", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered")
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]
 
     def __repr__(self) -> str:
@@ -43,9 +43,9 @@ def sources() -> list[Path]:
     )
 
 
-def compile_command(source: Path, output: Path, *options: str, csrc: Path = ROOT / "csrc") -> list[str]:
+def compile_command(source: Path, output: Path, *options: str) -> list[str]:
     compiler = os.environ.get("CXX", "g++")
-    include = [f"-I{ROOT / 'tests/cuda_on_cpu'}", f"-I{csrc}"]
+    include = [f"-I{ROOT / 'tests/cuda_on_cpu'}", f"-I{ROOT / 'csrc'}"]
     return [
         compiler,
         "-std=c++17",
@@ -83,51 +83,55 @@ def build(path: Path) -> None:
 
 
 class Engine:
-    """Replaces the extension for the CUDA backend. Choices are those for a small chip, unless `force` sets them."""
+    """Replaces the extension for the CUDA backend. Launch configurations are those for a small chip, unless `force` sets them."""
 
     def __init__(self, seed: int = 0, **force: int) -> None:
         self.seed, self.force = seed, force
-        self.choices: list[Choice] = []
-        self.Problem, self.Lifts = backends.extension.module().Problem, backends.extension.module().Lifts
+        self.configs: list[LaunchConfig] = []
+        self.CudaProblem, self.Adjoints = backends.extension.module().CudaProblem, backends.extension.module().Adjoints
 
-    def cuda_scratch(self, problem: Any, lift: bool, device: int | None) -> int:
-        return library().host_scratch(ctypes.c_void_p(problem.itself), ctypes.byref(self.choice(problem)))
+    def cuda_scratch(self, problem: Any, adjoint: bool, device: int | None) -> int:
+        return library().host_scratch(address(problem), ctypes.byref(self.config(problem)))
 
     def cuda_solve(self, problem: Any, device: int | None, stream: int, wait: bool) -> None:
         relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
         self._run(problem, None, RELAXED if relaxed else STRICT)
 
-    def cuda_lift(self, problem: Any, lifts: Any, device: int | None, stream: int, wait: bool) -> None:
-        self._run(problem, lifts, LIFT)
+    def cuda_adjoint(self, problem: Any, adjoints: Any, device: int | None, stream: int, wait: bool) -> None:
+        self._run(problem, adjoints, ADJOINT)
 
-    def _run(self, problem: Any, lifts: Any, kind: int) -> None:
-        choice = self.choice(problem)
-        self.choices.append(choice)
-        of_lifts = ctypes.c_void_p(lifts.itself if lifts else None)
-        done = library().host_run(ctypes.c_void_p(problem.itself), of_lifts, ctypes.byref(choice), kind, self.seed)
+    def _run(self, problem: Any, adjoints: Any, kind: int) -> None:
+        config = self.config(problem)
+        self.configs.append(config)
+        done = library().host_run(address(problem), address(adjoints), ctypes.byref(config), kind, self.seed)
         assert done
 
-    def choice(self, problem: Any) -> Choice:
+    def config(self, problem: Any) -> LaunchConfig:
         if self.force:
             return forced(**{"in_flight": 1, **self.force})
         return chosen(problem.items, problem.x.size, problem.y.size)
 
 
+def address(struct: Any) -> ctypes.c_void_p:
+    """Where the extension's struct is in memory."""
+    return ctypes.c_void_p(backends.extension.module().testing.address(struct) if struct else None)
+
+
 def chosen(
     items: int, size_x: int, size_y: int, *, processors: int = 8, shared: int = 227 * 1024, largest_cluster: int = 4
-) -> Choice:
-    choice = Choice()
+) -> LaunchConfig:
+    config = LaunchConfig()
     of = (ctypes.c_int64(number) for number in (items, size_x, size_y))
-    library().host_choose(processors, shared, largest_cluster, *of, ctypes.byref(choice))
-    return choice
+    library().host_choose(processors, shared, largest_cluster, *of, ctypes.byref(config))
+    return config
 
 
 def forced(
-    form: int, cluster: int = 1, shared: int = 0, in_flight: int = 1, scatter: int = 0, ordered: int = 0
-) -> Choice:
-    choice = Choice()
-    library().host_force(form, cluster, shared, in_flight, scatter, ordered, ctypes.byref(choice))
-    return choice
+    shape: int, cluster: int = 1, shared: int = 0, in_flight: int = 1, scatter: int = 0, ordered: int = 0
+) -> LaunchConfig:
+    config = LaunchConfig()
+    library().host_force(shape, cluster, shared, in_flight, scatter, ordered, ctypes.byref(config))
+    return config
 
 
 @contextlib.contextmanager

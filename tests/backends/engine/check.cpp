@@ -13,7 +13,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/engine.h"
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 
 using namespace otalign;
 

@@ -16,7 +16,7 @@ fi
 have=()
 for isa in "${!isas[@]}"; do
   # shellcheck disable=SC2086
-  "$compiler" "${flags[@]}" ${isas[$isa]} -DOTALIGN_ISA="$isa" -c csrc/cpu/kernels.cpp -o "$out/$isa.o"
+  "$compiler" "${flags[@]}" ${isas[$isa]} -DOTALIGN_ISA="$isa" -c csrc/cpu/isa.cpp -o "$out/$isa.o"
   ar rcs "$out/lib$isa.a" "$out/$isa.o"
   have+=("-DOTALIGN_HAVE_${isa^^}=1")
 done

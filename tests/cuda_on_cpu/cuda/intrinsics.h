@@ -1,9 +1,10 @@
-// csrc/cuda/port.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
+// csrc/cuda/intrinsics.h for a CPU: the threads of a cluster are fibers that take turns, or threads of the system.
 //
-// Fibers change places only where threads wait for each other. A warp goes as far ahead of the others as it can, until
-// the dice name another one: who reads what another has yet to write gets poison, and again with the same dice. Threads
-// of the system are for ThreadSanitizer, which sees a missing barrier as a race: so what waits here must order as
-// little as its counterpart on a GPU. (std::barrier orders more, and hides races.)
+// Fibers switch only where threads wait for each other. A warp runs as far ahead of the others as it can, until the
+// random generator picks another one. A thread that reads a value before another has written it gets poison, and gets
+// it again with the same seed. Threads of the system are for ThreadSanitizer, which reports a missing barrier as a
+// race. So the waits here must order no more than their counterparts on a GPU. (std::barrier orders more, and hides
+// races.)
 #pragma once
 
 #include <algorithm>
@@ -36,7 +37,7 @@ struct alignas(8) float2 {
   float x, y;
 };
 
-namespace otalign::cuda::port {
+namespace otalign::cuda::intrinsics {
 
 template <class Ready>
 void wait_until(Ready ready);
@@ -74,7 +75,7 @@ struct BlockState {
   std::vector<Warp> warps;
   Barrier barrier;
   int against[3] = {0, 0, 0};  // votes
-  char* memory;
+  char* memory;                // (bytes,) shared memory
 };
 
 struct Cluster {
@@ -87,7 +88,7 @@ struct Thread {
   BlockState* block;
   int number, block_number, rank;
   int swaps = 0, votes = 0;
-  bool (*ready)(const void*) = nullptr;  // what it waits for
+  bool (*ready)(const void*) = nullptr;  // whether the condition that it waits for holds; null = it does not wait
   const void* awaited = nullptr;
 };
 
@@ -143,7 +144,8 @@ OTALIGN_DEVICE void store(Numbers value, float* to) {
 
 OTALIGN_DEVICE float reciprocal(float x) { return 1 / x; }
 
-// The number of the phase, and below it the bytes that are awaited, with kOpen more until they are `expect`ed.
+// The high 32 bits are the number of the phase. The low ones are the bytes still to arrive, and kOpen more until
+// `expect`.
 using Mailbox = uint64_t;
 constexpr uint64_t kOpen = 1 << 24;
 
@@ -215,7 +217,7 @@ inline size_t next_ready(size_t first, size_t count, size_t last) {
   return count;
 }
 
-// The fiber to go on with: of the same warp, or now and then of any; -1 if all have ended.
+// The fiber to continue with: one of the same warp, or sometimes of any warp; -1 if all have ended.
 inline int64_t next_fiber() {
   Scheduler& s = *scheduler;
   const size_t all = s.fibers.size(), warp = s.current / 32 * 32;
@@ -265,7 +267,7 @@ inline void run(std::vector<Thread>& threads, const std::function<void()>& kerne
 
 #endif
 
-// A launch: clusters one after the other, of so many blocks each.
+// A launch: `clusters` clusters, one after the other, of `cluster` blocks each.
 inline void launch(int clusters, int cluster, int threads, int bytes, unsigned seed,
                    const std::function<void()>& kernel) {
   for (int c = 0; c < clusters; ++c) {
@@ -279,4 +281,4 @@ inline void launch(int clusters, int cluster, int threads, int bytes, unsigned s
   }
 }
 
-}  // namespace otalign::cuda::port
+}  // namespace otalign::cuda::intrinsics

@@ -1,22 +1,23 @@
-// The implicit system: [D_x P; P^T D_y] (s, t) = (Q 1, Q^T 1), with Q = P S, S = dL/dP + l C, D = mass / keep.
+// The implicit system: [D_x P; P^T D_y] (s, t) = (Q 1, Q^T 1), with Q = P S, S = dL/dP + l C, D = mass / damping.
 //
-// s is eliminated; conjugate gradients, preconditioned with D_y, solve what is left for t, on a plan that stays on the
-// chip as the kernel matrix does. From the lifts s and t, dL/dC = P (v + l - (S - s - t) / reg).
+// s is eliminated. Conjugate gradients, preconditioned with D_y, solve the rest for t. The plan stays on the chip as
+// the kernel matrix does. From the adjoints s and t follows dL/dC = P (v + l - (S - s - t) / reg).
 #pragma once
 
 #include "matrix.cuh"
 
 namespace otalign::cuda {
 
-template <class L>
-class Lift {
-  static constexpr int C = Block<L>::C;
-  enum ColumnVector { kW, kMass, kResidual, kSolution, kProduct };  // kW is the direction
+template <class Tile>
+class Adjoint {
+  static constexpr int C = Block<Tile>::C;
+  // Indices for Block::columns and Block::row; kW is the direction of the search.
+  enum ColumnVector { kW, kMass, kResidual, kSolution, kProduct };
   enum RowVector { kRowMass, kLoad };
-  static constexpr float kTolerance = 1e-14f;  // of the energy, the square of an error
+  static constexpr float kTolerance = 1e-14f;  // relative, of the energy, which is the square of an error
 
  public:
-  OTALIGN_DEVICE explicit Lift(const Arguments& arguments) : block(arguments), lifts(arguments.lifts) {}
+  OTALIGN_DEVICE explicit Adjoint(const Arguments& arguments) : block(arguments), adjoints(arguments.adjoints) {}
 
   OTALIGN_DEVICE void run() {
     block.for_items([&] {
@@ -38,40 +39,39 @@ class Lift {
   }
 
   OTALIGN_DEVICE void enter() {
-    const Problem& p = block.p;
-    keep_x = static_cast<float>(damping(block.current().epsilon, p.rho_x));
-    keep_y = static_cast<float>(damping(block.current().epsilon, p.rho_y));
+    const CudaProblem& p = block.p;
+    damping_x = static_cast<float>(damping(block.current().reg, p.rho_x));
+    damping_y = static_cast<float>(damping(block.current().reg, p.rho_y));
     balanced = p.rho_x == HUGE_VAL && p.rho_y == HUGE_VAL;
     block.for_columns([&](int j) {
       const int64_t column = block.current().y.start + j;
       const float b = j < block.m ? weight(p.y.weights, column, block.m) : 0;
       block.columns(kMass)[j] = b;
-      block.columns(kSolution)[j] = b > 0 ? static_cast<const float*>(p.y.potential)[column] : -INFINITY;
+      block.columns(kSolution)[j] = b > 0 ? p.y.potential[column] : -INFINITY;
       block.columns(kW)[j] = j < block.m ? 1 : 0;
     });
-    port::sync_block();
+    intrinsics::sync_block();
   }
 
-  // The weight of a point and its potential, which leaves no plan where there is no weight.
+  // A point's weight and potential; without weight the potential is -inf, so that the plan is zero.
   struct Bounded {
     float weight, potential;
   };
   OTALIGN_DEVICE Bounded row(int i, bool mine) const {
     const int64_t row = block.current().first + i;
     const float a = mine ? weight(block.p.x.weights, row, block.current().x.length) : 0;
-    return {a, a > 0 ? static_cast<const float*>(block.p.x.potential)[row] : -INFINITY};
+    return {a, a > 0 ? block.p.x.potential[row] : -INFINITY};
   }
-  OTALIGN_DEVICE float plan(const Bounded& x, float b, float g, float cost, float per_reg) const {
-    return x.weight * b * density((x.potential - cost + g) * per_reg);
+  OTALIGN_DEVICE float plan(const Bounded& x, float b, float g, float cost, float inv_reg) const {
+    return x.weight * b * density((x.potential - cost + g) * inv_reg);
   }
 
-  // Q 1 into the rows' load, Q^T 1 into the residual.
+  // Puts Q 1 into kLoad and Q^T 1 into kResidual.
   OTALIGN_DEVICE void load() {
-    const Problem& p = block.p;
-    const float linear =
-        lifts.linear ? static_cast<const float*>(lifts.linear)[block.current().item * lifts.linear_step] : 0.0f;
-    const float* const gradient =
-        lifts.plan ? static_cast<const float*>(lifts.plan) + block.current().first * p.pitch : nullptr;
+    const CudaProblem& p = block.p;
+    const float linear = adjoints.linear ? adjoints.linear[block.current().item * adjoints.linear_step] : 0.0f;
+    const float* const gradient =  // (count, pitch) by the plan
+        adjoints.plan ? adjoints.plan + block.current().first * p.pitch : nullptr;
     float g[C], b[C], sums[C];
     block.load_columns(block.columns(kSolution), g);
     block.load_columns(block.columns(kMass), b);
@@ -85,40 +85,42 @@ class Lift {
       float sum = 0;
       OTALIGN_UNROLL
       for (int c = 0; c < C; ++c) {
-        const float mass = plan(x, b[c], g[c], cost[c], block.current().per_reg);
+        const float mass = plan(x, b[c], g[c], cost[c], block.current().inv_reg);
         const float term = mass == 0 ? 0 : mass * (upstream[c] + (linear == 0 ? 0 : linear * cost[c]));
         sum += term;
         sums[c] += term;
       }
-      sum = over_lanes<L::kLanes>(sum, Sum());
+      sum = over_lanes<Tile::kLanes>(sum, Sum());
       if (mine && block.across == 0) block.row(kLoad, i) = sum;
     });
     put(sums);
     block.exchange(block.m, Sum(),
                    [&](int j, float4 sum) { *reinterpret_cast<float4*>(block.columns(kResidual) + j) = sum; });
-    port::sync_block();
+    intrinsics::sync_block();
   }
 
-  // The plan, and the masses of its rows and columns over what they keep.
+  // Builds the plan in the matrix, and puts the masses of its rows and columns over their damping into kRowMass and
+  // kMass.
   OTALIGN_DEVICE void build() {
     float g[C], b[C];
     block.load_columns(block.columns(kSolution), g);
     block.load_columns(block.columns(kMass), b);
-    const float per_reg = block.current().per_reg;
+    const float inv_reg = block.current().inv_reg;
     Bounded x{};
     matrix.build(
         block, 1, [&](int i, bool mine, auto) { x = row(i, mine); },
-        [&](int c, float cost) { return plan(x, b[c], g[c], cost, per_reg); });
-    port::sync_block();
+        [&](int c, float cost) { return plan(x, b[c], g[c], cost, inv_reg); });
+    intrinsics::sync_block();
     product([&](int, float sum, bool one, auto numbers) {
-      if (one) numbers(kRowMass) = sum / keep_x;
+      if (one) numbers(kRowMass) = sum / damping_x;
       return 1.0f;
     });
-    block.for_columns([&](int j) { block.columns(kMass)[j] = j < block.m ? block.columns(kProduct)[j] / keep_y : 0; });
-    port::sync_block();
+    block.for_columns(
+        [&](int j) { block.columns(kMass)[j] = j < block.m ? block.columns(kProduct)[j] / damping_y : 0; });
+    intrinsics::sync_block();
   }
 
-  // The right-hand side of the eliminated system, and its energy.
+  // Puts the right-hand side of the eliminated system into kResidual; returns its energy.
   OTALIGN_DEVICE float begin() {
     product([&](int, float, bool, auto numbers) { return over_mass(numbers(kLoad), numbers(kRowMass)); });
     block.for_columns([&](int j) {
@@ -133,13 +135,14 @@ class Lift {
     return energy;
   }
 
-  // A step of conjugate gradients, whose direction keeps `carry` of the last one. False if it could not be made.
+  // One step of conjugate gradients, whose direction keeps `carry` times the last one. Returns false if the curvature
+  // along it is not positive.
   OTALIGN_DEVICE bool step(float carry, float& energy_before) {
     block.for_columns([&](int j) {
       const float preconditioned = over_mass(block.columns(kResidual)[j], block.columns(kMass)[j]);
       block.columns(kW)[j] = preconditioned + carry * block.columns(kW)[j];
     });
-    port::sync_block();
+    intrinsics::sync_block();
     product([&](int, float sum, bool, auto numbers) { return over_mass(sum, numbers(kRowMass)); });
     float curvature = 0;
     block.for_columns([&](int j) {
@@ -162,7 +165,8 @@ class Lift {
 
   OTALIGN_DEVICE static float over_mass(float value, float mass) { return mass > 0 ? value / mass : 0; }
 
-  // Takes out the residual's component along the null vector of a balanced problem, the constant; and finds its energy.
+  // If the problem is balanced, removes the residual's component along the null vector, which is constant. Then
+  // computes the residual's energy.
   OTALIGN_DEVICE void remove_gauge() {
     if (balanced) {
       float along = 0;
@@ -176,10 +180,10 @@ class Lift {
       sum += residual * over_mass(residual, block.columns(kMass)[j]);
     });
     energy = block.sum_block(sum);
-    port::sync_block();
+    intrinsics::sync_block();
   }
 
-  // P^T t into kProduct, where t_i = update(i, (P w)_i, ...).
+  // Puts P^T t into kProduct, where t_i = update(i, (P w)_i, ...).
   template <class Update>
   OTALIGN_DEVICE void product(Update update) {
     float sums[C];
@@ -189,7 +193,7 @@ class Lift {
     put(sums);
     block.exchange(block.m, Sum(),
                    [&](int j, float4 sum) { *reinterpret_cast<float4*>(block.columns(kProduct) + j) = sum; });
-    port::sync_block();
+    intrinsics::sync_block();
   }
   OTALIGN_DEVICE void put(float (&sums)[C]) {
     block.put_columns(sums, Sum());
@@ -198,25 +202,25 @@ class Lift {
 
   OTALIGN_DEVICE void finish() {
     block.for_columns([&](int j) { block.columns(kW)[j] = block.columns(kSolution)[j]; });
-    port::sync_block();
-    float* const s = static_cast<float*>(lifts.x) + block.current().first;
+    intrinsics::sync_block();
+    float* const s = adjoints.x + block.current().first;
     float sums[C];
     matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
       if (mine && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
       return 0.0f;
     });
-    float* const t = static_cast<float*>(lifts.y) + block.current().y.start;
-    if (port::rank() == 0)
+    float* const t = adjoints.y + block.current().y.start;
+    if (intrinsics::rank() == 0)
       block.for_columns([&](int j) {
         if (j < block.m) t[j] = block.columns(kSolution)[j];
       });
   }
 
-  Block<L> block;
-  Matrix<L> matrix;
-  const Lifts& lifts;
+  Block<Tile> block;
+  Matrix<Tile> matrix;
+  const Adjoints& adjoints;
   bool balanced = true;
-  float keep_x = 1, keep_y = 1, mass = 0, energy = 0;
+  float damping_x = 1, damping_y = 1, mass = 0, energy = 0;
 };
 
 }  // namespace otalign::cuda

@@ -1,11 +1,12 @@
-// The table of kernels for one instruction set: this file is compiled once for each (OTALIGN_ISA).
-#include "kernels.h"
+// The table of functions for one instruction set. This file is compiled once for each of them, with OTALIGN_ISA its
+// name.
+#include "isa.h"
 
 #include <cstring>
 #include <limits>
 
+#include "adjoint.h"
 #include "prior.h"
-#include "reverse.h"
 #include "solver.h"
 
 namespace otalign::OTALIGN_ISA {
@@ -83,7 +84,7 @@ void write(Scalar type, const T* from, void* to, int64_t count) {
   }
 }
 
-// f(d, lanes) over a row of dim numbers that may end anywhere.
+// The sum of f(d, lanes) over a row of dim numbers; the last vector may have fewer lanes.
 template <class T, class F>
 OTALIGN_INLINE T sum_over(int64_t dim, F f) {
   using S = Simd<T>;
@@ -125,13 +126,14 @@ T square_distance(const T* x, const T* y, int64_t dim) {
   });
 }
 
-// Squares between which a distance is their root; the shorter distances have no gradient, which is their reciprocal.
+// A distance is the root of a square from kLeastSquare to 1 / kLeastSquare; other squares are computed anew. The
+// gradient of a distance has its reciprocal as a factor: below kLeastDistance it is zero.
 template <class T>
 constexpr T kLeastSquare = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
 template <class T>
 constexpr T kLeastDistance = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 
-// |x - y|, also where its square leaves the range of T.
+// |x - y|, even if its square leaves the range of T.
 template <class T>
 T wide_distance(const T* x, const T* y, int64_t dim) {
   const T square = square_distance(x, y, dim);
@@ -152,7 +154,8 @@ T wide_distance(const T* x, const T* y, int64_t dim) {
   return std::scalbn(std::sqrt(sum), exponent);
 }
 
-// A squared distance below this share of the squared norms has lost too many digits in the product.
+// A squared distance below this share of the squared norms has lost too many digits in the product, and is computed
+// anew.
 constexpr double kCancelled = 1.0 / 64;
 
 template <class T>
@@ -161,8 +164,8 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
   const int64_t m = it.m;
   const T* scale_y = it.scale_y;
   const PriorRow<T> prior(it);
-  typename Simd<T>::V
-      zeros{};  // NaN where anything is not finite, but for an infinite given cost, which forbids a pair
+  // NaN where any number is not finite, except where an infinite given cost forbids a pair.
+  typename Simd<T>::V zeros{};
   const typename Simd<T>::V infinity = Simd<T>::splat(T(HUGE_VAL));
   for (int64_t i = begin; i < end; ++i) {
     T* row = it.K + i * m;
@@ -177,7 +180,8 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
       case Cost::sqeuclidean:
         for (int64_t j = 0; j < m; ++j) {
           T square = scale + scale_y[j] - 2 * row[j];
-          if (!(square - T(kCancelled) * (scale + scale_y[j]) >= 0))  // norms whose squares overflow have no difference
+          // The comparison is false for NaN, too: then the squared norms overflow.
+          if (!(square - T(kCancelled) * (scale + scale_y[j]) >= 0))
             square = square_distance(x + (i - begin) * x_stride, y + j * y_stride, dim);
           row[j] = square;
         }

@@ -1,10 +1,10 @@
-#include "kernels.cuh"
+#include "../kernels.cuh"
 
 namespace otalign::cuda {
 
-Kernels wide_kernels(int form) {
+Kernels kernels_of_columns_512_1024(int index) {
   const Kernels all[] = {kernels<7>(), kernels<8>()};
-  return all[form];
+  return all[index];
 }
 
 }  // namespace otalign::cuda

@@ -2,14 +2,14 @@
 
 #include <cstring>
 
-#include "cuda/device.h"
+#include "cuda/query.h"
 
 namespace otalign::cuda {
 namespace {
 
 const char* message(cudaError_t status) {
   if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // a failed query must not surface as the error of somebody's next launch
+  cudaGetLastError();  // or else it would surface again as the error of the next launch
   return cudaGetErrorString(status);
 }
 

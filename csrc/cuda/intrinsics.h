@@ -1,8 +1,7 @@
-// All that the kernels take from the machine. Tests put a header of the same name in its place, which runs them on a
-// CPU.
+// All that the kernels use of the hardware. Tests put a header of the same name in its place, which runs them on a CPU.
 //
-// A cluster is a group of thread blocks that run at the same time and can write into each other's shared memory, from
-// compute capability 9.0; before, every block is a cluster of its own.
+// A cluster is a group of thread blocks that run at the same time and can write into each other's shared memory. It
+// needs compute capability 9.0; before that, every block is a cluster of its own.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +11,16 @@
 #define OTALIGN_UNROLL OTALIGN_PRAGMA(unroll)
 #define OTALIGN_UNROLL_BY(count) OTALIGN_PRAGMA(unroll count)
 #define OTALIGN_ROLLED OTALIGN_UNROLL_BY(1)
-// What is written before it may not be moved behind it: without, the compiler would hold all of a matrix's costs at
+// The compiler may not move memory accesses across it. Without it, the compiler would hold all costs of a matrix at
 // once.
 #define OTALIGN_IN_ORDER asm volatile("" ::: "memory")
 
-namespace otalign::cuda::port {
+namespace otalign::cuda::intrinsics {
 
 OTALIGN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 OTALIGN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 
-// The block's number in its cluster.
+// The number of this block in its cluster.
 OTALIGN_DEVICE int rank() {
   uint32_t rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -30,6 +29,7 @@ OTALIGN_DEVICE int rank() {
   return static_cast<int>(rank);
 }
 
+// The block's dynamic shared memory, aligned to 16 bytes.
 OTALIGN_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
@@ -50,7 +50,8 @@ OTALIGN_DEVICE uint32_t address(const void* in_shared_memory) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
 }
 
-// Numbers next to each other in shared memory, at once: left to itself, the compiler stores them one by one.
+// Stores adjacent numbers in shared memory with one instruction; from plain code the compiler stores them one by one.
+// `to` is aligned to the size of `value`.
 OTALIGN_DEVICE void store(float4 value, float* to) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "f"(value.x), "f"(value.y), "f"(value.z),
                "f"(value.w)
@@ -60,8 +61,8 @@ OTALIGN_DEVICE void store(float2 value, float* to) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address(to)), "f"(value.x), "f"(value.y) : "memory");
 }
 
-// A mailbox counts the bytes that arrive for it. Its phases follow each other; `expect` opens one, by one thread,
-// `wait` waits until all bytes of one are there, whose parity it is given.
+// A mailbox is an mbarrier in shared memory that counts the bytes which arrive for it. Its phases follow each other.
+// One thread calls `expect` to open a phase; `wait` returns when all bytes of the phase with this parity have arrived.
 using Mailbox = uint64_t;
 
 OTALIGN_DEVICE void open(Mailbox* box) {
@@ -70,7 +71,7 @@ OTALIGN_DEVICE void open(Mailbox* box) {
 #endif
 }
 
-// After all threads have come: mailboxes are open, and blocks of the cluster may write to each other, or end.
+// A barrier of all threads of the cluster. After it, mailboxes are open, and blocks may write to each other, or end.
 OTALIGN_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -84,7 +85,7 @@ OTALIGN_DEVICE void expect(Mailbox* box, int bytes) {
 #endif
 }
 
-// (An acquire of wider scope would throw away the L1 cache; what is waited for is in shared memory.)
+// The default scope of acquire suffices, since the data is in shared memory; a wider one would invalidate the L1 cache.
 OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;
@@ -100,7 +101,8 @@ OTALIGN_DEVICE void wait(Mailbox* box, int parity) {
 #endif
 }
 
-// Writes to where `to` lies in the shared memory of another block of the cluster, and tells its mailbox.
+// Writes 16 bytes to the address of `to` in the shared memory of block `rank` of the cluster, and reports them to its
+// mailbox.
 OTALIGN_DEVICE void send(float4 value, float* to, Mailbox* box, int rank) {
 #if __CUDA_ARCH__ >= 900
   uint32_t there, tell;
@@ -113,4 +115,4 @@ OTALIGN_DEVICE void send(float4 value, float* to, Mailbox* box, int rank) {
 #endif
 }
 
-}  // namespace otalign::cuda::port
+}  // namespace otalign::cuda::intrinsics

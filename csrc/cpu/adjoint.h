@@ -1,4 +1,5 @@
-// The reverse pass of one item: the implicit system, and the matrix that the embeddings are multiplied with.
+// The reverse pass of one item: the adjoints, which solve its implicit system, and the matrix by which the points are
+// multiplied in their gradients.
 #pragma once
 
 #include <initializer_list>
@@ -45,7 +46,7 @@ class ReversePass {
   static OTALIGN_INLINE V cost(V p, V terms, T reg) {
     return terms - reg * log<T>(S::select(usable(p), p, S::splat(1)));
   }
-  // A subnormal has no logarithm here, and no weight.
+  // `log` takes normal numbers only; a subnormal entry of the plan counts as zero.
   static OTALIGN_INLINE auto usable(V p) { return p >= S::splat(Tiny<T>::value); }
 
  private:
@@ -54,11 +55,12 @@ class ReversePass {
     static constexpr U value = sizeof(U) == 4 ? U(1.17549435e-38) : U(2.2250738585072014e-308);
   };
 
-  // [D_x P; P^T D_y] (lift_x, lift_y) = (q 1, q^T 1) with q = P o (l C + G), D = mass / keep, by conjugate gradients
-  // on what eliminating lift_x leaves, preconditioned with D_y. In the balanced case its null vector is constant.
+  // [D_x P; P^T D_y] (adjoint_x, adjoint_y) = (q 1, q^T 1) with q = P o (l C + G), D = mass / damping, by conjugate
+  // gradients on what eliminating adjoint_x leaves, preconditioned with D_y. In the balanced case its null vector is
+  // constant.
   void solve_system() {
     const T reg = static_cast<T>(it.reg), linear = static_cast<T>(back.linear);
-    const double keep_x = damping(it.reg, it.rho_x), keep_y = damping(it.reg, it.rho_y);
+    const double damping_x = damping(it.reg, it.rho_x), damping_y = damping(it.reg, it.rho_y);
     for (int64_t j = 0; j < padded(m); ++j) column[j] = row_buffer[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
       const T* row = P + i * m;
@@ -74,20 +76,20 @@ class ReversePass {
         S::store(row_buffer + j, S::load(row_buffer + j) + p, count);
       });
       row_load[i] = S::sum(load);
-      row_mass[i] = S::sum(mass) / keep_x;
+      row_mass[i] = S::sum(mass) / damping_x;
     }
     double total = 0;
     for (int64_t j = 0; j < m; ++j) {
-      column_mass[j] = row_buffer[j] / keep_y;
+      column_mass[j] = row_buffer[j] / damping_y;
       right[j] = column[j];
       total += row_buffer[j];
     }
     apply([&](int64_t i, double) { return row_mass[i] > 0 ? row_load[i] / row_mass[i] : 0.0; });
     for (int64_t j = 0; j < m; ++j) residual[j] = column_mass[j] > 0 ? right[j] - column[j] : 0.0;
-    conjugate_gradients(keep_x == 1 && keep_y == 1, total);
+    conjugate_gradients(damping_x == 1 && damping_y == 1, total);
     apply([&](int64_t i, double product) {
-      const double lift = row_mass[i] > 0 ? (row_load[i] - product) / row_mass[i] : 0.0;
-      back.lift_x[i] = static_cast<T>(lift);
+      const double adjoint = row_mass[i] > 0 ? (row_load[i] - product) / row_mass[i] : 0.0;
+      back.adjoint_x[i] = static_cast<T>(adjoint);
       return 0.0;
     });
   }
@@ -114,7 +116,7 @@ class ReversePass {
       for (int64_t j = 0; j < m; ++j) {
         const double step = column_mass[j] > 0 ? residual[j] / column_mass[j] : 0.0;
         direction[j] = step + carry * direction[j];
-        back.lift_y[j] = static_cast<T>(direction[j]);
+        back.adjoint_y[j] = static_cast<T>(direction[j]);
       }
       apply([&](int64_t i, double product) { return row_mass[i] > 0 ? product / row_mass[i] : 0.0; });
       double curvature = 0;
@@ -131,10 +133,10 @@ class ReversePass {
       before = now;
       now = energy();
     }
-    for (int64_t j = 0; j < m; ++j) back.lift_y[j] = static_cast<T>(solution[j]);
+    for (int64_t j = 0; j < m; ++j) back.adjoint_y[j] = static_cast<T>(solution[j]);
   }
 
-  // column = P^T t with t_i = per_row(i, (P lift_y)_i) in one pass.
+  // column = P^T t with t_i = per_row(i, (P adjoint_y)_i), in one pass over P.
   template <class F>
   void apply(F per_row) {
     for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
@@ -142,7 +144,7 @@ class ReversePass {
       const T* row = P + i * m;
       V product = V{};
       for_vectors<T>(m, [&](int64_t j, int, auto inside) {
-        product += S::select(inside, S::max(S::load(row + j), V{}) * S::load(back.lift_y + j), V{});
+        product += S::select(inside, S::max(S::load(row + j), V{}) * S::load(back.adjoint_y + j), V{});
       });
       const T weight = static_cast<T>(per_row(i, S::sum(product)));
       if (pace.stops(m)) return;
@@ -152,7 +154,7 @@ class ReversePass {
     }
   }
 
-  // What multiplies a point itself in its gradient: for the cosine sum_j H_ij cos_ij / |x_i|^2, and so on.
+  // The factor of a point itself in its gradient: for the cosine sum_j H_ij cos_ij / |x_i|^2, and so on.
   void diagonals() {
     for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
     const PriorRow<T> prior(it);
@@ -196,33 +198,35 @@ class ReversePass {
   }
 
   void weights() {
-    const double keep_x = damping(it.reg, it.rho_x), keep_y = damping(it.reg, it.rho_y);
+    const double damping_x = damping(it.reg, it.rho_x), damping_y = damping(it.reg, it.rho_y);
     for (int64_t i = 0; back.a && i < n; ++i) {
-      back.a[i] = weight_gradient(it.f[i], it.mass_x[i], it.rho_x, keep_x, back.implicit() ? back.lift_x[i] : T(0));
+      back.a[i] =
+          weight_gradient(it.f[i], it.mass_x[i], it.rho_x, damping_x, back.implicit() ? back.adjoint_x[i] : T(0));
       if (back.implicit() && it.a && it.a[i] == 0)
-        for (int64_t j = 0; j < m; ++j) back.a[i] += massless_slope(i, j, back.lift_y[j]);
+        for (int64_t j = 0; j < m; ++j) back.a[i] += massless_slope(i, j, back.adjoint_y[j]);
     }
     for (int64_t j = 0; back.b && j < m; ++j) {
-      back.b[j] = weight_gradient(it.g[j], it.mass_y[j], it.rho_y, keep_y, back.implicit() ? back.lift_y[j] : T(0));
+      back.b[j] =
+          weight_gradient(it.g[j], it.mass_y[j], it.rho_y, damping_y, back.implicit() ? back.adjoint_y[j] : T(0));
       if (back.implicit() && it.b && it.b[j] == 0)
-        for (int64_t i = 0; i < n; ++i) back.b[j] += massless_slope(i, j, back.lift_x[i]);
+        for (int64_t i = 0; i < n; ++i) back.b[j] += massless_slope(i, j, back.adjoint_x[i]);
     }
   }
-  // What a first bit of weight would add through the plan between i and j, one of which has none.
-  T massless_slope(int64_t i, int64_t j, T lift) const {
+  // The one-sided derivative by a weight of zero, through the plan's entry between i and j.
+  T massless_slope(int64_t i, int64_t j, T adjoint) const {
     const T p = -P[i * m + j];
     if (!(p >= Tiny<T>::value)) return 0;
     const T C = back.term_x[i] + back.term_y[j] - static_cast<T>(it.reg * std::log(static_cast<double>(p)));
-    return p * (static_cast<T>(back.linear) * C + (back.plan ? back.plan[i * m + j] : T(0)) - lift);
+    return p * (static_cast<T>(back.linear) * C + (back.plan ? back.plan[i * m + j] : T(0)) - adjoint);
   }
-  T weight_gradient(double f, double mass, double rho, double keep, double lift) const {
-    const double most = std::numeric_limits<T>::max();  // nothing bounds what a first bit of weight would do
-    const double gradient = back.value * (dual_term(f, rho) + it.reg * (1 - mass)) + lift * mass / keep;
+  T weight_gradient(double f, double mass, double rho, double damping, double adjoint) const {
+    const double most = std::numeric_limits<T>::max();  // a one-sided derivative may be infinite
+    const double gradient = back.value * (dual_term(f, rho) + it.reg * (1 - mass)) + adjoint * mass / damping;
     return static_cast<T>(gradient < -most ? -most : gradient > most ? most : gradient);
   }
 
  public:
-  // H of row i into out.
+  // Writes row i of H to out (m,).
   static OTALIGN_INLINE void gradient_row(const Item<T>& it, const Reverse<T>& back, int64_t i, T* out) {
     const T* row = it.K + i * it.m;
     const T direct = static_cast<T>(back.value + back.linear);
@@ -231,13 +235,13 @@ class ReversePass {
           it.m, [&](int64_t j, int count, auto) { S::store(out + j, direct * S::max(S::load(row + j), V{}), count); });
       return;
     }
-    const T reg = static_cast<T>(it.reg), per_reg = static_cast<T>(1 / it.reg), linear = static_cast<T>(back.linear);
+    const T reg = static_cast<T>(it.reg), inv_reg = static_cast<T>(1 / it.reg), linear = static_cast<T>(back.linear);
     for_vectors<T>(it.m, [&](int64_t j, int count, auto) {
       const V p = S::load(row + j);
       V slope = linear * cost(p, S::load(back.term_y + j) + back.term_x[i], reg);
       if (back.plan) slope += S::load(back.plan + i * it.m + j);
-      slope -= S::load(back.lift_y + j) + back.lift_x[i];
-      S::store(out + j, S::select(usable(p), p * (direct - slope * per_reg), V{}), count);
+      slope -= S::load(back.adjoint_y + j) + back.adjoint_x[i];
+      S::store(out + j, S::select(usable(p), p * (direct - slope * inv_reg), V{}), count);
     });
   }
 
@@ -279,10 +283,12 @@ class ReversePass {
   const Item<T>& it;
   Reverse<T>& back;
   const int64_t n, m;
-  const T* const P;
-  Pace pace;  // what is left undone when it stops, nobody reads
-  T *column, *row_buffer, *row_prior;
-  double *row_mass, *row_load, *column_mass, *right, *solution, *residual, *direction, *image;
+  const T* const P;  // (n, m) the plan. Negative = zero mass; its magnitude is dP/dweight. Clamp at 0 to read the plan.
+  Pace pace;         // nothing reads the results after it has stopped
+  T *column, *row_buffer, *row_prior;               // (padded(m),) each
+  double *row_mass, *row_load;                      // (n,) D_x and q 1
+  double *column_mass, *right;                      // (m,) D_y and q^T 1
+  double *solution, *residual, *direction, *image;  // (m,) of the conjugate gradients
 };
 
 }  // namespace otalign::OTALIGN_ISA

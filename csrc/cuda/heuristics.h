@@ -1,0 +1,85 @@
+// How a batch is launched, from its sizes and the chip alone. Nothing is tuned at run time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tiling.h"
+
+namespace otalign::cuda {
+
+struct Chip {
+  int processors;
+  int shared_of_block;  // bytes of shared memory that a block may have
+  bool clusters;
+};
+
+// Cycles of one iteration, estimated from the machine code and a model of the chip, not measured: the least that an
+// iteration takes, an exchange among blocks, and each row in registers, shared memory and L2.
+struct Estimate {
+  static double iteration(const TileShape& shape, int rows, int on_chip, const LaunchConfig& config) {
+    const double turns = std::max(1.0, shape.warps / 4.0);  // warps that share a scheduler
+    const int in_registers = std::min(rows, shape.held());
+    const double of_registers = 2.0 * shape.columns() * ((in_registers + shape.step() - 1) / shape.step()) * turns;
+    const double of_shared = (std::min(rows, on_chip) - in_registers) * (shape.width * 4 / 64.0 + 40.0 / shape.warps);
+    const double of_l2 = (rows - std::min(rows, on_chip)) * (shape.width * 4 / 20.0);
+    const double exchange = config.cluster == 1 ? 0 : (config.scatter ? 900 : 450) + 10 * config.cluster;
+    return 700 + 150 * turns + of_registers + of_shared + of_l2 + exchange;
+  }
+};
+
+// The configuration for one shape and one size of clusters; its in_flight is 0 if the shape cannot be launched.
+// max_resident(config) is how many clusters run at the same time, 0 if none can.
+template <class MaxResident>
+LaunchConfig choose(const Chip& chip, int shape_index, int cluster, int64_t items, int64_t size_x, bool ragged,
+                    MaxResident max_resident) {
+  const TileShape& shape = kTileShapes[shape_index];
+  LaunchConfig config{};
+  config.shape = shape_index;
+  config.cluster = cluster;
+  config.scatter = cluster * shape.width > kScatterFrom;
+  config.ordered = ragged && items <= kOrdered;
+  const int64_t rows = (size_x + cluster - 1) / cluster;
+  const int64_t wanted = std::max<int64_t>(0, rows - shape.held() + shape.step() - 1) / shape.step() * shape.step();
+  const int free = chip.shared_of_block / 4 - shared_memory(shape, config).end;
+  config.shared = static_cast<int>(std::min<int64_t>(wanted, free / (shape.width + 4) / shape.step() * shape.step()));
+  if (free < 0) return config;  // in_flight is 0
+  config.bytes = 4 * shared_memory(shape, config).end;
+  config.in_flight = static_cast<int>(std::min<int64_t>(items, max_resident(config)));
+  config.ordered = config.ordered && config.in_flight < items;
+  config.bytes = 4 * shared_memory(shape, config).end;
+  return config;
+}
+
+// The configuration of least time by the estimate; its in_flight is 0 if y is too long for every shape.
+template <class MaxResident>
+LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, bool ragged,
+                    MaxResident max_resident) {
+  LaunchConfig best{};
+  double least = 0;
+  int width = 0;
+  for (int index = 0; index < kTileShapeCount; ++index) {
+    const TileShape& shape = kTileShapes[index];
+    if (shape.width < size_y || (width != 0 && shape.width != width)) continue;
+    width = shape.width;
+    for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+      if (cluster > 1 && (!chip.clusters || cluster > size_x)) break;
+      const LaunchConfig config = choose(chip, index, cluster, items, size_x, ragged, max_resident);
+      if (config.in_flight <= 0) continue;
+      const int rows = static_cast<int>((size_x + cluster - 1) / cluster);
+      const double rounds = static_cast<double>((items + config.in_flight - 1) / config.in_flight);
+      const double blocks_per_processor = static_cast<double>(config.in_flight) * cluster / chip.processors;
+      // Blocks that share a processor hide each other's waiting.
+      const double slower = std::max(1.0, 0.35 * blocks_per_processor + 0.65);
+      const double time = rounds * slower * Estimate::iteration(shape, rows, shape.held() + config.shared, config) *
+                          (1 + 0.01 * cluster);
+      if (best.in_flight == 0 || time < least) {
+        best = config;
+        least = time;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace otalign::cuda

@@ -1,0 +1,31 @@
+// How the rest of the extension launches the kernels. No CUDA header here, so that bindings.cpp compiles without the
+// toolkit.
+#pragma once
+
+#include <cstdint>
+
+#include "arguments.h"
+
+namespace otalign::cuda {
+
+enum Kind { kStrict, kRelaxed, kAdjoint };  // kernels of a shape
+struct Kernels {
+  const void* of[3];  // the device functions, by Kind
+};
+// The kernels in instances/, by the number of columns of their shapes; `index` counts within a file.
+Kernels kernels_of_columns_32_64(int index);
+Kernels kernels_of_columns_128_256(int index);
+Kernels kernels_of_columns_512_1024(int index);
+
+// Each of these returns nullptr, or an error: a string that begins with the name of CUDA's error, or says why there is
+// no launch. The thread's next call may overwrite it. `device` becomes the current one.
+
+// How the batch is to be launched, and the bytes of scratch memory that it needs. Of the problem it reads sizes, items
+// and relaxation.
+const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch);
+// Solves the batch; with `wait`, faults of the kernel are among the errors.
+const char* solve(const CudaProblem& problem, int device, void* stream, bool wait);
+// Solves the implicit system.
+const char* solve_adjoint(const CudaProblem& problem, const Adjoints& adjoints, int device, void* stream, bool wait);
+
+}  // namespace otalign::cuda
