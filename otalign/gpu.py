@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cuda
 from .prior import KINDS
 from .problem import COSTS, Problem, Solution, fixed_plan_cost
-from .triton_kernels import rule
+from .triton_kernels import heuristics
 
 _PROBLEM = (
     "Tensor? x, Tensor? y, Tensor? C, Tensor? a, Tensor? b, Tensor? x_layout, Tensor? y_layout, Tensor? reg_items, "
@@ -202,7 +202,7 @@ def _check(inputs: _Inputs) -> None:
 def _check_saved(inputs: _Inputs, saved: Any) -> None:
     x, y = _vectors(inputs)
     scales = (x, y) if inputs.cost == "cosine" else ((0,), (0,))
-    costs = (inputs.rows_x(), rule.leading_dimension(inputs.size_y))
+    costs = (inputs.rows_x(), heuristics.leading_dimension(inputs.size_y))
     for name, tensor, shape in zip(
         ("f", "g", "costs", "x_scale", "y_scale"), saved, (x, y, costs, *scales), strict=True
     ):
@@ -320,7 +320,7 @@ def _fake_align(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments[:_PROBLEM_ARITY])
     (x, y), items = _vectors(inputs), (inputs.items,)
     new, dtype = inputs.like().new_empty, inputs.dtype
-    pitch = rule.leading_dimension(inputs.size_y)
+    pitch = heuristics.leading_dimension(inputs.size_y)
     scales = (x, y) if inputs.cost == "cosine" else ((0,), (0,))
     return (
         new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=dtype), new(items, dtype=torch.int32),

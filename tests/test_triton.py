@@ -14,7 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from otalign.triton_kernels import common, launch, rule
+from otalign.triton_kernels import addressing, heuristics, launch
 
 import otalign
 
@@ -38,11 +38,11 @@ def processors(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Kernel matrices of 16 rows a program in registers, so that few rows need several programs."""
-    tile = rule.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
-    monkeypatch.setattr(rule, "RESIDENT", (tile,))
-    rule.solver.cache_clear()
+    tile = heuristics.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
+    monkeypatch.setattr(heuristics, "RESIDENT", (tile,))
+    heuristics.solver.cache_clear()
     yield
-    rule.solver.cache_clear()
+    heuristics.solver.cache_clear()
 
 
 def everything(batch, backend="triton", **options):
@@ -103,7 +103,7 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
     processors(8)
     with together():
         expected = everything(batch, reg=0.2, tol=0, max_iter=4)
-    monkeypatch.setattr(common, "barrier", lambda counter, target: None)
+    monkeypatch.setattr(addressing, "barrier", lambda counter, target: None)
     outcomes = []
     for seed in range(4):
         with together(seed, odds=0.3):
@@ -114,8 +114,8 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
 
 def test_a_deadlock_shows(processors, small_tiles, monkeypatch):
     """The baton knows when everybody waits: here for one arrival more than there are programs."""
-    original = common.barrier.fn
-    monkeypatch.setattr(common, "barrier", lambda counter, target: original(counter, target + 1))
+    original = addressing.barrier.fn
+    monkeypatch.setattr(addressing, "barrier", lambda counter, target: original(counter, target + 1))
     processors(8)
     with together(), pytest.raises(Exception, match="wait for each other for ever"):
         everything(draw([30, 20], [9, 5], dtype=torch.float32), reg=0.2, tol=0, max_iter=2)
@@ -143,7 +143,7 @@ sizes = st.integers(1, 20000)
 @hypothesis.given(
     items=st.integers(1, 2000),
     size_x=sizes,
-    size_y=st.integers(1, rule.SLOTS),
+    size_y=st.integers(1, heuristics.SLOTS),
     double=st.booleans(),
     relaxed=st.booleans(),
     processors=st.sampled_from([1, 8, 108, 132, 148]),
@@ -152,7 +152,7 @@ sizes = st.integers(1, 20000)
 )
 @hypothesis.settings(max_examples=500)
 def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
-    choice = rule.solver(
+    choice = heuristics.solver(
         items,
         size_x,
         size_y,
@@ -176,7 +176,7 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
 
 
 def test_too_long_a_side_is_refused():
-    x, y = torch.zeros(1, 2, 3), torch.zeros(1, rule.SLOTS + 1, 3)
+    x, y = torch.zeros(1, 2, 3), torch.zeros(1, heuristics.SLOTS + 1, 3)
     with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
     otalign.sinkhorn_loss(x, y, y_lengths=torch.tensor([3]), backend="reference")

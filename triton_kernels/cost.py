@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import INFINITY, kernel, load_reg, locate, prior_tile, segment
+from .addressing import INFINITY, kernel, load_reg, locate, prior_tile, segment
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rule
-from .common import EXCHANGE_TAIL, INTERPRETED
+from . import heuristics
+from .addressing import EXCHANGE_TAIL, INTERPRETED
 from .cost import cost_kernel
-from .plan import assign_kernel, dense_kernel, lift_kernel, project_kernel, weights_kernel
+from .gradients import assign_kernel, dense_kernel, lift_kernel, project_kernel, weights_kernel
 from .runtime import Kernel, aligned, divide, generation, processors, tf32_allowed
 from .sinkhorn import sinkhorn_kernel
 
@@ -86,7 +86,7 @@ class Batch:
         self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
         self.symmetric = symmetric
         self.relaxed = rho != (INFINITE, INFINITE)
-        self.ld = rule.leading_dimension(y.size)
+        self.ld = heuristics.leading_dimension(y.size)
         self.empty = not (items and x.size and y.size and x.rows and y.rows)
         vector = _nothing(device, dtype)
         if x.layout is None or y.layout is None:
@@ -152,9 +152,9 @@ class Batch:
         other.set_points(x, y)
         return other
 
-    def solver(self, *, in_memory: bool = False) -> rule.Solver:
+    def solver(self, *, in_memory: bool = False) -> heuristics.Solver:
         """How this batch is solved; with the kernel matrix in memory at any rate, if so."""
-        return rule.solver(
+        return heuristics.solver(
             self.items,
             self.x.size,
             self.y.size,
@@ -282,14 +282,14 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
     return out
 
 
-def exchange(batch: Batch, choice: rule.Solver, costs: Tensor) -> Tensor:
+def exchange(batch: Batch, choice: heuristics.Solver, costs: Tensor) -> Tensor:
     """Where the programs of an item hand over what they have summed; if there is but one, any tensor."""
     if choice.programs == 1:
         return costs
     return batch.empty_tensor(choice.in_flight, 2, choice.programs, 2 * choice.block_m + EXCHANGE_TAIL.value)
 
 
-def together(choice: rule.Solver) -> dict[str, Any]:
+def together(choice: heuristics.Solver) -> dict[str, Any]:
     """The options of a launch whose programs may have to wait for each other."""
     cooperative = {"launch_cooperative_grid": True} if choice.programs > 1 else {}
     return {"num_warps": choice.warps, "num_stages": 1} | cooperative
@@ -309,7 +309,7 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
         others |= {"x": given, "x_item": item, "x_row": row, "x_dim": column}
         others |= {"y": given, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
         beyond = (given.dtype, aligned(given), row % 16 == 0, row == 1, column % 16 == 0, column == 1)
-    tile = rule.cost(batch.y.size, bits=bits)
+    tile = heuristics.cost(batch.y.size, bits=bits)
     constants = {
         "COST": cost,
         "PRIOR": prior,
@@ -374,7 +374,7 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
         _dense_launch(batch, out["C"], values, gradient=True, implicit=implicit)
     for name, side, rho in (("a", batch.x, "rho_x"), ("b", batch.y, "rho_y")):
         if name in out:
-            tile = rule.WEIGHTS
+            tile = heuristics.WEIGHTS
             constants = {"IMPLICIT": implicit, "BY_Y": name == "b", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
             constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
             grid = (divide(side.size, tile.rows) * batch.items, 1, 1)
@@ -414,7 +414,7 @@ def project(
         precise = "tf32" if out.dtype == torch.float16 or tf32_allowed() else "tf32x3"
         same, bits, precision = False, 32, precise if generation(batch.device) else "ieee"
     dim = out.shape[-1]
-    tile = rule.project(dim, bits=bits)
+    tile = heuristics.project(dim, bits=bits)
     constants = {
         "COST": cost,
         "PRIOR": batch.prior if cost in ("cosine", "euclidean") else "none",  # whose gradients look at the cost
@@ -434,7 +434,7 @@ def project(
 
 
 def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient: bool, implicit: bool = False) -> None:
-    tile = rule.DENSE
+    tile = heuristics.DENSE
     constants = {"GRADIENT": gradient, "IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
@@ -510,7 +510,7 @@ def assign(batch: Batch, saved: Saved) -> Tensor:
     out = torch.empty(saved.g.shape, dtype=torch.int64, device=batch.device)
     if batch.empty:
         return out.fill_(-1)
-    tile = rule.ASSIGN
+    tile = heuristics.ASSIGN
     constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
     grid = (divide(batch.y.size, tile.columns) * batch.items, 1, 1)
     values = from_saved(saved) | {"out": out}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import COUNTS, INTERPRETED, STRIDES
+from .addressing import COUNTS, INTERPRETED, STRIDES
 
 INTERPRETER = threading.Lock()  # its grid and its patches of the language are global
 INT32_MAX = 2**31 - 1

@@ -25,7 +25,7 @@ points without mass from those across.
 import triton
 import triton.language as tl
 
-from .common import (
+from .addressing import (
     EXCHANGE_TAIL,
     INFINITY,
     NEAR_HIGH,

@@ -9,7 +9,7 @@ S = l C + dL/dP, and the lifts s, t that solve the implicit system (see lift_ker
 import triton
 import triton.language as tl
 
-from .common import (
+from .addressing import (
     EXCHANGE_TAIL,
     INFINITY,
     bounded,
