@@ -76,7 +76,7 @@ def events_on_gpu() -> Iterator[list[Event]]:
 @contextmanager
 def events_on_host() -> Iterator[list[Event]]:
     """For the rehearsal on a CPU: the launches, and how long the interpreter took."""
-    from otalign.triton_kernels.launch import Kernel
+    from otalign.triton_kernels.runtime import Kernel
 
     events: list[Event] = []
     launch = Kernel.launch

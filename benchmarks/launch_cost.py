@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from otalign.triton_kernels import launch
+from otalign.triton_kernels import runtime
 from triton.backends.compiler import GPUTarget
 
 import environment
@@ -56,7 +56,7 @@ def pretend() -> NoDriver:
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     torch.accelerator.current_device_index = lambda: None  # type: ignore[assignment]
-    launch.processors, launch.generation = lambda device: 132, lambda device: 90  # type: ignore[assignment]
+    runtime.processors, runtime.generation = lambda device: 132, lambda device: 90  # type: ignore[assignment]
     backends._why_no_triton = lambda: None  # type: ignore[assignment]
     backends._interpreting = lambda: True
     return driver
@@ -89,13 +89,13 @@ def bare_launches(run: Callable[[], Any]) -> Callable[[], None]:
     """The launches that `run` makes, with everything at hand."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(kernel: launch.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> None:
+    def record(kernel: runtime.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> None:
         compiled = kernel.compiled[(kind, *constants.values())]
         calls.append((compiled[grid], *kernel._arguments(values), *kernel._constants(constants)))
 
-    old, launch.Kernel._launch = launch.Kernel._launch, record  # type: ignore[method-assign]
+    old, runtime.Kernel._launch = runtime.Kernel._launch, record  # type: ignore[method-assign]
     run()
-    launch.Kernel._launch = old  # type: ignore[method-assign]
+    runtime.Kernel._launch = old  # type: ignore[method-assign]
 
     def again() -> None:
         for function, *arguments in calls:

@@ -170,7 +170,7 @@ FAULTS = (
     ),
     triton(
         "an index of the prior that is one too low",
-        "addressing",
+        "math",
         "e = (i + 1).to(T) / x - (j + 1).to(T) / y",
         "e = i.to(T) / x - (j + 1).to(T) / y",
     ),

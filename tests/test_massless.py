@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from otalign.triton_kernels import heuristics, launch
+from otalign.triton_kernels import heuristics, runtime
 from torch import Tensor
 
 import otalign
@@ -323,7 +323,7 @@ def test_symmetric_problems(engine, massless, reg, rho):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 def test_symmetric_problems_by_several_programs(monkeypatch, dtype):
-    monkeypatch.setattr(launch, "processors", lambda device: 8)
+    monkeypatch.setattr(runtime, "processors", lambda device: 8)
     tile = heuristics.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
     monkeypatch.setattr(heuristics, "RESIDENT", (tile,))
     heuristics.solver.cache_clear()

@@ -14,7 +14,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from otalign.triton_kernels import addressing, heuristics, launch
+from otalign.triton_kernels import exchange, heuristics, launch, runtime
+from otalign.triton_kernels.batch import Batch, Side
 
 import otalign
 
@@ -29,8 +30,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def processors(monkeypatch):
     def pretend(count: int) -> None:
-        monkeypatch.setattr(launch, "processors", lambda device: count)
-        monkeypatch.setattr(launch, "generation", lambda device: 0)
+        monkeypatch.setattr(runtime, "processors", lambda device: count)
+        monkeypatch.setattr(runtime, "generation", lambda device: 0)
 
     return pretend
 
@@ -103,7 +104,7 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
     processors(8)
     with together():
         expected = everything(batch, reg=0.2, tol=0, max_iter=4)
-    monkeypatch.setattr(addressing, "barrier", lambda counter, target: None)
+    monkeypatch.setattr(exchange, "barrier", lambda counter, target: None)
     outcomes = []
     for seed in range(4):
         with together(seed, odds=0.3):
@@ -114,8 +115,8 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
 
 def test_a_deadlock_shows(processors, small_tiles, monkeypatch):
     """The baton knows when everybody waits: here for one arrival more than there are programs."""
-    original = addressing.barrier.fn
-    monkeypatch.setattr(addressing, "barrier", lambda counter, target: original(counter, target + 1))
+    original = exchange.barrier.fn
+    monkeypatch.setattr(exchange, "barrier", lambda counter, target: original(counter, target + 1))
     processors(8)
     with together(), pytest.raises(Exception, match="wait for each other for ever"):
         everything(draw([30, 20], [9, 5], dtype=torch.float32), reg=0.2, tol=0, max_iter=2)
@@ -215,7 +216,7 @@ def test_launcher_and_triton_agree_on_variants():
     """Calls that Triton would compile differently never share a kept kernel, whatever their types, strides, alignment."""
     program = """
 import itertools, random, torch, variants
-from otalign.triton_kernels import launch
+from otalign.triton_kernels import runtime
 random.seed(1)
 seen = {}
 
@@ -229,8 +230,8 @@ def record(self, grid, values, constants, device, kind):
                   if not p.is_constexpr and isinstance(values[p.name], int) and not p.do_not_specialize))
     assert seen.setdefault(key, what) == what, (key, seen[key], what)
 
-launch.Kernel.launch = record
-launch.processors = lambda device: 132
+runtime.Kernel.launch = record
+runtime.processors = lambda device: 132
 kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 def points(shape, kind):
@@ -343,8 +344,8 @@ def test_offsets_beyond_the_rows_stay_inside():
     rows, items, guard = 6, 2, 3
     memory = {side: torch.randn(rows + guard, 4, dtype=torch.float64) for side in "xy"}
     offsets = torch.tensor([0, 4, 900])
-    sides = [launch.Side(memory[side][:rows], offsets, None, True, 5, rows) for side in "xy"]
-    batch = launch.Batch(
+    sides = [Side(memory[side][:rows], offsets, None, True, 5, rows) for side in "xy"]
+    batch = Batch(
         *sides, items=items, reg=0.3, reg_items=None, cost="sqeuclidean", prior="none", prior_parameters=(),
         rho=(math.inf, math.inf), dtype=torch.float64, device=torch.device("cpu"),
     )  # fmt: skip

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from .addressing import INFINITY, kernel, load_reg, locate, prior_tile, segment
+from .addressing import load_reg, locate, segment
+from .math import INFINITY, prior_tile
+from .runtime import kernel
 
 
 @triton.jit

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .addressing import COUNTS, INTERPRETED, STRIDES
-
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit decorated the kernels
 INTERPRETER = threading.Lock()  # its grid and its patches of the language are global
 INT32_MAX = 2**31 - 1
+
+# Arguments that are integers. Triton compiles a kernel for each kind of integer (1, multiples of 16, others) and of
+# pointer (aligned or not) unless told not to: only strides and the dimension gain anything by it.
+STRIDES = ("x_row", "x_dim", "y_row", "y_dim", "dim")
+COUNTS = ("items", "x_mode", "x_size", "x_rows", "y_mode", "y_size", "y_rows", "x_item", "y_item", "ld16")
+COUNTS += ("has_a", "has_b", "has_init", "has_plan", "per_item", "value_step", "linear_step")
+COUNTS += ("max_iter", "programs", "counters_size")
+ANY_ALIGNMENT = ("f", "g", "a", "b", "init", "value", "linear", "error", "n_iter", "x_layout", "y_layout", "reg_items")
+ANY_ALIGNMENT += ("x_scale", "y_scale", "x_lift", "y_lift", "grad_value", "grad_linear", "counters")
+
+
+def kernel(function):
+    """Compile with Triton, for any counts and any alignment of small vectors."""
+    names = inspect.signature(function).parameters
+    counts, any_alignment = ([name for name in given if name in names] for given in (COUNTS, ANY_ALIGNMENT))
+    return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=any_alignment)
 
 
 class Kernel:

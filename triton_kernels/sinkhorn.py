@@ -25,26 +25,23 @@ points without mass from those across.
 import triton
 import triton.language as tl
 
-from .addressing import (
-    EXCHANGE_TAIL,
+from .addressing import load_reg, load_weights, only_if, segment
+from .exchange import EXCHANGE_TAIL, log_sum_over_programs, sum_over_programs
+from .math import (
     INFINITY,
-    NEAR_HIGH,
-    NEAR_LOW,
     bounded,
     damping,
     finite_top,
-    kernel,
-    load_reg,
-    load_weights,
-    log_sum_over_programs,
     logarithm,
-    only_if,
     reciprocal,
-    segment,
-    sum_over_programs,
     unreached_potential,
     worth,
 )
+from .runtime import kernel
+
+# Updates are multiply-adds while all scalings and sums stay within exp(+-20): see sinkhorn.py.
+NEAR_LOW = tl.constexpr(2.0611536e-9)
+NEAR_HIGH = tl.constexpr(4.8516520e8)
 
 # Updates ---------------------------------------------------------------------------------------------------------------
 
