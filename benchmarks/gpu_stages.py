@@ -119,7 +119,7 @@ def floors(batch: Batch, iterations: int, ceilings: gpu_oracle.Ceilings) -> dict
         # Two multiply-adds an entry and iteration, the entries on chip; Triton's and the CUDA kernel, whose name is longer.
         "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
         # By x, which reads y, and by y, which reads x; the cosine's need their own points as well.
-        "project_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
+        "points_gradient_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
     }
 
 

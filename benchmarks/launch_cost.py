@@ -89,8 +89,8 @@ def bare_launches(run: Callable[[], Any]) -> Callable[[], None]:
     """The launches that `run` makes, with everything at hand."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(kernel: runtime.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> None:
-        compiled = kernel.compiled[(kind, *constants.values())]
+    def record(kernel: runtime.Kernel, grid: Any, values: Any, constants: Any, device: Any) -> None:
+        compiled = kernel.compiled[(device, *kernel.key(values), *constants.values())]
         calls.append((compiled[grid], *kernel._arguments(values), *kernel._constants(constants)))
 
     old, runtime.Kernel._launch = runtime.Kernel._launch, record  # type: ignore[method-assign]

@@ -77,10 +77,9 @@ def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Vari
     """Launches become entries of the dictionary: what Triton would compile, and the key that the launcher goes by."""
     found: dict[Variant, Any] = {}
 
-    def record(
-        self: runtime.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any, kind: Any
-    ) -> None:
-        found.setdefault(variant(self.function, values, constants), (self, kind, tuple(constants.values())))
+    def record(self: runtime.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any) -> None:
+        key = (self, self.key(values), tuple(constants.values()))
+        found.setdefault(variant(self.function, self.named(values), constants), key)
 
     old, runtime.Kernel.launch = runtime.Kernel.launch, record  # type: ignore[method-assign]
     chip = runtime.processors, runtime.generation
@@ -222,8 +221,7 @@ def all_variants(arch: int | str = 90) -> list[Variant]:
 
 def compile_variant(variant: Variant, arch: int | str) -> Report:
     """Compile for a compute capability, 90 say, or for an AMD chip, "gfx942"."""
-    function = next(k.function for k in vars(launch).values() if getattr(getattr(k, "function", None), "fn", None)
-                    and k.function.fn.__name__ == variant.kernel)  # fmt: skip
+    function = getattr(launch, variant.kernel)
     names = function.arg_names
     source = ASTSource(
         fn=function,

@@ -39,11 +39,11 @@ def processors(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Kernel matrices of 16 rows a program in registers, so that few rows need several programs."""
-    tile = heuristics.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
-    monkeypatch.setattr(heuristics, "RESIDENT", (tile,))
-    heuristics.solver.cache_clear()
+    tile = heuristics.TileShape(width=32, groups=2, warps=1, min_programs=1, max_programs=16, max_before_hopper=16)
+    monkeypatch.setattr(heuristics, "TILE_SHAPES", (tile,))
+    heuristics.launch_config.cache_clear()
     yield
-    heuristics.solver.cache_clear()
+    heuristics.launch_config.cache_clear()
 
 
 def everything(batch, backend="triton", **options):
@@ -144,7 +144,7 @@ sizes = st.integers(1, 20000)
 @hypothesis.given(
     items=st.integers(1, 2000),
     size_x=sizes,
-    size_y=st.integers(1, heuristics.SLOTS),
+    size_y=st.integers(1, heuristics.MAX_SIZE_Y),
     double=st.booleans(),
     relaxed=st.booleans(),
     processors=st.sampled_from([1, 8, 108, 132, 148]),
@@ -153,7 +153,7 @@ sizes = st.integers(1, 20000)
 )
 @hypothesis.settings(max_examples=500)
 def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
-    choice = heuristics.solver(
+    choice = heuristics.launch_config(
         items,
         size_x,
         size_y,
@@ -164,7 +164,7 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
         in_memory=in_memory,
     )
     assert choice.programs in (1, 2, 4, 8, 16)
-    assert choice.programs <= choice.peers
+    assert choice.programs <= choice.max_programs
     assert choice.block_m >= size_y, "a program holds whole rows"
     assert 1 <= choice.in_flight <= items
     if choice.programs > 1:
@@ -177,7 +177,7 @@ def test_rule_for_the_iterations(items, size_x, size_y, double, relaxed, process
 
 
 def test_too_long_a_side_is_refused():
-    x, y = torch.zeros(1, 2, 3), torch.zeros(1, heuristics.SLOTS + 1, 3)
+    x, y = torch.zeros(1, 2, 3), torch.zeros(1, heuristics.MAX_SIZE_Y + 1, 3)
     with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
     otalign.sinkhorn_loss(x, y, y_lengths=torch.tensor([3]), backend="reference")
@@ -220,8 +220,9 @@ from otalign.triton_kernels import runtime
 random.seed(1)
 seen = {}
 
-def record(self, grid, values, constants, device, kind):
-    key = (self.function.fn.__name__, kind, tuple(constants.values()))
+def record(self, grid, values, constants, device):
+    key = (self.function.fn.__name__, self.key(values), tuple(constants.values()))
+    values = self.named(values)
     aligned = tuple(values[p.name].data_ptr() % 16 == 0 for p in self.function.params
                     if not p.is_constexpr and isinstance(values[p.name], torch.Tensor)
                     and not p.do_not_specialize_on_alignment)
@@ -280,7 +281,7 @@ def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program may have
 
 
-WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # of each width the variant with the most rows
+WIDEST = "GROUPS=[1-9] MAX_PROGRAMS=4 UNBALANCED=True"  # of each width the variant with the most rows
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Arithmetic that the kernels share, and the temporal prior."""
+"""Arithmetic that the kernels share: guarded logarithms and reciprocals, terms of the dual, and the temporal prior."""
 
 import triton
 import triton.language as tl
@@ -31,51 +31,54 @@ def expm1(x):
 
 
 @triton.jit
-def worth(potential, rho, UNBALANCED: tl.constexpr):
-    """What a potential adds to the dual per unit of mass: itself, or -rho (exp(-f / rho) - 1) if relaxed."""
+def times(mass, value):
+    """mass * value, 0 where there is no mass, even if the value is infinite or NaN."""
+    return tl.where(mass == 0, 0, mass * value)
+
+
+@triton.jit
+def bounded(x):
+    """`x`, with the largest number in the place of infinity.
+
+    For P / (a b): it overflows only where a b underflows, and there the mass is zero.
+    """
+    if x.dtype == tl.float64:
+        largest = 1.7976931348623157e308
+    else:
+        largest = 3.4028234663852886e38
+    return tl.where(x == INFINITY, largest, x)
+
+
+@triton.jit
+def finite_top(top):
+    """The largest exponent of a sum of exponentials, 0 if the sum has no terms."""
+    return tl.where(top == -INFINITY, 0, top)
+
+
+@triton.jit
+def damping_exponent(reg, rho):
+    """rho / (rho + reg), the exponent of a relaxed update; 1 where the marginal is strict (rho infinite)."""
+    return tl.where(rho == INFINITY, 1, rho / tl.where(rho == INFINITY, 1, rho + reg))
+
+
+@triton.jit
+def dual_term(potential, rho, UNBALANCED: tl.constexpr):
+    """What a potential f adds to the dual per unit of mass: f, or -rho (exp(-f / rho) - 1) if the marginal is relaxed."""
     if UNBALANCED:
         strict = rho == INFINITY
-        relaxed = tl.where(strict, 1, rho)
-        return tl.where(strict, potential, -relaxed * expm1(-potential / relaxed))
+        finite_rho = tl.where(strict, 1, rho)
+        return tl.where(strict, potential, -finite_rho * expm1(-potential / finite_rho))
     else:
         return potential
 
 
 @triton.jit
-def damping(reg, rho):
-    """The exponent rho / (rho + reg) of a relaxed update; 1 where the marginal is strict."""
-    return tl.where(rho == INFINITY, 1, rho / tl.where(rho == INFINITY, 1, rho + reg))
+def unreached_potential(rho, inv_reg):
+    """The finite potential, over reg, that replaces the infinite one of a point without a finite cost: see reference.py.
 
-
-@triton.jit
-def bounded(x):
-    """`x`, with the largest number for infinity. (Of P / (a b): where a b is too small for a number, there is no mass.)"""
-    if x.dtype == tl.float64:
-        most = 1.7976931348623157e308
-    else:
-        most = 3.4028234663852886e38
-    return tl.where(x == INFINITY, most, x)
-
-
-@triton.jit
-def unreached_potential(rho, per_reg):
-    """What stands, over reg, for the infinite potential of a point that nothing reaches: see reference.py.
-
-    (Bounded, so that it can be added to others.)
+    It is at most 1e30, so that sums of potentials stay finite.
     """
-    return tl.where(rho == INFINITY, 0, tl.minimum(40 * rho * per_reg, 1e30))
-
-
-@triton.jit
-def finite_top(top):
-    """The largest exponent of a sum, 0 if the sum has no terms."""
-    return tl.where(top == -INFINITY, 0, top)
-
-
-@triton.jit
-def times(mass, value):
-    """Their product, 0 where there is no mass, whatever the value."""
-    return tl.where(mass == 0, 0, mass * value)
+    return tl.where(rho == INFINITY, 0, tl.minimum(40 * rho * inv_reg, 1e30))
 
 
 @triton.jit
@@ -86,7 +89,7 @@ def prior_tile(i, j, n, m, reg, first, second, PRIOR: tl.constexpr, T: tl.conste
     if PRIOR == "band":
         # In integers, so that a point on the edge of the band is inside on every machine.
         last_x, last_y = tl.maximum(n - 1, 0).to(tl.int64), tl.maximum(m - 1, 0).to(tl.int64)
-        apart = tl.abs(i * last_y - j * last_x).to(T)
+        distance = tl.abs(i * last_y - j * last_x).to(T)
         span = tl.maximum(last_x, 1).to(T)
         if T == tl.float64:
             slack = 1e-9
@@ -94,8 +97,8 @@ def prior_tile(i, j, n, m, reg, first, second, PRIOR: tl.constexpr, T: tl.conste
             slack = 1e-6
         width = tl.maximum(first, 0.5) * span
         width = tl.maximum(width, 0.5 * last_y.to(T))
-        # One point of x reaches all of y; one of y sits at the start and is reached by all of x.
-        inside = (apart <= width * (1 + slack)) | (n == 1)
+        # A single point of x reaches all points of y. A single point of y lies at the start; all points of x reach it.
+        inside = (distance <= width * (1 + slack)) | (n == 1)
         return tl.where(inside, 0.0, INFINITY).to(T)
     elif PRIOR == "order_preserving":
         x, y = n.to(T), m.to(T)
