@@ -1,210 +1,51 @@
-"""From tensors to launches: what every kernel is given.
+"""From tensors to launches: solve a batch, and make gradients, plans, projections and assignments of a solution.
 
 The arguments of all kernels come from one dictionary, by name: `Batch.values`. A launch picks those of its kernel.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rule
-from .common import EXCHANGE_TAIL, INTERPRETED
+from . import heuristics, runtime
+from .adjoint import adjoint_kernel
+from .batch import Batch, Saved, Solved
 from .cost import cost_kernel
-from .plan import assign_kernel, dense_kernel, lift_kernel, project_kernel, weights_kernel
-from .runtime import Kernel, aligned, divide, generation, processors, tf32_allowed
+from .exchange import EXCHANGE_TAIL
+from .gradients import cost_gradient_kernel, points_gradient_kernel, weights_gradient_kernel
+from .outputs import assign_kernel, barycentric_kernel, plan_kernel
+from .runtime import INTERPRETED, Kernel, divide, tf32_allowed
 from .sinkhorn import sinkhorn_kernel
 
-INFINITE = float("inf")
+_cost, _sinkhorn, _adjoint = Kernel(cost_kernel), Kernel(sinkhorn_kernel), Kernel(adjoint_kernel)
+_plan, _assign, _cost_gradient = Kernel(plan_kernel), Kernel(assign_kernel), Kernel(cost_gradient_kernel)
+# Kernels for one side of a batch, by the name of the side.
+_barycentric = {side: Kernel(barycentric_kernel, own=side) for side in "xy"}
+_points_gradient = {side: Kernel(points_gradient_kernel, own=side) for side in "xy"}
+_weights_gradient = {side: Kernel(weights_gradient_kernel, own=side) for side in "xy"}
 
-_cost, _sinkhorn, _lift = Kernel(cost_kernel), Kernel(sinkhorn_kernel), Kernel(lift_kernel)
-_project_kernel, _weights = Kernel(project_kernel), Kernel(weights_kernel)
-_dense, _assign = Kernel(dense_kernel), Kernel(assign_kernel)
-
-
-def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What stands for a tensor that is not given; it is never read.
-
-    Not kept for the next call: what is allocated while a CUDA graph is captured belongs to the graph.
-    """
-    return torch.empty(1, dtype=dtype, device=device)
+# What a backend may put in the place of two kernels here: iterations that fill a solution from its costs, as
+# (batch, out, init, numbers); and a solver of the adjoint system, that gives "x_adjoint" and "y_adjoint".
+Iterate = Callable[[Batch, Solved, "Tensor | None", "dict[str, int | float]"], None]
+SolveAdjoint = Callable[[Batch, dict[str, Any]], dict[str, Tensor]]
 
 
-# A batch ---------------------------------------------------------------------------------------------------------------
-
-
-class Side(NamedTuple):
-    """One side of a batch."""
-
-    points: Tensor | None  # (B, size, D) or (rows, D), any strides
-    layout: Tensor | None  # int64: lengths (B,), or offsets (B + 1,) if packed; None = full
-    weights: Tensor | None
-    packed: bool
-    size: int
-    rows: int
-
-
-class Saved(NamedTuple):
-    """What is kept of a solution: potentials, costs (rows of x, ld), and reciprocal norms if the cost is the cosine."""
-
-    f: Tensor
-    g: Tensor
-    costs: Tensor
-    x_scale: Tensor
-    y_scale: Tensor
-
-
-class Batch:
-    """A batch as the kernels take it: `values`, their arguments by name, and the `kind` of the calls made with them."""
-
-    def __init__(
-        self,
-        x: Side,
-        y: Side,
-        *,
-        items: int,
-        reg: float,
-        reg_items: Tensor | None,
-        cost: str,
-        prior: str,
-        prior_parameters: tuple[float, ...],
-        rho: tuple[float, float],
-        dtype: torch.dtype,
-        device: torch.device,
-        engine: Any = None,
-        symmetric: bool = False,
-    ) -> None:
-        """`engine` iterates, and solves implicit systems, instead of the kernels here: otalign.cuda, if anybody.
-
-        (Not on `symmetric` problems, whose sides are the same: their iteration is here only.)
-        """
-        self.x, self.y, self.items, self.engine = x, y, items, engine
-        self.cost, self.prior, self.dtype, self.device = cost, prior, dtype, device
-        self.symmetric = symmetric
-        self.relaxed = rho != (INFINITE, INFINITE)
-        self.ld = rule.leading_dimension(y.size)
-        self.empty = not (items and x.size and y.size and x.rows and y.rows)
-        vector = _nothing(device, dtype)
-        if x.layout is None or y.layout is None:
-            integers = _nothing(device, torch.int64)
-        self.values: dict[str, Any] = {
-            "items": items,
-            "x_layout": integers if x.layout is None else x.layout,
-            "y_layout": integers if y.layout is None else y.layout,
-            "x_mode": 2 if x.packed else int(x.layout is not None),
-            "y_mode": 2 if y.packed else int(y.layout is not None),
-            "x_size": x.size,
-            "y_size": y.size,
-            "x_rows": x.rows,
-            "y_rows": y.rows,
-            "ld16": self.ld // 16,
-            "reg": reg,
-            "reg_items": _nothing(device, torch.float64) if reg_items is None else reg_items,
-            "per_item": int(reg_items is not None),
-            "prior_first": prior_parameters[0] if prior_parameters else 0.0,
-            "prior_second": prior_parameters[1] if len(prior_parameters) > 1 else 0.0,
-            "rho_x": rho[0],
-            "rho_y": rho[1],
-            "a": vector if x.weights is None else x.weights,
-            "b": vector if y.weights is None else y.weights,
-            "has_a": int(x.weights is not None),
-            "has_b": int(y.weights is not None),
-            "G": vector,
-            "x_lift": vector,
-            "y_lift": vector,
-            "has_plan": 0,
-            "grad_value": vector,
-            "grad_linear": vector,
-            "value_step": -1,
-            "linear_step": -1,
-        }
-        self.kind: tuple[Any, ...] = (dtype,)
-        if x.points is not None and y.points is not None:
-            self.set_points(x.points, y.points)
-
-    def set_points(self, x: Tensor, y: Tensor) -> None:
-        x_row, x_dim = x.stride()[-2:]
-        y_row, y_dim = y.stride()[-2:]
-        dim = x.shape[-1]
-        self.values |= {
-            "x": x,
-            "y": y,
-            "x_item": x.stride(0) if x.dim() == 3 else 0,
-            "y_item": y.stride(0) if y.dim() == 3 else 0,
-            "x_row": x_row,
-            "y_row": y_row,
-            "x_dim": x_dim,
-            "y_dim": y_dim,
-            "dim": dim,
-        }
-        of_x = (x.dtype, aligned(x), x_row % 16 == 0, x_row == 1, x_dim % 16 == 0, x_dim == 1)
-        of_y = (y.dtype, aligned(y), y_row % 16 == 0, y_row == 1, y_dim % 16 == 0, y_dim == 1)
-        self.kind = (self.dtype, dim % 16 == 0, dim == 1, of_x, of_y)
-
-    def with_points(self, x: Tensor, y: Tensor, cost: str) -> Batch:
-        """This batch with other points."""
-        other = copy.copy(self)
-        other.values, other.cost = dict(self.values), cost
-        other.set_points(x, y)
-        return other
-
-    def solver(self, *, in_memory: bool = False) -> rule.Solver:
-        """How this batch is solved; with the kernel matrix in memory at any rate, if so."""
-        return rule.solver(
-            self.items,
-            self.x.size,
-            self.y.size,
-            double=self.dtype == torch.float64,
-            relaxed=self.relaxed,
-            processors=processors(self.device),
-            generation=generation(self.device),
-            in_memory=in_memory,
-        )
-
-    def counters(self) -> Tensor:
-        """Where the programs of the implicit system count each other; to be set to zero."""
-        if self.engine is not None:
-            return self.empty_tensor(0, dtype=torch.int32)
-        choice = self.solver(in_memory=True)
-        return self.empty_tensor(choice.in_flight * choice.programs + 1, dtype=torch.int32)
-
-    def empty_tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def vector(self, side: Side) -> Tensor:
-        """One number for every point of a side, in its layout."""
-        return self.empty_tensor(side.rows) if side.packed else self.empty_tensor(self.items, side.size)
-
-    def launch(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        constants: dict[str, Any],
-        others: dict[str, Any],
-        kind: tuple[Any, ...] = (),
-    ) -> None:
-        """Launch on the values of the batch and `others`, whose `kind`, beyond that of the batch, the caller tells.
-
-        Freshly allocated tensors of the batch's type need no mention. The options of the launch come with the constants.
-        """
-        kernel.launch(grid, self.values | others, constants, self.device, (*self.kind, *kind))
-
-
-def _factors(batch: Batch, *tensors: Tensor) -> tuple[bool, int, str]:
+def factors(batch: Batch, *tensors: Tensor) -> tuple[bool, int, str]:
     """How tensor cores multiply: whether 16-bit numbers as they are, the bits of the factors, and the precision.
 
-    (The precision is that of float32 factors, which 16-bit points become where they have to be scaled.)
+    (The precision is that of float32 factors. 16-bit points become such factors where they have to be scaled.)
     """
     if batch.dtype == torch.float64:
         return False, 64, "ieee"
     types = {tensor.dtype for tensor in tensors}
     small = all(dtype.itemsize == 2 for dtype in types)
     same = small and len(types) == 1 and not INTERPRETED  # (the interpreter multiplies bfloat16 as integers)
-    if not generation(batch.device):
+    if not runtime.generation(batch.device):
         return same, 16 if same else 32, "ieee"
     # 16-bit numbers are exact in TF32.
     return same, 16 if same else 32, "tf32" if tf32_allowed() or (small and not same) else "tf32x3"
@@ -213,22 +54,19 @@ def _factors(batch: Batch, *tensors: Tensor) -> tuple[bool, int, str]:
 # Forward ---------------------------------------------------------------------------------------------------------------
 
 
-class Solved(NamedTuple):
-    """What `solve` fills; the last five are `Saved`."""
+def solve(
+    batch: Batch,
+    C: Tensor | None,
+    init: Tensor | None,
+    numbers: dict[str, int | float],
+    *,
+    iterate: Iterate | None = None,
+) -> Solved:
+    """Two launches: the costs of all pairs, and the iterations of all items.
 
-    value: Tensor
-    linear: Tensor
-    error: Tensor
-    n_iter: Tensor
-    f: Tensor
-    g: Tensor
-    costs: Tensor
-    x_scale: Tensor
-    y_scale: Tensor
-
-
-def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int, tol: float) -> Solved:
-    """Two launches: the costs of all pairs, and the iterations of all items. A symmetric problem starts at zero."""
+    `C` (B, N, M) is the cost if it is given. `numbers` are the options by the names of the kernel's arguments. `iterate` replaces the kernel of the iterations, except on symmetric problems:
+    these have an iteration of their own, which only the kernel makes, and start at zero.
+    """
     init = None if batch.symmetric else init
     items, empty = batch.items, batch.empty_tensor
     cosine = batch.cost == "cosine"
@@ -247,69 +85,76 @@ def solve(batch: Batch, given: Tensor | None, init: Tensor | None, max_iter: int
         for tensor in out:
             tensor.zero_()
         return out
-    if batch.engine is not None and not batch.symmetric:
-        fill_costs(batch, Saved(*out[4:]), given, batch.prior, empty(0, dtype=torch.int32))
-        batch.engine.iterate(batch, out, init, max_iter, tol)
+    if iterate is not None and not batch.symmetric:
+        fill_costs(batch, Saved(*out[4:]), C, batch.prior, empty(0, dtype=torch.int32))
+        iterate(batch, out, init, numbers)
         return out
-    choice = batch.solver()
-    programs = choice.in_flight * choice.programs
+    config = batch.launch_config()
+    programs = config.in_flight * config.programs
     counters = empty(programs + 1, dtype=torch.int32)
-    fill_costs(batch, Saved(*out[4:]), given, batch.prior, counters)
+    fill_costs(batch, Saved(*out[4:]), C, batch.prior, counters)
     constants = {
-        "BLOCK_N": choice.block_n,
-        "BLOCK_M": choice.block_m,
-        "ROWS": choice.rows,
-        "GROUPS": choice.groups,
-        "PEERS": choice.peers,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "ROWS": config.rows,
+        "GROUPS": config.groups,
+        "MAX_PROGRAMS": config.max_programs,
         "UNBALANCED": batch.relaxed,
         "SYMMETRIC": batch.symmetric,
-        "STAGES": choice.stages,
+        "STAGES": config.stages,
     }
-    others = out._asdict() | {
+    others = {
+        "value": out.value,
+        "linear": out.linear,
+        "error_out": out.error,
+        "n_iter_out": out.n_iter,
+        "f": out.f,
+        "g": out.g,
         "C": out.costs,
-        "K": out.costs if choice.groups else torch.empty_like(out.costs),
+        "K": out.costs if config.groups else torch.empty_like(out.costs),
         "state": empty(4, batch.x.rows),
-        "exchange": exchange(batch, choice, out.costs),
-        "desks": empty(programs, choice.block_m),
+        "exchange": exchange_memory(batch, config, out.costs),
+        "buffers": empty(programs, config.block_m),
         "counters": counters,
         "init": out.g if init is None else init,
         "has_init": int(init is not None),
-        "programs": choice.programs,
-        "max_iter": max_iter,
-        "tol": tol,
+        "programs": config.programs,
     }
-    batch.launch(_sinkhorn, (programs, 1, 1), constants | together(choice), others)
+    others |= numbers
+    batch.launch(_sinkhorn, programs, constants | cooperative(config), others)
     return out
 
 
-def exchange(batch: Batch, choice: rule.Solver, costs: Tensor) -> Tensor:
-    """Where the programs of an item hand over what they have summed; if there is but one, any tensor."""
-    if choice.programs == 1:
+def exchange_memory(batch: Batch, config: heuristics.LaunchConfig, costs: Tensor) -> Tensor:
+    """Where the programs of an item exchange sums; a tensor that is not used if there is only one program an item."""
+    if config.programs == 1:
         return costs
-    return batch.empty_tensor(choice.in_flight, 2, choice.programs, 2 * choice.block_m + EXCHANGE_TAIL.value)
+    return batch.empty_tensor(config.in_flight, 2, config.programs, 2 * config.block_m + EXCHANGE_TAIL.value)
 
 
-def together(choice: rule.Solver) -> dict[str, Any]:
-    """The options of a launch whose programs may have to wait for each other."""
-    cooperative = {"launch_cooperative_grid": True} if choice.programs > 1 else {}
-    return {"num_warps": choice.warps, "num_stages": 1} | cooperative
+def cooperative(config: heuristics.LaunchConfig) -> dict[str, Any]:
+    """The options of a launch: cooperative if its programs have to wait for each other."""
+    options = {"launch_cooperative_grid": True} if config.programs > 1 else {}
+    return {"num_warps": config.warps, "num_stages": 1} | options
 
 
-def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, counters: Tensor) -> None:
-    """Fill the costs (rows of x, ld) from the points, or with what is `given` (B, N, M); set the counters to zero."""
+def product_options(tile: heuristics.ProductTile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def fill_costs(batch: Batch, out: Saved, C: Tensor | None, prior: str, counters: Tensor) -> None:
+    """Fill the costs (rows of x, ld) from the points, or from a given `C` (B, N, M); set the counters to zero."""
     others: dict[str, Any] = {"C": out.costs, "x_scale": out.x_scale, "y_scale": out.y_scale}
     others |= {"counters": counters, "counters_size": counters.numel()}
-    beyond: tuple[Any, ...] = ()
-    if given is None:
-        same, bits, precision = _factors(batch, batch.values["x"], batch.values["y"])
+    if C is None:
+        same, bits, precision = factors(batch, batch.values["x"], batch.values["y"])
         cost = batch.cost
     else:
         same, bits, precision, cost = False, 8 * batch.dtype.itemsize, "ieee", "given"
-        item, row, column = given.stride()
-        others |= {"x": given, "x_item": item, "x_row": row, "x_dim": column}
-        others |= {"y": given, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
-        beyond = (given.dtype, aligned(given), row % 16 == 0, row == 1, column % 16 == 0, column == 1)
-    tile = rule.cost(batch.y.size, bits=bits)
+        item, row, column = C.stride()
+        others |= {"x": C, "x_item": item, "x_row": row, "x_dim": column}
+        others |= {"y": C, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
+    tile = heuristics.cost(batch.y.size, bits=bits)
     constants = {
         "COST": cost,
         "PRIOR": prior,
@@ -318,18 +163,16 @@ def fill_costs(batch: Batch, out: Saved, given: Tensor | None, prior: str, count
         "BLOCK_N": tile.rows,
         "BLOCK_M": tile.columns,
         "BLOCK_D": tile.inner,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
     tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
-    batch.launch(_cost, (tiles * batch.items, 1, 1), constants, others, beyond)
+    batch.launch(_cost, tiles * batch.items, constants | product_options(tile), others)
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
 
 
 def from_saved(saved: Saved) -> dict[str, Any]:
-    """What was saved, as the kernels call it."""
+    """What was saved, by the names of the kernels' arguments."""
     values = saved._asdict()
     values["C"] = values.pop("costs")
     return values
@@ -342,10 +185,13 @@ def gradients(
     linear: Tensor | None,
     plan: Tensor | None,
     wanted: dict[str, Tensor],
+    *,
+    solve_adjoint: SolveAdjoint | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients by the inputs that are `wanted`, from those by value (B,), transport cost (B,) and plan (B, N, M).
+    """The gradients by the inputs in `wanted`, from those by value (B,), transport cost (B,) and plan (B, N, M).
 
-    A launch for every input; two or three more if there is anything but a value.
+    One launch for each input; two or three more unless only the value has a gradient. `solve_adjoint` replaces the kernel
+    of the adjoint system.
     """
     if batch.empty:
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in wanted.items()}
@@ -356,12 +202,12 @@ def gradients(
     implicit = linear is not None or plan is not None
     if plan is not None:
         values |= {"G": torch.empty_like(saved.costs), "has_plan": 1}
-        counters = batch.counters()
+        counters = adjoint_counters(batch, solve_adjoint)
         fill_costs(batch, saved._replace(costs=values["G"]), plan, "none", counters)
     elif implicit:
-        counters = batch.counters().zero_()
+        counters = adjoint_counters(batch, solve_adjoint).zero_()
     if implicit:
-        values |= lifts(batch, values, counters)
+        values |= adjoint(batch, values, counters, solve_adjoint)
     return _gradients(batch, values, wanted, implicit=implicit)
 
 
@@ -369,79 +215,98 @@ def _gradients(batch: Batch, values: dict[str, Any], wanted: dict[str, Tensor], 
     out = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in wanted.items()}
     for name in ("x", "y"):
         if name in out:
-            project(batch, out[name], values, batch.cost, by_y=name == "y", implicit=implicit)
+            points_gradient(batch, out[name], values, batch.cost, by_y=name == "y", implicit=implicit)
     if "C" in out:
-        _dense_launch(batch, out["C"], values, gradient=True, implicit=implicit)
-    for name, side, rho in (("a", batch.x, "rho_x"), ("b", batch.y, "rho_y")):
+        tile = heuristics.PLAN
+        constants = {"IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
+        batch.launch(_cost_gradient, plan_grid(batch), constants | product_options(tile), values | {"out": out["C"]})
+    for name, side in (("a", "x"), ("b", "y")):
         if name in out:
-            tile = rule.WEIGHTS
-            constants = {"IMPLICIT": implicit, "BY_Y": name == "b", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
-            constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-            grid = (divide(side.size, tile.rows) * batch.items, 1, 1)
-            batch.launch(
-                _weights, grid, constants, values | {"out": out[name], "rho": batch.values[rho]}, saved_kind(values)
-            )
+            tile = heuristics.WEIGHTS
+            constants = {"IMPLICIT": implicit, "BY_Y": side == "y", "BLOCK_R": tile.rows, "BLOCK_K": tile.inner}
+            grid = divide(batch.values[f"{side}_size"], tile.rows) * batch.items
+            batch.launch(_weights_gradient[side], grid, constants | product_options(tile), values | {"out": out[name]})
     return out
 
 
-def lifts(batch: Batch, values: dict[str, Any], counters: Tensor) -> dict[str, Tensor]:
-    """Solve the implicit system for what the gradients need of it."""
-    if batch.engine is not None:
-        return batch.engine.lift(batch, values)
-    choice = batch.solver(in_memory=True)
-    constants = {"BLOCK_N": choice.block_n, "BLOCK_M": choice.block_m, "PEERS": choice.peers}
-    found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}
+def adjoint_counters(batch: Batch, solve_adjoint: SolveAdjoint | None) -> Tensor:
+    """Memory in which the programs of the adjoint system count arrivals; the caller has to set it to zero."""
+    if solve_adjoint is not None:
+        return batch.empty_tensor(0, dtype=torch.int32)
+    config = batch.launch_config(in_memory=True)
+    return batch.empty_tensor(config.in_flight * config.programs + 1, dtype=torch.int32)
+
+
+def adjoint(
+    batch: Batch, values: dict[str, Any], counters: Tensor, solve_adjoint: SolveAdjoint | None
+) -> dict[str, Tensor]:
+    """Solve the adjoint system: "x_adjoint" and "y_adjoint", in the layouts of the sides."""
+    if solve_adjoint is not None:
+        return solve_adjoint(batch, values)
+    config = batch.launch_config(in_memory=True)
+    constants = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "MAX_PROGRAMS": config.max_programs}
+    found = {"x_adjoint": batch.vector(batch.x), "y_adjoint": batch.vector(batch.y)}
     others: dict[str, Any] = {"state": batch.empty_tensor(2, batch.x.rows), "counters": counters}
-    others |= {"exchange": exchange(batch, choice, values["C"]), "programs": choice.programs}
-    grid = (choice.in_flight * choice.programs, 1, 1)
-    batch.launch(_lift, grid, constants | together(choice), values | found | others, saved_kind(values))
+    others |= {"exchange": exchange_memory(batch, config, values["C"]), "programs": config.programs}
+    grid = config.in_flight * config.programs
+    batch.launch(_adjoint, grid, constants | cooperative(config), values | found | others)
     return found
 
 
-def saved_kind(values: dict[str, Any], out: Tensor | None = None) -> tuple[Any, ...]:
-    """What can differ between calls on saved costs: whether autograd gave them back aligned, and the type of `out`."""
-    return aligned(values["C"]), None if out is None else out.dtype
-
-
-def project(
-    batch: Batch, out: Tensor, values: dict[str, Any], cost: str, *, by_y: bool, implicit: bool = False
-) -> None:
-    """Fill `out` with the gradient by one side's points, or with their images if `cost` is "average"."""
-    other = batch.values["x" if by_y else "y"]
-    same, bits, precision = _factors(batch, other)
+def plan_factors(batch: Batch, other: Tensor, out: Tensor) -> tuple[bool, int, str]:
+    """How tensor cores multiply matrices made of the plan with points of the other side; see `factors`."""
+    same, bits, precision = factors(batch, other)
     if same and (other.dtype == torch.float16 or out.dtype != other.dtype):
-        # The plan is beyond the range of float16, and gradients and images in float32 are wanted better than in bfloat16.
+        # The plan underflows in float16. Gradients and images in float32 have to be better than a product in bfloat16.
         precise = "tf32" if out.dtype == torch.float16 or tf32_allowed() else "tf32x3"
-        same, bits, precision = False, 32, precise if generation(batch.device) else "ieee"
-    dim = out.shape[-1]
-    tile = rule.project(dim, bits=bits)
+        same, bits, precision = False, 32, precise if runtime.generation(batch.device) else "ieee"
+    return same, bits, precision
+
+
+def points_gradient(
+    batch: Batch, out: Tensor, values: dict[str, Any], cost: str, *, by_y: bool, implicit: bool
+) -> None:
+    """Fill `out` (..., D) with the gradient by one side's points."""
     constants = {
         "COST": cost,
-        "PRIOR": batch.prior if cost in ("cosine", "euclidean") else "none",  # whose gradients look at the cost
+        "PRIOR": batch.prior if cost in ("cosine", "euclidean") else "none",  # only these gradients depend on the cost
         "IMPLICIT": implicit,
+    }
+    _launch_points(_points_gradient, batch, out, values, constants, by_y=by_y)
+
+
+def _launch_points(
+    kernels: dict[str, Kernel],
+    batch: Batch,
+    out: Tensor,
+    values: dict[str, Any],
+    constants: dict[str, Any],
+    *,
+    by_y: bool,
+) -> None:
+    own, other = "yx" if by_y else "xy"
+    same, bits, precision = plan_factors(batch, batch.values[other], out)
+    dim = out.shape[-1]
+    tile = heuristics.points(dim, bits=bits)
+    constants = constants | {
         "BY_Y": by_y,
         "PRECISION": precision,
         "SAME": same,
         "BLOCK_R": tile.rows,
         "BLOCK_K": tile.inner,
         "BLOCK_D": tile.columns,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
-    side = batch.y if by_y else batch.x
-    grid = (divide(side.size, tile.rows) * divide(dim, tile.columns) * batch.items, 1, 1)
-    batch.launch(_project_kernel, grid, constants, values | {"out": out}, saved_kind(values, out))
+    grid = divide(batch.values[f"{own}_size"], tile.rows) * divide(dim, tile.columns) * batch.items
+    batch.launch(kernels[own], grid, constants | product_options(tile), values | {"out": out})
 
 
-def _dense_launch(batch: Batch, out: Tensor, values: dict[str, Any], *, gradient: bool, implicit: bool = False) -> None:
-    tile = rule.DENSE
-    constants = {"GRADIENT": gradient, "IMPLICIT": implicit, "BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
-    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    tiles = divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns)
-    batch.launch(_dense, (tiles * batch.items, 1, 1), constants, values | {"out": out}, saved_kind(values, out))
+# Outputs ---------------------------------------------------------------------------------------------------------------
 
 
-# What is made of a plan ------------------------------------------------------------------------------------------------
+def plan_grid(batch: Batch) -> int:
+    """Programs that cover (B, N, M) with tiles of a plan."""
+    tile = heuristics.PLAN
+    return divide(batch.x.size, tile.rows) * divide(batch.y.size, tile.columns) * batch.items
 
 
 def plan(batch: Batch, saved: Saved) -> Tensor:
@@ -449,19 +314,19 @@ def plan(batch: Batch, saved: Saved) -> Tensor:
     out = batch.empty_tensor(batch.items, batch.x.size, batch.y.size)
     if batch.empty:
         return out.zero_()
-    _dense_launch(batch, out, from_saved(saved), gradient=False)
+    tile = heuristics.PLAN
+    constants = {"BLOCK_R": tile.rows, "BLOCK_K": tile.columns} | product_options(tile)
+    batch.launch(_plan, plan_grid(batch), constants, from_saved(saved) | {"out": out})
     return out
 
 
 def barycentric(batch: Batch, saved: Saved, *, by_y: bool) -> tuple[Tensor, Tensor]:
     """The images of the points of x, or of y: (..., D), and their masses in the plan, in the layout of the side."""
-    side = batch.y if by_y else batch.x
-    mass = batch.vector(side)
+    mass = batch.vector(batch.y if by_y else batch.x)
     out = batch.empty_tensor(*mass.shape, batch.values["dim"])
     if batch.empty:
         return out.zero_(), mass.zero_()
-    values = from_saved(saved) | {"x_scale": mass, "y_scale": mass}
-    project(batch, out, values, "average", by_y=by_y)
+    _launch_points(_barycentric, batch, out, from_saved(saved) | {"mass": mass}, {}, by_y=by_y)
     return out, mass
 
 
@@ -474,11 +339,12 @@ def barycentric_gradients(
     wanted: dict[str, Tensor],
     *,
     by_y: bool,
+    solve_adjoint: SolveAdjoint | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients by the inputs that are `wanted` from that by the image of one side, without the plan.
+    """The gradients by the inputs in `wanted` from that by the image of one side, without the plan.
 
     With d_i the gradient by image i over the mass r_i, dL/dP_ij = <d_i, y_j - image_i>: a product like that of a cost. The
-    points y_j that are averaged have, besides, sum_i P_ij d_i.
+    points y_j that are averaged also have the direct gradient sum_i P_ij d_i.
     """
     if batch.empty:
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in wanted.items()}
@@ -492,15 +358,16 @@ def barycentric_gradients(
     )
     values = from_saved(saved)
     values |= {"G": torch.empty_like(saved.costs), "has_plan": 1}
-    counters = batch.counters()
+    counters = adjoint_counters(batch, solve_adjoint)
     fill_costs(product, saved._replace(costs=values["G"]), None, "none", counters)
-    values |= lifts(batch, values, counters)
+    values |= adjoint(batch, values, counters, solve_adjoint)
     found = _gradients(batch, values, wanted, implicit=True)
     if other in found:
         one = torch.ones(1, dtype=batch.dtype, device=batch.device)
         direct = batch.empty_tensor(*points.shape)
         average = batch.with_points(**{own: load, other: points}, cost="dot")
-        project(average, direct, values | {"has_plan": 0, "grad_value": one, "value_step": 0}, "dot", by_y=not by_y)
+        values |= {"has_plan": 0, "grad_value": one, "value_step": 0}
+        points_gradient(average, direct, values, "dot", by_y=not by_y, implicit=False)
         found[other] = (found[other] + direct).to(found[other].dtype)
     return found
 
@@ -510,9 +377,7 @@ def assign(batch: Batch, saved: Saved) -> Tensor:
     out = torch.empty(saved.g.shape, dtype=torch.int64, device=batch.device)
     if batch.empty:
         return out.fill_(-1)
-    tile = rule.ASSIGN
-    constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (divide(batch.y.size, tile.columns) * batch.items, 1, 1)
-    values = from_saved(saved) | {"out": out}
-    batch.launch(_assign, grid, constants, values, saved_kind(values))
+    tile = heuristics.ASSIGN
+    constants = {"BLOCK_R": tile.inner, "BLOCK_K": tile.columns} | product_options(tile)
+    batch.launch(_assign, divide(batch.y.size, tile.columns) * batch.items, constants, from_saved(saved) | {"out": out})
     return out

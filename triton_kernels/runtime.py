@@ -1,78 +1,132 @@
-"""What stands between the kernels and Triton: kernels kept compiled, and what is asked of a device."""
+"""Between the kernels and Triton: how kernels are specialised, compiled kernels that are kept, and what a device can do."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .common import COUNTS, INTERPRETED, STRIDES
-
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit decorated the kernels
 INTERPRETER = threading.Lock()  # its grid and its patches of the language are global
 INT32_MAX = 2**31 - 1
+
+# Triton compiles a variant of a kernel for each kind of integer (1, multiples of 16, others) and of pointer (aligned to 16
+# bytes or not), unless told not to. Only the strides and the dimension of points gain by it. (A tuple as an argument would
+# be specialised on all its members, whatever is told: so kernels take each number by itself.)
+STRIDES = ("x_row", "x_dim", "y_row", "y_dim", "own_row", "own_dim", "other_row", "other_dim", "dim")
+COUNTS = ("items", "ld16", "per_item", "value_step", "linear_step", "has_init", "has_plan", "max_iter", "programs")
+COUNTS += ("has_a", "has_b", "has_own", "has_other", "counters_size")
+COUNTS += tuple(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("addressing", "size", "rows", "item"))
+ANY_ALIGNMENT = ("f", "g", "a", "b", "init", "value", "linear", "error_out", "n_iter_out", "reg_items", "counters")
+ANY_ALIGNMENT += ("grad_value", "grad_linear")
+ANY_ALIGNMENT += tuple(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("offsets", "scale", "adjoint"))
+ANY_ALIGNMENT += ("own_f", "own_weights", "other_f", "other_weights")
+
+
+def kernel(function: Any) -> Any:
+    """Compile with Triton, for any counts and any alignment of small vectors."""
+    names = inspect.signature(function).parameters
+    counts, any_alignment = ([name for name in given if name in names] for given in (COUNTS, ANY_ALIGNMENT))
+    return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=any_alignment)
 
 
 class Kernel:
     """A Triton kernel that takes its arguments from a dictionary and keeps its compiled variants.
 
-    Triton finds the variant for a call by looking at all arguments in Python, at tens of microseconds a launch. Here the
-    caller says what can differ: the `kind` of the call, which has to tell types, whether pointers are aligned, and which
-    strides are one or multiples of 16. (Integers beyond 32 bits have another type: such calls go Triton's own way.)
+    Triton finds the variant for a call by a look at each argument in Python, at tens of microseconds a launch. Here the
+    key is made in less, from all of the kernel's own arguments: types, alignment, and kinds of strides. (Integers beyond
+    32 bits have another type: such calls go Triton's own way.)
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, own: str = "x") -> None:
+        """`own`, x or y, is the side that the parameters `own_...` stand for; `other_...` stand for the other side."""
         self.function = function
         self.compiled: dict[Any, Any] = {}
-        if INTERPRETED:
-            return
-        names = [p.name for p in function.params if not p.is_constexpr]
-        self._arguments = itemgetter(*names)
-        self._constants = itemgetter(*[p.name for p in function.params if p.is_constexpr])
-        self._integers = itemgetter(*[name for name in names if name in STRIDES or name in COUNTS])
-        self._names = names
+        parameters = inspect.signature(function.fn).parameters
+        constants = [name for name, p in parameters.items() if p.annotation is tl.constexpr]
+        # Where in the dictionary each argument is found.
+        self.sources = {name: source(name, own) for name in parameters if name not in constants}
+        integers = [name for name in self.sources if name in STRIDES or name in COUNTS]
+        floats = [name for name in self.sources if parameters[name].annotation is tl.float64]
+        tensors = [name for name in self.sources if name not in integers and name not in floats]
+        aligned = [name for name in tensors if name not in ANY_ALIGNMENT]
+        self._arguments = picks(self.sources.values())
+        self._constants = picks(constants)
+        self._integers, self._tensors, self._aligned, self._strides = (
+            picks([self.sources[name] for name in names])
+            for names in (integers, tensors, aligned, [name for name in integers if name in STRIDES])
+        )
+
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names of the kernel's parameters."""
+        return {name: values[at] for name, at in self.sources.items()}
+
+    def key(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What Triton's choice of a variant depends on, beside constants and options, while integers have 32 bits."""
+        return (
+            *map(_dtype, self._tensors(values)),
+            *[address % 16 == 0 for address in map(_address, self._aligned(values))],
+            *[1 if stride == 1 else 0 if stride % 16 == 0 else 2 for stride in self._strides(values)],
+        )
 
     def launch(
-        self,
-        grid: tuple[int, int, int],
-        values: dict[str, Any],
-        constants: dict[str, Any],
-        device: torch.device,
-        kind: tuple[Any, ...],
+        self, grid: tuple[int, int, int], values: dict[str, Any], constants: dict[str, Any], device: torch.device
     ) -> None:
         """Launch on the current stream of `device`. `constants` are the kernel's, and Triton's options."""
         if INTERPRETED:
-            arguments = {name: values[name] for name in self.function.arg_names if name in values}
             with INTERPRETER:
-                self.function[grid](**arguments, **constants)
+                self.function[grid](**self.named(values), **constants)
         elif device.index == torch.accelerator.current_device_index():
-            self._launch(grid, values, constants, (device.index, kind))
+            self._launch(grid, values, constants, device.index)
         else:
             with device_guard(device):
-                self._launch(grid, values, constants, (device.index, kind))
+                self._launch(grid, values, constants, device.index)
 
     def _launch(
-        self, grid: tuple[int, int, int], values: dict[str, Any], constants: dict[str, Any], kind: tuple[Any, ...]
+        self, grid: tuple[int, int, int], values: dict[str, Any], constants: dict[str, Any], device: int | None
     ) -> None:
         narrow = max(self._integers(values)) <= INT32_MAX
-        key = (kind, *constants.values())
+        key = (device, *self.key(values), *constants.values())
         compiled = self.compiled.get(key) if narrow else None
-        arguments = self._arguments(values)
         if compiled is not None:
-            compiled[grid](*arguments, *self._constants(constants))
+            compiled[grid](*self._arguments(values), *self._constants(constants))
             return
-        named = dict(zip(self._names, arguments, strict=True))
         # Multiply-adds are contracted, whatever the version of Triton: its default will change.
-        compiled = self.function[grid](**named, **constants, enable_fp_fusion=True)
+        compiled = self.function[grid](**self.named(values), **constants, enable_fp_fusion=True)
         if narrow:
             self.compiled[key] = compiled
 
 
-def aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
+
+
+def source(parameter: str, own: str) -> str:
+    """The name, among the values of a batch, of what a kernel's parameter stands for; see `Kernel`."""
+    for role, side in (("own", own), ("other", "y" if own == "x" else "x")):
+        f, weights = ("f", "a") if side == "x" else ("g", "b")
+        names = {"points": side, "f": f, "weights": weights, "rho": f"rho_{side}"}
+        if parameter == f"has_{role}":
+            return f"has_{weights}"
+        if parameter.startswith(f"{role}_"):
+            name = parameter.removeprefix(f"{role}_")
+            return names.get(name, f"{side}_{name}")
+    return parameter
+
+
+def picks(names: Iterable[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """A function that takes the values of these names out of a dictionary, as a tuple."""
+    names = list(names)
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda values: tuple(values[name] for name in names)
 
 
 @functools.cache

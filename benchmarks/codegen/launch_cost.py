@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from otalign.triton_kernels import launch
+from otalign.triton_kernels import runtime
 from triton.backends.compiler import GPUTarget
 
 import otalign
@@ -31,18 +31,18 @@ from otalign.options import Options
 
 # The private names of the package that this file depends on. The code below these lines uses no others.
 REPLACED = (  # owner, name, replacement: tensors on the CPU then pass for tensors on a GPU with 132 multiprocessors
-    (launch, "processors", lambda device: 132),
-    (launch, "generation", lambda device: 90),
+    (runtime, "processors", lambda device: 132),
+    (runtime, "generation", lambda device: 90),
     (backends, "_why_no_triton", lambda: None),
     (backends, "_interpreting", lambda: True),
 )
 Inputs, align, align_backward = kernels._Inputs, kernels._align_kernel, kernels._align_backward_kernel
-LAUNCH = "_launch"  # the method of launch.Kernel that launches a compiled kernel
+LAUNCH = "_launch"  # the method of runtime.Kernel that launches a compiled kernel
 
 
-def compiled_launch(kernel: launch.Kernel, grid: Any, values: Any, constants: Any, kind: Any) -> tuple[Any, ...]:
+def compiled_launch(kernel: runtime.Kernel, grid: Any, values: Any, constants: Any, device: Any) -> tuple[Any, ...]:
     """The function that the method `LAUNCH` calls, and its arguments."""
-    compiled = kernel.compiled[(kind, *constants.values())]
+    compiled = kernel.compiled[(device, *kernel.key(values), *constants.values())]
     return (compiled[grid], *kernel._arguments(values), *kernel._constants(constants))
 
 
@@ -111,10 +111,10 @@ def bare_launches(run: Callable[[], Any]) -> Callable[[], None]:
     def record(*arguments: Any) -> None:
         calls.append(compiled_launch(*arguments))
 
-    old = getattr(launch.Kernel, LAUNCH)
-    setattr(launch.Kernel, LAUNCH, record)
+    old = getattr(runtime.Kernel, LAUNCH)
+    setattr(runtime.Kernel, LAUNCH, record)
     run()
-    setattr(launch.Kernel, LAUNCH, old)
+    setattr(runtime.Kernel, LAUNCH, old)
 
     def again() -> None:
         for function, *arguments in calls:

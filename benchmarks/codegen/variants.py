@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from otalign.triton_kernels import launch
+from otalign.triton_kernels import batch as batches
+from otalign.triton_kernels import launch, runtime
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -75,19 +76,18 @@ def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Vari
     """Record launches in the dictionary: what Triton would compile, and the key under which the launcher keeps it."""
     found: dict[Variant, Any] = {}
 
-    def record(
-        self: launch.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any, kind: Any
-    ) -> None:
-        found.setdefault(variant(self.function, values, constants), (self, kind, tuple(constants.values())))
+    def record(self: runtime.Kernel, grid: Any, values: dict[str, Any], constants: dict[str, Any], device: Any) -> None:
+        key = (self, self.key(values), tuple(constants.values()))
+        found.setdefault(variant(self.function, self.named(values), constants), key)
 
-    old, launch.Kernel.launch = launch.Kernel.launch, record  # type: ignore[method-assign]
-    chip = launch.processors, launch.generation
-    launch.processors, launch.generation = lambda device: processors, lambda device: generation  # type: ignore[assignment]
+    old, runtime.Kernel.launch = runtime.Kernel.launch, record  # type: ignore[method-assign]
+    chip = runtime.processors, runtime.generation
+    runtime.processors, runtime.generation = lambda device: processors, lambda device: generation  # type: ignore[assignment]
     try:
         yield found
     finally:
-        launch.Kernel.launch = old  # type: ignore[method-assign]
-        launch.processors, launch.generation = chip
+        runtime.Kernel.launch = old  # type: ignore[method-assign]
+        runtime.processors, runtime.generation = chip
 
 
 def variant(function: Any, values: dict[str, Any], constants: dict[str, Any]) -> Variant:
@@ -135,16 +135,16 @@ class Problem(NamedTuple):
         dtype = torch.float64 if torch.float64 in (self.x, self.y) else torch.float32
         packed, ragged = self.layout == "packed", self.layout != "full"
 
-        def side(size: int, kind: torch.dtype) -> launch.Side:
+        def side(size: int, kind: torch.dtype) -> batches.Side:
             rows = self.B * size
             shape = (rows, self.D) if packed else (self.B, size, self.D)
             layout = torch.empty(self.B + packed, dtype=torch.int64, device=META) if ragged else None
             points = None if self.cost == "given" else torch.empty(shape, dtype=kind, device=META)
             weights = torch.empty(shape[:-1], dtype=dtype, device=META) if self.weights else None
-            return launch.Side(points, layout, weights, packed, size, rows)
+            return batches.Side(points, layout, weights, packed, size, rows)
 
         x, y = side(self.N, self.x), side(self.M, self.y)
-        batch = launch.Batch(
+        batch = batches.Batch(
             x,
             y,
             items=self.B,
@@ -158,7 +158,7 @@ class Problem(NamedTuple):
             device=META,
         )
         given = torch.empty(self.B, self.N, self.M, dtype=self.x, device=META) if self.cost == "given" else None
-        saved = launch.Saved(*launch.solve(batch, given, None, 200, 1e-3)[4:])
+        saved = batches.Saved(*launch.solve(batch, given, None, {"max_iter": 200, "tol": 1e-3})[4:])
         if not gradients:
             return
         wanted = {"C": given} if given is not None else {"x": x.points, "y": y.points}
@@ -220,8 +220,7 @@ def all_variants(arch: int | str = 90) -> list[Variant]:
 
 def compile_variant(variant: Variant, arch: int | str) -> Report:
     """Compile for a compute capability, 90 say, or for an AMD chip, "gfx942"."""
-    function = next(k.function for k in vars(launch).values() if getattr(getattr(k, "function", None), "fn", None)
-                    and k.function.fn.__name__ == variant.kernel)  # fmt: skip
+    function = getattr(launch, variant.kernel)
     names = function.arg_names
     source = ASTSource(
         fn=function,

@@ -32,13 +32,13 @@ def resident_table(rows: Rows) -> list[str]:
     for row in filter(in_registers, rows):
         held = int(constant(row, "GROUPS")) * int(constant(row, "ROWS"))
         marginals = "relaxed" if constant(row, "UNBALANCED") == "True" else "strict"
-        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, "PEERS")), marginals)
+        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, "MAX_PROGRAMS")), marginals)
         found[key][row["arch"]] = f"{row['registers']} / {row['spills']}"
     lines = ["| columns | rows a program | programs, up to | marginals | " + " | ".join(map(chip, archs)) + " |"]
     lines.append("|---" * (4 + len(archs)) + "|")
-    for (columns, held, peers, marginals), cells in sorted(found.items()):
+    for (columns, held, programs, marginals), cells in sorted(found.items()):
         cells_text = " | ".join(cells.get(arch, "-") for arch in archs)
-        lines.append(f"| {columns} | {held} | {peers} | {marginals} | {cells_text} |")
+        lines.append(f"| {columns} | {held} | {programs} | {marginals} | {cells_text} |")
     return lines
 
 

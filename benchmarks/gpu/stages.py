@@ -75,7 +75,7 @@ def events_on_gpu() -> Iterator[list[Event]]:
 @contextmanager
 def events_on_host() -> Iterator[list[Event]]:
     """For a dry run on a CPU: the launches, and the time of the interpreter."""
-    from otalign.triton_kernels.launch import Kernel
+    from otalign.triton_kernels.runtime import Kernel
 
     events: list[Event] = []
     launch = Kernel.launch
@@ -118,7 +118,7 @@ def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str
         # Two multiply-adds for each entry and iteration, entries on chip. The name stands in that of the CUDA kernel, too.
         "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
         # The gradient by x reads y, the gradient by y reads x. The cosine's gradients need their own points as well.
-        "project_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
+        "points_gradient_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
     }
 
 

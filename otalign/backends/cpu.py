@@ -228,7 +228,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     if options.prior is not None:
         p.prior, p.prior_parameters = _PRIORS[options.prior.kind], (*options.prior.parameters, 0.0)[:2]
     p.rho_x, p.rho_y, p.symmetric = inputs.rho_x, inputs.rho_y, inputs.symmetric
-    extension.set_numbers(p, options)
+    extension.set_numbers(p, options.numbers)
     reg = options.reg
     p.reg = memory(reg if isinstance(reg, Tensor) else torch.full((p.items,), reg, dtype=torch.float64))
     p.init = memory(inputs.init)

@@ -14,39 +14,39 @@ from ..layout import debugging
 from . import extension
 
 if TYPE_CHECKING:
-    from ..triton_kernels.launch import Batch, Solved
+    from ..triton_kernels.batch import Batch, Solved
 
 
-def iterate(batch: Batch, out: Solved, init: Tensor | None, max_iter: int, tol: float) -> None:
-    """Fill the solution from its costs, in one launch."""
+def iterate(batch: Batch, out: Solved, init: Tensor | None, numbers: dict[str, int | float]) -> None:
+    """Fill the solution from its costs, in one launch. `numbers` are the options by name."""
     p = _problem(batch, out.costs, out.f, out.g)
     p.init = _memory(init)
-    p.max_iter, p.tol = max_iter, tol
+    extension.set_numbers(p, numbers)
     p.value, p.linear, p.error, p.n_iter = map(_memory, (out.value, out.linear, out.error, out.n_iter))
     engine = _engine()
     with _on(batch.device):
-        scratch = _scratch(batch, p, lift=False)
+        scratch = _scratch(batch, p, adjoint=False)
         engine.cuda_solve(p, batch.device.index, _stream(batch.device), debugging())
     del scratch  # not before the launch: then it is the stream's
 
 
-def lift(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
-    """Solve the implicit system of a solution, in one launch: the lifts of both sides."""
+def solve_adjoint(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
+    """Solve the adjoint system of a solution, in one launch: the adjoint variables of both sides, by name."""
     values = batch.values | values
     costs = values["C"]
-    if costs.data_ptr() % 16:  # autograd's hooks may bring back what they were given at another place
+    if costs.data_ptr() % 16:  # hooks of autograd may return a saved tensor at another address
         costs = costs.clone()
     p = _problem(batch, costs, values["f"], values["g"])
-    found = {"x_lift": batch.vector(batch.x), "y_lift": batch.vector(batch.y)}
+    found = {"x_adjoint": batch.vector(batch.x), "y_adjoint": batch.vector(batch.y)}
     engine = _engine()
     adjoints = engine.Adjoints()
     if values["linear_step"] >= 0:
         adjoints.linear, adjoints.linear_step = _memory(values["grad_linear"]), values["linear_step"]
     if values["has_plan"]:
         adjoints.plan = _memory(values["G"])
-    adjoints.x, adjoints.y = _memory(found["x_lift"]), _memory(found["y_lift"])
+    adjoints.x, adjoints.y = _memory(found["x_adjoint"]), _memory(found["y_adjoint"])
     with _on(batch.device):
-        scratch = _scratch(batch, p, lift=True)
+        scratch = _scratch(batch, p, adjoint=True)
         engine.cuda_adjoint(p, adjoints, batch.device.index, _stream(batch.device), debugging())
     del scratch
     return found
@@ -61,9 +61,9 @@ def _problem(batch: Batch, costs: Tensor, f: Tensor, g: Tensor) -> Any:
         to.size, to.rows, to.potential = side.size, side.rows, _memory(potential)
         to.weights = _memory(side.weights)
         if side.packed:
-            to.starts = _memory(side.layout)
+            to.starts = _memory(side.offsets)
         else:
-            to.lengths = _memory(side.layout)
+            to.lengths = _memory(side.offsets)
     if values["per_item"]:
         p.reg = _memory(values["reg_items"])
     p.reg_of_all, p.rho_x, p.rho_y = values["reg"], values["rho_x"], values["rho_y"]
@@ -75,9 +75,9 @@ def _memory(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
-def _scratch(batch: Batch, p: Any, *, lift: bool) -> Tensor | None:
-    """Memory for the part of the matrix that the chip has no place for."""
-    size = _engine().cuda_scratch(p, lift, batch.device.index)
+def _scratch(batch: Batch, p: Any, *, adjoint: bool) -> Tensor | None:
+    """Memory for the part of the matrix that does not fit on the chip."""
+    size = _engine().cuda_scratch(p, adjoint, batch.device.index)
     if not size:
         return None
     scratch = torch.empty(size, dtype=torch.uint8, device=batch.device)

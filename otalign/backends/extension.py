@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..options import Options
-
 
 def module() -> ModuleType:
     """The compiled module `otalign._C`, with the BLAS that torch has loaded plugged into it."""
@@ -30,9 +28,9 @@ def reason_missing() -> str | None:
     return _loaded()[1]
 
 
-def set_numbers(problem: Any, options: Options) -> None:
+def set_numbers(problem: Any, numbers: dict[str, int | float]) -> None:
     """Give the extension's problem the options that are plain numbers: they have the same names there."""
-    for name, value in options.numbers.items():
+    for name, value in numbers.items():
         setattr(problem, name, value)
 
 

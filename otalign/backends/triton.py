@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..options import COSTS, GIVEN, Options
 from ..problem import Problem, Solution, fixed_plan_cost
-from ..triton_kernels import rule
+from ..triton_kernels import heuristics
 from . import cuda_launch
 from .autograd import Operator, flatten, schema, unflatten
 
@@ -185,7 +185,14 @@ def _apply_of(inputs: _Inputs, saved: Sequence[Tensor], values: Tensor, by_y: bo
 
 @functools.cache
 def _kernels() -> Any:
+    """The launchers of the kernels, which import Triton."""
     return importlib.import_module("..triton_kernels.launch", __package__)
+
+
+@functools.cache
+def _batches() -> Any:
+    """The classes that the launchers take, which import Triton."""
+    return importlib.import_module("..triton_kernels.batch", __package__)
 
 
 def _expect(
@@ -237,15 +244,15 @@ def _check(inputs: _Inputs) -> None:
 def _saved_shapes(inputs: _Inputs) -> tuple[tuple[int, ...], ...]:
     x, y = inputs.vectors()
     scales = (x, y) if inputs.options.cost == "cosine" else ((0,), (0,))
-    return x, y, (inputs.rows_x(), rule.leading_dimension(inputs.size_y)), *scales
+    return x, y, (inputs.rows_x(), heuristics.leading_dimension(inputs.size_y)), *scales
 
 
 def _batch(inputs: _Inputs) -> Any:
-    kernels, p, options = _kernels(), inputs, inputs.options
+    batches, p, options = _batches(), inputs, inputs.options
     per_item = isinstance(options.reg, Tensor)
-    return kernels.Batch(
-        kernels.Side(p.x, p.x_offsets, p.a, p.x_packed, p.size_x, p.rows_x()),
-        kernels.Side(p.y, p.y_offsets, p.b, p.y_packed, p.size_y, p.rows_y()),
+    return batches.Batch(
+        batches.Side(p.x, p.x_offsets, p.a, p.x_packed, p.size_x, p.rows_x()),
+        batches.Side(p.y, p.y_offsets, p.b, p.y_packed, p.size_y, p.rows_y()),
         items=p.items,
         reg=0.0 if per_item else options.reg,
         reg_items=options.reg if per_item else None,
@@ -255,7 +262,6 @@ def _batch(inputs: _Inputs) -> Any:
         rho=(p.rho_x, p.rho_y),
         dtype=p.dtype,
         device=p.like().device,
-        engine=cuda_launch if p.iterations == "cuda" else None,
         symmetric=p.symmetric,
     )
 
@@ -295,15 +301,26 @@ def _check_barycentric_backward(*arguments: Any) -> None:
         _expect(name, tensor, inputs.dtype, expected, strided=True)
 
 
+def _iterate(inputs: _Inputs) -> Any:
+    """What iterates in place of the Triton kernel; None = nothing."""
+    return cuda_launch.iterate if inputs.iterations == "cuda" else None
+
+
+def _solve_adjoint(inputs: _Inputs) -> Any:
+    """What solves the adjoint system in place of the Triton kernel; None = nothing."""
+    return cuda_launch.solve_adjoint if inputs.iterations == "cuda" else None
+
+
 def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Any, Any, Sequence[Any]]:
     """The problem; as the kernels take it, with what was saved of its solution; and all other arguments."""
     inputs, others = unflatten(_Inputs, arguments)
-    return inputs, _batch(inputs), _kernels().Saved(*others[:_SAVED]), others[_SAVED:]
+    return inputs, _batch(inputs), _batches().Saved(*others[:_SAVED]), others[_SAVED:]
 
 
 def _align_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (init,) = unflatten(_Inputs, arguments)
-    return tuple(_kernels().solve(_batch(inputs), inputs.C, init, *inputs.options.numbers.values()))
+    numbers = inputs.options.numbers
+    return tuple(_kernels().solve(_batch(inputs), inputs.C, init, numbers, iterate=_iterate(inputs)))
 
 
 def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
@@ -317,7 +334,8 @@ def _gradients(found: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
 
 def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, batch, saved, (*incoming, wanted) = _split(arguments)
-    return _gradients(_kernels().gradients(batch, saved, *incoming, _wanted(inputs, wanted)))
+    found = _kernels().gradients(batch, saved, *incoming, _wanted(inputs, wanted), solve_adjoint=_solve_adjoint(inputs))
+    return _gradients(found)
 
 
 def _plan_kernel(*arguments: Any) -> Tensor:
@@ -332,8 +350,17 @@ def _barycentric_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _barycentric_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, batch, saved, (image, mass, gradient, by_y, wanted) = _split(arguments)
-    of = _kernels().barycentric_gradients
-    return _gradients(of(batch, saved, image, mass, gradient, _wanted(inputs, wanted), by_y=by_y))
+    found = _kernels().barycentric_gradients(
+        batch,
+        saved,
+        image,
+        mass,
+        gradient,
+        _wanted(inputs, wanted),
+        by_y=by_y,
+        solve_adjoint=_solve_adjoint(inputs),
+    )
+    return _gradients(found)
 
 
 def _assign_kernel(*arguments: Any) -> Tensor:

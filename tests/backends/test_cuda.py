@@ -379,7 +379,9 @@ def test_every_choice_can_be_launched(chip):
                 assert WIDTHS[config.shape] == min(width for width in SHAPES if width >= size_y)
                 assert bool(config.ordered) <= (config.in_flight < items)
                 rows = -(-size_x // config.cluster)
-                assert config.shared < max(1, rows - held(config.shape)) + step(config.shape), "no more shared memory than needed"
+                assert config.shared < max(1, rows - held(config.shape)) + step(config.shape), (
+                    "no more shared memory than needed"
+                )
 
 
 def test_typical_batches_stay_on_the_chip():

@@ -14,7 +14,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from otalign.triton_kernels import common, launch, rule
+from otalign.triton_kernels import exchange, heuristics, launch, runtime
+from otalign.triton_kernels.batch import Batch, Side
 
 import otalign
 
@@ -30,8 +31,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def processors(monkeypatch):
     def pretend(count: int) -> None:
-        monkeypatch.setattr(launch, "processors", lambda device: count)
-        monkeypatch.setattr(launch, "generation", lambda device: 0)
+        monkeypatch.setattr(runtime, "processors", lambda device: count)
+        monkeypatch.setattr(runtime, "generation", lambda device: 0)
 
     return pretend
 
@@ -39,11 +40,11 @@ def processors(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """At most 16 rows of a kernel matrix per program in registers, so that small items need several programs."""
-    tile = rule.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
-    monkeypatch.setattr(rule, "RESIDENT", (tile,))
-    rule.solver.cache_clear()
+    tile = heuristics.TileShape(width=32, groups=2, warps=1, min_programs=1, max_programs=16, max_before_hopper=16)
+    monkeypatch.setattr(heuristics, "TILE_SHAPES", (tile,))
+    heuristics.launch_config.cache_clear()
     yield
-    rule.solver.cache_clear()
+    heuristics.launch_config.cache_clear()
 
 
 def everything(batch, backend="triton", **options):
@@ -104,7 +105,7 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
     processors(8)
     with together():
         expected = everything(batch, reg=0.2, tol=0, max_iter=4)
-    monkeypatch.setattr(common, "barrier", lambda counter, target: None)
+    monkeypatch.setattr(exchange, "barrier", lambda counter, target: None)
     outcomes = []
     for seed in range(4):
         with together(seed, odds=0.3):
@@ -115,8 +116,8 @@ def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
 
 def test_a_deadlock_shows(processors, small_tiles, monkeypatch):
     """The interpreter notices when all programs wait: here for one more arrival than there are programs."""
-    original = common.barrier.fn
-    monkeypatch.setattr(common, "barrier", lambda counter, target: original(counter, target + 1))
+    original = exchange.barrier.fn
+    monkeypatch.setattr(exchange, "barrier", lambda counter, target: original(counter, target + 1))
     processors(8)
     with together(), pytest.raises(Exception, match="wait for each other for ever"):
         everything(draw([30, 20], [9, 5], dtype=torch.float32), reg=0.2, tol=0, max_iter=2)
@@ -144,7 +145,7 @@ sizes = st.integers(1, 20000)
 @hypothesis.given(
     items=st.integers(1, 2000),
     size_x=sizes,
-    size_y=st.integers(1, rule.SLOTS),
+    size_y=st.integers(1, heuristics.MAX_SIZE_Y),
     double=st.booleans(),
     relaxed=st.booleans(),
     processors=st.sampled_from([1, 8, 108, 132, 148]),
@@ -153,7 +154,7 @@ sizes = st.integers(1, 20000)
 )
 @hypothesis.settings(max_examples=500)
 def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
-    choice = rule.solver(
+    choice = heuristics.launch_config(
         items,
         size_x,
         size_y,
@@ -164,7 +165,7 @@ def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, p
         in_memory=in_memory,
     )
     assert choice.programs in (1, 2, 4, 8, 16)
-    assert choice.programs <= choice.peers
+    assert choice.programs <= choice.max_programs
     assert choice.block_m >= size_y, "a program holds whole rows"
     assert 1 <= choice.in_flight <= items
     if choice.programs > 1:
@@ -179,7 +180,7 @@ def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, p
 
 
 def test_too_long_items_are_refused():
-    x, y = torch.zeros(1, 2, 3), torch.zeros(1, rule.SLOTS + 1, 3)
+    x, y = torch.zeros(1, 2, 3), torch.zeros(1, heuristics.MAX_SIZE_Y + 1, 3)
     with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
     otalign.sinkhorn_loss(x, y, y_lengths=torch.tensor([3]), backend="reference")
@@ -223,7 +224,7 @@ SHARED = {
 }  # bytes of shared memory for a program
 
 
-WIDEST = "GROUPS=[1-9] PEERS=4 UNBALANCED=True"  # for each width the variant with the most rows
+WIDEST = "GROUPS=[1-9] MAX_PROGRAMS=4 UNBALANCED=True"  # for each width the variant with the most rows
 
 
 @pytest.mark.parametrize(
@@ -287,12 +288,12 @@ def test_offsets_beyond_the_rows_read_nothing_outside():
     rows, items, guard = 6, 2, 3
     memory = {side: torch.randn(rows + guard, 4, dtype=torch.float64) for side in "xy"}
     offsets = torch.tensor([0, 4, 900])
-    sides = [launch.Side(memory[side][:rows], offsets, None, True, 5, rows) for side in "xy"]
-    batch = launch.Batch(
+    sides = [Side(memory[side][:rows], offsets, None, True, 5, rows) for side in "xy"]
+    batch = Batch(
         *sides, items=items, reg=0.3, reg_items=None, cost="sqeuclidean", prior="none", prior_parameters=(),
         rho=(math.inf, math.inf), dtype=torch.float64, device=torch.device("cpu"),
     )  # fmt: skip
-    actual = launch.solve(batch, None, None, 30, 0.0)
+    actual = launch.solve(batch, None, None, {"max_iter": 30, "tol": 0.0})
     points = [memory[side][:rows] for side in "xy"]
     inside = torch.tensor([0, 4, rows])
     expected = otalign.solve(

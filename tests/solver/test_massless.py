@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from otalign.triton_kernels import launch, rule
+from otalign.triton_kernels import heuristics, runtime
 from torch import Tensor
 
 import otalign
@@ -321,17 +321,17 @@ def test_symmetric_problems(engine, massless, reg, rho):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 def test_symmetric_problems_by_several_programs(monkeypatch, dtype):
-    monkeypatch.setattr(launch, "processors", lambda device: 8)
-    tile = rule.Resident(width=32, groups=2, warps=1, fewest=1, most=16, before_hopper=16)
-    monkeypatch.setattr(rule, "RESIDENT", (tile,))
-    rule.solver.cache_clear()
+    monkeypatch.setattr(runtime, "processors", lambda device: 8)
+    tile = heuristics.TileShape(width=32, groups=2, warps=1, min_programs=1, max_programs=16, max_before_hopper=16)
+    monkeypatch.setattr(heuristics, "TILE_SHAPES", (tile,))
+    heuristics.launch_config.cache_clear()
     x = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0), dtype=dtype) / 3
     lengths = torch.tensor([30, 7])
     w = torch.ones(2, 30, dtype=dtype)
     w[0, 3:6] = 0
     with together() as launches:
         actual = symmetric("triton", x, w, BALANCED, 0.02, lengths)
-    rule.solver.cache_clear()
+    heuristics.launch_config.cache_clear()
     assert max(launches) > 2
     expected = symmetric("reference", x.double(), w.double(), BALANCED, 0.02, lengths)
     assert actual.n_iter.tolist() == expected.n_iter.tolist()

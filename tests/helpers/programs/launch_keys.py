@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from codegen import variants  # of the benchmarks
-from otalign.triton_kernels import launch
+from otalign.triton_kernels import runtime
 
 from otalign.backends import triton
 from otalign.options import Options
@@ -19,9 +19,10 @@ KINDS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
-def record(self: launch.Kernel, grid: Any, values: Any, constants: Any, device: Any, kind: Any) -> None:
+def record(self: runtime.Kernel, grid: Any, values: Any, constants: Any, device: Any) -> None:
     """Instead of a launch: compares what Triton would compile with what it would for an earlier launch of the same key."""
-    key = (self.function.fn.__name__, kind, tuple(constants.values()))
+    key = (self.function.fn.__name__, self.key(values), tuple(constants.values()))
+    values = self.named(values)
     parameters = [p for p in self.function.params if not p.is_constexpr]
     aligned = tuple(
         values[p.name].data_ptr() % 16 == 0
@@ -67,8 +68,8 @@ def draw() -> tuple[Problem, list[torch.Tensor]]:
 
 
 def main() -> None:
-    launch.Kernel.launch = record
-    launch.processors = lambda device: 132
+    runtime.Kernel.launch = record
+    runtime.processors = lambda device: 132
     random.seed(1)
     for _ in range(400):
         p, leaves = draw()

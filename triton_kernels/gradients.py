@@ -1,0 +1,293 @@
+"""Gradients by points, weights and costs.
+
+The gradient by the cost is
+
+    H = P * (v + l - (S - s_i - t_j) / reg)
+
+with v and l the incoming gradients by value and transport cost, S = l C + dL/dP, and (s, t) the solution of the adjoint
+system (adjoint.py). Without S, if only the value has a gradient, H = v P and there is no system to solve. The plan P is
+rebuilt tile by tile, as in outputs.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .addressing import fill_tail, first_point, load_gradient, load_reg, load_weights, locate, only_if, segment
+from .cost import split_scale
+from .math import bounded, dual_term, prior_tile, times
+from .outputs import ItemPlan, density_tile, pair_offsets, plan_rows, plan_tile, store_dense, store_points
+from .runtime import kernel
+
+
+@triton.jit
+def load_plan_gradient(G, offsets, mask, has_plan, linear, cost):
+    """S = l C + dL/dP of a tile."""
+    plan_gradient = tl.load(G + offsets, mask=only_if(has_plan, mask), other=0)
+    return plan_gradient + tl.where(linear == 0, 0, linear * cost)
+
+
+@triton.jit
+def cost_gradient(P, S, value, linear, own_adjoint, other_adjoint, inv_reg, IMPLICIT: tl.constexpr):
+    """H of a tile; without S, which is not read, unless IMPLICIT."""
+    if IMPLICIT:
+        return times(P, value + linear - (S - own_adjoint - other_adjoint) * inv_reg)
+    else:
+        return times(P, value)
+
+
+@triton.jit
+def round_like(W, points, SAME: tl.constexpr):
+    """`W`, rounded to the type of the points if SAME: if the tensor cores multiply it in that type."""
+    if SAME:
+        W = W.to(points.dtype.element_ty).to(W.dtype)
+    return W
+
+
+@kernel
+def points_gradient_kernel(
+    own_points,  # (B, size, D) or packed (rows of own, D), any strides in elements
+    other_points,  # (B, size, D) or packed (rows of other, D), any strides in elements
+    out,  # out: (rows of own, D), contiguous; 0 on the padding
+    C,  # (rows of x, ld), contiguous; in the units of reg
+    G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
+    own_f,  # (rows of own,) potentials, in the units of reg
+    other_f,  # (rows of other,) potentials, in the units of reg
+    own_scale,  # cosine only: (rows of own,) reciprocal norms
+    other_scale,  # cosine only: (rows of other,) reciprocal norms
+    own_adjoint,  # (rows of own,) adjoint variables; read if IMPLICIT
+    other_adjoint,  # (rows of other,) adjoint variables; read if IMPLICIT
+    own_weights,  # (rows of own,); read if has_own
+    other_weights,  # (rows of other,); read if has_other
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
+    grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
+    reg_items,  # (B,) float64; read if per_item
+    items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
+    value_step, linear_step, has_plan, own_item, own_row, own_dim, other_item, other_row, other_dim, dim,
+    reg: tl.float64, prior_first: tl.float64, prior_second: tl.float64, ld16,
+    COST: tl.constexpr, PRIOR: tl.constexpr, IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient by the points z of one side, own: x, or y if BY_Y. The points of the other side are w.
+
+        out_i = sum_j H_ij dC_ij / dz_i
+        cosine:       sum_j H_ij (|z_i|^-2 <z_i, w_j> z_i - w_j) / (|z_i| |w_j|) = |z_i|^-1 (d_i |z_i|^-1 z_i - sum_j W_ij w_j)
+                      with W_ij = H_ij / |w_j|,  d_i = sum_j H_ij (1 - C_ij)
+        sqeuclidean:  d_i z_i - sum_j W_ij w_j  with W = 2 H,    d = W 1
+        euclidean:    d_i z_i - sum_j W_ij w_j  with W = H / C,  d = W 1
+        dot:          - sum_j W_ij w_j          with W = H
+
+    Grid: one program for each tile (BLOCK_R, BLOCK_D) of each item's gradient. Source: the chain rule; H is explained at
+    the top of this file. `own` and `other` name the sides; see `Kernel`.
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    tiles = tl.cdiv(dim, BLOCK_D)
+    item, tile = locate(tl.cdiv(own_size, BLOCK_R) * tiles)
+    own_start, own_n, slot = segment(own_offsets, own_addressing, own_size, own_rows, item, items)
+    other_start, other_n, other_slot = segment(other_offsets, other_addressing, other_size, other_rows, item, items)
+    own_at = first_point(own_points, own_addressing, own_start, item, own_item, own_row)
+    other_at = first_point(other_points, other_addressing, other_start, item, other_item, other_row)
+    begin = (tile // tiles) * BLOCK_R
+    rows = begin + tl.arange(0, BLOCK_R)
+    k = (tile % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_mask, dim_mask = rows < own_n, (k < dim)[None, :]
+    item_reg = load_reg(reg, reg_items, per_item, item, T)
+    inv_reg = 1 / item_reg
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
+    # An item whose loss is not used gets zeros, even if its numbers are NaN.
+    unused = (value == 0) & (linear == 0) & (has_plan == 0)
+    count = tl.where(unused, 0, other_n)
+    f_i = tl.load(own_f + own_start + rows, mask=row_mask, other=0)
+    a_i = load_weights(own_weights, has_own, own_start + rows, row_mask, own_n)
+    if IMPLICIT:
+        adjoint_i = tl.load(own_adjoint + own_start + rows, mask=row_mask, other=0)
+    else:
+        adjoint_i = f_i
+
+    sums = tl.zeros([BLOCK_R, BLOCK_D], T)
+    diagonal = tl.zeros([BLOCK_R], T)
+    for first in range(0, tl.where(begin < own_n, count, 0), BLOCK_K):
+        others = first + tl.arange(0, BLOCK_K)
+        other_mask = others < other_n
+        mask = row_mask[:, None] & other_mask[None, :]
+        offsets = pair_offsets(other_start if BY_Y else own_start, rows, others, ld, BY_Y)
+        cost = tl.load(C + offsets, mask=mask, other=0)
+        g_j = tl.load(other_f + other_start + others, mask=other_mask, other=0)
+        b_j = load_weights(other_weights, has_other, other_start + others, other_mask, other_n)
+        P = plan_tile(cost, mask, f_i, g_j, a_i, b_j, inv_reg)
+        if IMPLICIT:
+            adjoint_j = tl.load(other_adjoint + other_start + others, mask=other_mask, other=0)
+            S = load_plan_gradient(G, offsets, mask, has_plan, linear, cost)
+        else:
+            adjoint_j, S = g_j, cost
+        H = cost_gradient(P, S, value, linear, adjoint_i[:, None], adjoint_j[None, :], inv_reg, IMPLICIT)
+        if PRIOR != "none" and (COST == "cosine" or COST == "euclidean"):
+            i, j = rows[:, None], others[None, :]
+            if BY_Y:
+                cost -= prior_tile(j, i, other_n, own_n, item_reg, prior_first, prior_second, PRIOR, T)
+            else:
+                cost -= prior_tile(i, j, own_n, other_n, item_reg, prior_first, prior_second, PRIOR, T)
+        # Sum on the diagonal exactly what is multiplied, rounding included: where points are close, the two cancel.
+        if COST == "cosine":
+            factor_j, unit_j = split_scale(tl.load(other_scale + other_start + others, mask=other_mask, other=0))
+            scale_j = unit_j[None, :]
+            W = round_like(H * scale_j, other_at, SAME)
+            H = tl.where(scale_j > 0, W / tl.where(scale_j > 0, scale_j, 1), 0)
+            diagonal += tl.sum(times(H, 1 - cost), 1)
+        elif COST == "euclidean":
+            W = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
+            W = round_like(tl.where(H == 0, 0, W), other_at, SAME)
+            diagonal += tl.sum(W, 1)
+        elif COST == "sqeuclidean":
+            W = round_like(2 * H, other_at, SAME)
+            diagonal += tl.sum(W, 1)
+        else:
+            W = H
+        point_offsets = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
+        points = tl.load(other_at + point_offsets, mask=other_mask[:, None] & dim_mask, other=0)
+        if COST == "cosine":  # noqa: SIM102 - other costs have no such factor
+            if tl.max(tl.where(factor_j == 1, 0, 1), 0) > 0:
+                points = (points.to(T) * factor_j[:, None]).to(points.dtype)
+        if SAME:
+            sums = tl.dot(W.to(points.dtype), points, sums, input_precision=PRECISION, out_dtype=T)
+        else:
+            sums = tl.dot(W, points.to(T), sums, input_precision=PRECISION, out_dtype=T)
+
+    result = -sums
+    if COST != "dot":
+        own_offsets_k = rows.to(tl.int64)[:, None] * own_row + k.to(tl.int64)[None, :] * own_dim
+        points = tl.load(own_at + own_offsets_k, mask=row_mask[:, None] & dim_mask, other=0).to(T)
+        if COST == "cosine":
+            factor, scale = split_scale(tl.load(own_scale + own_start + rows, mask=row_mask, other=0))
+            points *= factor[:, None]
+            result = (result + (diagonal * scale)[:, None] * points) * scale[:, None] * factor[:, None]
+        else:
+            result += diagonal[:, None] * points
+    if count == 0:
+        result = tl.zeros([BLOCK_R, BLOCK_D], T)
+    store_points(out + own_start * dim, result, rows, row_mask, k, dim, slot, tl.cdiv(own_size, BLOCK_R) * BLOCK_R)
+
+
+@kernel
+def weights_gradient_kernel(
+    out,  # out: (rows of own,); 0 on the padding
+    C,  # (rows of x, ld), contiguous; in the units of reg
+    G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
+    own_f,  # (rows of own,) potentials, in the units of reg
+    other_f,  # (rows of other,) potentials, in the units of reg
+    other_adjoint,  # (rows of other,) adjoint variables; read if IMPLICIT
+    own_weights,  # (rows of own,); read if has_own
+    other_weights,  # (rows of other,); read if has_other
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
+    grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
+    reg_items,  # (B,) float64; read if per_item
+    items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
+    value_step, linear_step, has_plan, reg: tl.float64, own_rho: tl.float64, ld16,
+    IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient by the weights of one side, own: x, or y if BY_Y.
+
+        out_i = v (phi(f_i) + reg (1 - sum_j E_ij)) + sum_j E_ij (S_ij - t_j)
+        E_ij = P_ij / a_i = b_j exp((f_i + g_j - C_ij) / reg),  phi(f) = f, or -rho (exp(-f / rho) - 1) if relaxed
+
+    Grid: one program for each BLOCK_R points of each item. Source: the derivative of the dual, and implicit
+    differentiation; see otalign/reference.py. `own` and `other` name the sides; see `Kernel`.
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    item, tile = locate(tl.cdiv(own_size, BLOCK_R))
+    own_start, own_n, slot = segment(own_offsets, own_addressing, own_size, own_rows, item, items)
+    other_start, other_n, other_slot = segment(other_offsets, other_addressing, other_size, other_rows, item, items)
+    begin = tile * BLOCK_R
+    rows = begin + tl.arange(0, BLOCK_R)
+    row_mask = rows < own_n
+    item_reg = load_reg(reg, reg_items, per_item, item, T)
+    relaxation = tl.full([], own_rho, T)
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
+    unused = ((value == 0) & (linear == 0) & (has_plan == 0)) | (other_n == 0)
+    count = tl.where(unused, 0, other_n)
+    f_i = tl.load(own_f + own_start + rows, mask=row_mask, other=0)
+    a_i = load_weights(own_weights, has_own, own_start + rows, row_mask, own_n)
+    mass = tl.zeros([BLOCK_R], T)
+    through_plan = tl.zeros([BLOCK_R], T)
+    for first in range(0, tl.where(begin < own_n, count, 0), BLOCK_K):
+        others = first + tl.arange(0, BLOCK_K)
+        other_mask = others < other_n
+        mask = row_mask[:, None] & other_mask[None, :]
+        offsets = pair_offsets(other_start if BY_Y else own_start, rows, others, ld, BY_Y)
+        cost = tl.load(C + offsets, mask=mask, other=0)
+        g_j = tl.load(other_f + other_start + others, mask=other_mask, other=0)
+        b_j = load_weights(other_weights, has_other, other_start + others, other_mask, other_n)
+        some_mass = mask & (b_j > 0)[None, :]
+        density = density_tile(cost, some_mass, f_i[:, None], g_j[None, :], a_i[:, None], b_j[None, :], 1 / item_reg)
+        E = b_j[None, :] * density
+        mass += tl.sum(E, 1)
+        if IMPLICIT:
+            adjoint_j = tl.load(other_adjoint + other_start + others, mask=other_mask, other=0)
+            S = load_plan_gradient(G, offsets, mask, has_plan, linear, cost)
+            through_plan += tl.sum(times(E, S - adjoint_j[None, :]), 1)
+    by_value = value * (dual_term(f_i, relaxation, True) + item_reg * (1 - mass))
+    result = tl.where(value == 0, 0, by_value) + through_plan
+    # The derivative at a weight of zero may be infinite. Keep it finite: infinity times a weight of zero would be NaN.
+    result = tl.where(result < 0, -bounded(-result), bounded(result))
+    result = tl.where(unused, 0, tl.where(row_mask, result, 0))
+    tl.store(out + own_start + rows, result, mask=rows < slot)
+    fill_tail(out + own_start, rows, slot, tl.cdiv(own_size, BLOCK_R) * BLOCK_R, tl.zeros_like(result))
+
+
+@kernel
+def cost_gradient_kernel(
+    out,  # out: (B, size of x, size of y), contiguous; 0 on the padding
+    C,  # (rows of x, ld), contiguous; in the units of reg
+    G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
+    f,  # (rows of x,) potentials, in the units of reg
+    g,  # (rows of y,) potentials, in the units of reg
+    x_adjoint,  # (rows of x,) adjoint variables s; read if IMPLICIT
+    y_adjoint,  # (rows of y,) adjoint variables t; read if IMPLICIT
+    a,  # (rows of x,) weights; read if has_a
+    b,  # (rows of y,) weights; read if has_b
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
+    grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
+    reg_items,  # (B,) float64; read if per_item
+    items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, value_step, linear_step,
+    has_plan, reg: tl.float64, ld16,
+    IMPLICIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient by a given cost: H, explained at the top of this file.
+
+    Grid: one program for each tile (BLOCK_R, BLOCK_K) of each item.
+    """
+    T: tl.constexpr = C.dtype.element_ty
+    ld = ld16 * 16
+    tiles = tl.cdiv(y_size, BLOCK_K)
+    item, tile = locate(tl.cdiv(x_size, BLOCK_R) * tiles)
+    x_start, n, x_slot = segment(x_offsets, x_addressing, x_size, x_rows, item, items)
+    y_start, m, y_slot = segment(y_offsets, y_addressing, y_size, y_rows, item, items)
+    rows = (tile // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = (tile % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_mask, column_mask = rows < n, columns < m
+    inv_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
+    g_j = tl.load(g + y_start + columns, mask=column_mask, other=0)
+    b_j = load_weights(b, has_b, y_start + columns, column_mask, m)
+    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, columns, column_mask, g_j, b_j, inv_reg)
+    P, cost = plan_rows(plan, rows, row_mask)
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
+    adjoint_i, adjoint_j, S = tl.zeros([BLOCK_R], T), g_j, cost
+    if IMPLICIT:
+        adjoint_i = tl.load(x_adjoint + x_start + rows, mask=row_mask, other=0)
+        adjoint_j = tl.load(y_adjoint + y_start + columns, mask=column_mask, other=0)
+        offsets = (x_start + rows)[:, None] * ld + columns[None, :]
+        S = load_plan_gradient(G, offsets, row_mask[:, None] & column_mask[None, :], has_plan, linear, cost)
+    H = cost_gradient(P, S, value, linear, adjoint_i[:, None], adjoint_j[None, :], inv_reg, IMPLICIT)
+    # An item whose loss is not used gets zeros, even if its numbers are NaN.
+    H = tl.where((value == 0) & (linear == 0) & (has_plan == 0), 0, H)
+    store_dense(out, H, item, rows, columns, x_size, y_size)

@@ -1,0 +1,168 @@
+"""Heuristics: block sizes, warps and programs from sizes and types alone, without autotuning and with few variants.
+
+Triton compiles a variant when it is first needed. So the heuristics choose from a short list, and sizes only pick from it.
+The list comes from the compilers' reports (docs/performance.md has the table): a kernel matrix that stays in registers
+takes about 96 of a thread's 255 registers, and Triton 3.9 compiles every tile in the list without a spill.
+"""
+
+import functools
+from typing import NamedTuple
+
+MAX_PROGRAMS = 16  # that share an item: the exchange of column sums grows with them
+EXCHANGE_SIZES = (1, 4, MAX_PROGRAMS)  # the exchange is compiled for these upper bounds of the number of programs
+MAX_SIZE_Y = 32768  # longest y: a program holds whole rows
+
+
+class TileShape(NamedTuple):
+    """A tile of the kernel matrix that stays in registers: rows of at most `width` columns, `groups` x 8 x `warps` rows."""
+
+    width: int
+    groups: int
+    warps: int
+    # Programs an item for which the tile is used. Together with the exchange it may not fit, for which it fits alone.
+    min_programs: int
+    max_programs: int
+    max_before_hopper: int  # as `max_programs`, on chips whose compiler needs a few registers more
+
+    @property
+    def rows(self) -> int:
+        return self.groups * 8 * self.warps
+
+
+TILE_SHAPES = (
+    TileShape(width=32, groups=4, warps=8, min_programs=1, max_programs=16, max_before_hopper=16),
+    TileShape(width=64, groups=2, warps=8, min_programs=1, max_programs=1, max_before_hopper=1),
+    TileShape(width=64, groups=4, warps=8, min_programs=1, max_programs=16, max_before_hopper=4),
+    TileShape(width=128, groups=2, warps=8, min_programs=1, max_programs=1, max_before_hopper=4),
+    TileShape(width=128, groups=3, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
+    TileShape(width=256, groups=1, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
+)
+MAX_PROGRAMS_RELAXED = 4  # of a relaxed problem, whose updates take more registers
+
+
+class LaunchConfig(NamedTuple):
+    """How a batch is solved: `programs` for every item, `in_flight` items at a time; the rest is compiled in."""
+
+    programs: int
+    in_flight: int
+    block_n: int  # rows of a block of a pass over costs in memory
+    block_m: int  # columns of every block: at least the longest y
+    rows: int  # of a group
+    groups: int  # of rows in registers; 0 if the kernel matrix lies in memory
+    max_programs: int  # for which the exchange is compiled
+    stages: int  # of the pipeline that loads the kernel matrix from memory
+    warps: int
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`."""
+    return 1 << (max(size, least) - 1).bit_length()
+
+
+def leading_dimension(size_y: int) -> int:
+    """Row pitch of costs: whole 128-byte lines."""
+    return (size_y + 31) // 32 * 32
+
+
+@functools.lru_cache(4096)
+def launch_config(
+    items: int,
+    size_x: int,
+    size_y: int,
+    *,
+    double: bool,
+    relaxed: bool,
+    processors: int,
+    generation: int,
+    in_memory: bool = False,
+) -> LaunchConfig:
+    """The launch of Sinkhorn's iterations.
+
+    `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
+    cooperative, else 1. `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. An item gets the fewest programs
+    that keep the kernel matrix in registers. If no number of programs does, or with `in_memory`, the matrix lies in memory,
+    and the item gets as many programs as are allowed, each reading its own rows.
+    """
+    most = MAX_PROGRAMS
+    while most > max(1, processors // items):
+        most //= 2
+    if not double and not in_memory:
+        programs = 1
+        while programs <= (min(most, MAX_PROGRAMS_RELAXED) if relaxed else most):
+            for tile in TILE_SHAPES:
+                fits = size_y <= tile.width and size_x <= programs * tile.rows
+                limit = tile.max_programs if generation >= 90 else tile.max_before_hopper
+                if fits and tile.min_programs <= programs <= limit:
+                    block_n = 8 if tile.width > 64 else 16
+                    return _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
+            programs *= 2
+    block_m = power_of_two(size_y, 32)
+    if block_m > MAX_SIZE_Y:
+        raise ValueError(
+            f"y: expected items of up to {MAX_SIZE_Y} points, got {size_y}; exchange x and y, or give max_seqlen_y"
+        )
+    numbers = 2048 if double else 8192
+    warps = 4 if block_m <= 64 else 8 if block_m <= 4096 else 16 if block_m <= 8192 else 32
+    block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
+    stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which chips of other makers have less
+    return _config(items, most, processors, block_n, block_m, 0, warps, stages)
+
+
+def _config(
+    items: int,
+    programs: int,
+    processors: int,
+    block_n: int,
+    block_m: int,
+    groups: int,
+    warps: int,
+    stages: int,
+) -> LaunchConfig:
+    return LaunchConfig(
+        programs=programs,
+        in_flight=items if programs == 1 else min(items, processors // programs),
+        block_n=block_n,
+        block_m=block_m,
+        rows=8 * warps,
+        groups=groups,
+        max_programs=next(size for size in EXCHANGE_SIZES if programs <= size),
+        stages=stages,
+        warps=warps,
+    )
+
+
+class ProductTile(NamedTuple):
+    """Block sizes of a matrix product: rows, columns, and the inner dimension, over which the product sums."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def cost(size_y: int, *, bits: int) -> ProductTile:
+    """Tiles of the cost kernel. `bits` is the width of the numbers that are multiplied: 16, 32 or 64."""
+    if bits == 64:
+        return ProductTile(32, 32, 16, warps=4, stages=1)
+    # Eight warps, because the kernel also sums squares by element; with four warps it runs out of registers.
+    if bits == 32:
+        return ProductTile(64, 32 if size_y <= 32 else 64, 32, warps=8, stages=3)
+    if size_y <= 64:
+        return ProductTile(64, 32 if size_y <= 32 else 64, 64, warps=8, stages=4)
+    return ProductTile(64, 128, 32, warps=8, stages=4)
+
+
+def points(dim: int, *, bits: int) -> ProductTile:
+    """Tiles of gradients by points and of projections: rows, dimensions, and the points of the other side, summed over."""
+    if bits == 64:
+        return ProductTile(32, 32, 16, warps=4, stages=1)
+    if bits == 32:
+        return ProductTile(64, 64 if dim <= 64 else 128, 32, warps=8, stages=2)
+    return ProductTile(64, 64 if dim <= 64 else 128 if dim <= 128 else 256, 64, warps=8, stages=2)
+
+
+# Plans and gradients by costs or weights are bound by memory: one size fits all.
+PLAN = ProductTile(32, 128, 1, warps=4, stages=1)
+WEIGHTS = ProductTile(32, 1, 128, warps=4, stages=1)
+ASSIGN = ProductTile(1, 128, 32, warps=4, stages=1)
