@@ -230,7 +230,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     p.rho_x, p.rho_y, p.symmetric = inputs.rho_x, inputs.rho_y, inputs.symmetric
     extension.set_numbers(p, options.numbers)
     reg = options.reg
-    p.reg = memory(reg if isinstance(reg, Tensor) else torch.full((p.items,), reg, dtype=torch.float64))
+    p.reg = memory(reg if isinstance(reg, Tensor) else torch.full((p.items,), reg, dtype=torch.float64, device="cpu"))
     p.init = memory(inputs.init)
     p.capacity, p.threads = inputs.capacity, torch.get_num_threads()
     p.plan, p.error, p.distance = memory(saved.plan), memory(saved.error), memory(saved.distance)

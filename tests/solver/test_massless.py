@@ -243,10 +243,9 @@ def test_invalid_costs(engine, place, number):
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, no check reads the values before the kernels: invalid ones become NaN."""
-    monkeypatch.setattr(otalign.weights, "checks_values", lambda tensor: False)
-    monkeypatch.setattr(
-        otalign.checks, "valid_or_nan", lambda values, good, message: torch.where(good, values, math.nan)
-    )
+    for module in (otalign.options, otalign.problem, otalign.weights):
+        monkeypatch.setattr(module, "checks_values", lambda tensor: False)
+        monkeypatch.setattr(module, "valid_or_nan", lambda values, good, message: torch.where(good, values, math.nan))
 
 
 @pytest.mark.parametrize("engine", ["triton", "cuda"], indirect=True)
