@@ -1,4 +1,4 @@
-"""Build `otalign._C` with CMake if possible; without it the package still installs, and says why it is not there."""
+"""Build `otalign._C` with CMake if possible. If not, the package installs without it and keeps the reason."""
 
 import os
 import re
@@ -13,9 +13,9 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# A venv that is not activated keeps its cmake outside PATH; last in PATH, it never shadows another one.
+# A venv that is not activated has its cmake outside PATH. Last in PATH, it never shadows another one.
 PATH = os.environ.get("PATH", os.defpath) + os.pathsep + sysconfig.get_path("scripts")
-# CI and who asks for CUDA want an error, not a package without what they asked for.
+# In CI, and where CUDA is requested, a failed build is an error.
 REQUIRED = os.environ.get("OTALIGN_REQUIRE_EXT") == "1" or os.environ.get("OTALIGN_BUILD_CUDA") == "1"
 
 
@@ -34,7 +34,7 @@ def run(*command: str) -> str:
 class CMakeBuild(build_ext):
     def run(self):
         module = Path("" if self.inplace else self.build_lib, self.get_ext_filename("otalign._C"))
-        module.unlink(missing_ok=True)  # an old module must not outlive the failure of this build
+        module.unlink(missing_ok=True)  # if this build fails, no old module may remain
         super().run()
         info = f"EXTENSION = {self.outcome!a}\nCOMPILER = {self.compiler_id!a}\n"
         module.with_name("_build_info.py").write_text(info)
@@ -47,8 +47,8 @@ class CMakeBuild(build_ext):
             if REQUIRED:
                 raise
             self.outcome = str(error)
-            rule = "!" * 80
-            print(rule, f"otalign is installed WITHOUT its C++ engine: {error}", rule, sep="\n", file=sys.stderr)
+            line = "!" * 80
+            print(line, f"otalign is installed WITHOUT its C++ engine: {error}", line, sep="\n", file=sys.stderr)
 
     def cmake(self, destination: Path):
         import pybind11

@@ -1,7 +1,8 @@
-// The CPU engine without Python: against the definition in double, and bits for any threads, addresses and layouts.
+// The CPU engine without Python: compared with the definition in double, and bit by bit for different numbers of
+// threads, addresses and layouts.
 //
-// For processors that the tests in Python do not reach, such as one that is emulated. The products are the engine's
-// own, or some that depend on where their matrices lie.
+// It is for processors that the tests in Python do not reach, such as an emulated one. The products are the engine's
+// own, or ones whose rounding depends on the addresses of their matrices.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/blas.h"
@@ -27,7 +29,7 @@ void expect(bool holds, const char* what, const char* detail) {
   ++failures;
 }
 
-// A product that is wrong by a little, and by how much depends on where in a cache line its matrices start.
+// A product with a small error that depends on where in a cache line its matrices start.
 template <class T>
 void by_address(const char* ta, const char* tb, const int* m, const int* n, const int* k, const T* alpha, const T* A,
                 const int* lda, const T* B, const int* ldb, const T* beta, T* C, const int* ldc) {
@@ -48,7 +50,8 @@ void by_address(const char* ta, const char* tb, const int* m, const int* n, cons
 
 const std::vector<int64_t> kX{40, 3, 0, 390, 17, 1}, kY{20, 9, 4, 6, 17, 5};
 
-// What comes out of a batch: per item, plans n by m one behind the other; per point, gradients without padding.
+// The results of a batch without padding: for each item its plan (n, m), one behind the other; for each point its
+// gradient.
 template <class T>
 struct Result {
   std::vector<T> value, plan, f, g, dx, dy;
@@ -69,13 +72,29 @@ struct Layout {
 };
 
 template <class T>
+Span<T> span(std::vector<T>& vector) {
+  return {vector.data(), static_cast<int64_t>(vector.size() * sizeof(T))};
+}
+template <class T>
+Span<const T> span(const std::vector<T>& vector) {
+  return {vector.data(), static_cast<int64_t>(vector.size() * sizeof(T))};
+}
+// The same for a field without a type.
+template <class T>
+Span<void> untyped(std::vector<T>& vector) {
+  return {vector.data(), span(vector).bytes};
+}
+
+template <class T>
 struct Memory {
   explicit Memory(size_t count, T fill = T(0))
-      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+      : bytes(count * sizeof(T)), data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
     for (size_t k = 0; k < count; ++k) data[k] = fill;
   }
   Memory(const Memory&) = delete;
   ~Memory() { std::free(data); }
+  Span<void> span() const { return {data, bytes}; }
+  int64_t bytes;
   T* data;
 };
 
@@ -101,19 +120,21 @@ struct Points {
     potential.resize(rows);
     mass.resize(rows);
     scale.resize(rows);
+    exponent.resize(rows);
     gradient.reset(new Memory<T>(rows * dim + 64));
     side = {};
-    side.lengths = this->lengths.data();
-    side.starts = layout.packed ? starts.data() : nullptr;
+    side.lengths = span(std::as_const(this->lengths));
+    if (layout.packed) side.starts = span(std::as_const(starts));
     side.size = size;
     side.rows = rows;
-    side.points = points;
+    side.points = {points, store->bytes - layout.shift * static_cast<int64_t>(sizeof(T))};
     side.points_type = sizeof(T) == 8 ? Scalar::f64 : Scalar::f32;
     side.item_stride = size * stride;
     side.row_stride = stride;
-    side.potential = potential.data();
-    side.mass = mass.data();
-    side.scale = scale.data();
+    side.potential = untyped(potential);
+    side.mass = untyped(mass);
+    side.scale = untyped(scale);
+    side.exponent = untyped(exponent);
   }
 
   std::vector<T> gather(const T* from, int64_t columns) const {
@@ -129,7 +150,7 @@ struct Points {
   int64_t size, rows, stride, total;
   std::unique_ptr<Memory<T>> store, gradient;
   T* points;
-  std::vector<T> potential, mass, scale;
+  std::vector<T> potential, mass, scale, exponent;
   Side side;
 };
 
@@ -146,25 +167,25 @@ Result<T> solve(Cost cost, int64_t dim, double reg, const std::vector<T>& x_valu
   p.y = y.side;
   p.cost = cost;
   const std::vector<double> regs(items, reg);
-  p.reg = regs.data();
+  p.reg = span(regs);
   p.rho_x = p.rho_y = std::numeric_limits<double>::infinity();
   p.max_iter = 200;
   for (int64_t b = 0; b < items; ++b) p.capacity += plan_stride(kX[b], kY[b]);
   const Memory<T> plan(p.capacity), distance(p.capacity);
-  p.plan = plan.data;
-  p.distance = cost == Cost::euclidean ? distance.data : nullptr;
+  p.plan = plan.span();
+  if (cost == Cost::euclidean) p.distance = distance.span();
   std::vector<T> value(items), linear(items), error(items), one(items, T(1));
   std::vector<int32_t> n_iter(items);
-  p.value = value.data();
-  p.linear = linear.data();
-  p.error = error.data();
-  p.n_iter = n_iter.data();
+  p.value = untyped(value);
+  p.linear = untyped(linear);
+  p.error = untyped(error);
+  p.n_iter = span(n_iter);
   p.threads = layout.threads;
   cpu::forward(p, Poll{});
   Gradients g{};
-  g.value = one.data();
-  g.x = x.gradient->data;
-  g.y = y.gradient->data;
+  g.value = {one.data(), untyped(one).bytes};
+  g.x = x.gradient->span();
+  g.y = y.gradient->span();
   cpu::backward(p, g, Poll{});
   Result<T> result;
   result.value = value;
@@ -180,7 +201,7 @@ Result<T> solve(Cost cost, int64_t dim, double reg, const std::vector<T>& x_valu
   return result;
 }
 
-// The definition as it stands, in double: value <P, C> + reg KL(P | a b), P the plan with these marginals, and the
+// The definition in double: the value <P, C> + reg KL(P | a b), where P is the plan with these marginals, and the
 // gradients of <P, C> with P constant.
 template <class T>
 Result<double> define(Cost cost, int64_t dim, double reg, const std::vector<T>& x, const std::vector<T>& y) {
