@@ -24,8 +24,8 @@ using cuda::CudaSide;
 namespace {
 
 // Memory as a pair: its address, 0 = null, and its size in bytes. Nothing checks the address.
-template <class Class, class T>
-void memory(py::class_<Class>& type, const char* name, Span<T> Class::* field) {
+template <class Class, class... Base, class T>
+void memory(py::class_<Class, Base...>& type, const char* name, Span<T> Class::* field) {
   type.def_property(
       name,
       [field](const Class& self) {
@@ -37,8 +37,8 @@ void memory(py::class_<Class>& type, const char* name, Span<T> Class::* field) {
 }
 
 // An enumeration as the index of its member.
-template <class Class, class Enum>
-void choice(py::class_<Class>& type, const char* name, Enum Class::* field, Enum last) {
+template <class Class, class... Base, class Enum>
+void choice(py::class_<Class, Base...>& type, const char* name, Enum Class::* field, Enum last) {
   type.def_property(
       name, [field](const Class& self) { return static_cast<int>(self.*field); },
       [name, field, last](Class& self, int value) {
@@ -73,6 +73,12 @@ void check(const char* error) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  py::class_<Options>(module, "Options")
+      .def_readwrite("rho_x", &Options::rho_x)
+      .def_readwrite("rho_y", &Options::rho_y)
+      .def_readwrite("max_iter", &Options::max_iter)
+      .def_readwrite("tol", &Options::tol);
+
   py::class_<Side> side(module, "Side");
   side.def(py::init([] { return Side{}; }));
   memory(side, "lengths", &Side::lengths);
@@ -87,7 +93,7 @@ PYBIND11_MODULE(_C, module) {
   memory(side, "scale", &Side::scale);
   memory(side, "exponent", &Side::exponent);
 
-  py::class_<Problem> problem(module, "Problem");
+  py::class_<Problem, Options> problem(module, "Problem");
   problem.def(py::init([] { return Problem{}; }))
       .def_readwrite("items", &Problem::items)
       .def_readwrite("dim", &Problem::dim)
@@ -106,10 +112,6 @@ PYBIND11_MODULE(_C, module) {
           [](Problem& p, const py::tuple& parameters) {
             for (int k = 0; k < 2; ++k) p.prior_parameters[k] = parameters[k].cast<double>();
           })
-      .def_readwrite("rho_x", &Problem::rho_x)
-      .def_readwrite("rho_y", &Problem::rho_y)
-      .def_readwrite("max_iter", &Problem::max_iter)
-      .def_readwrite("tol", &Problem::tol)
       .def_readwrite("symmetric", &Problem::symmetric)
       .def_readwrite("capacity", &Problem::capacity)
       .def_readwrite("threads", &Problem::threads);
@@ -144,16 +146,12 @@ PYBIND11_MODULE(_C, module) {
   memory(cuda_side, "weights", &CudaSide::weights);
   memory(cuda_side, "potential", &CudaSide::potential);
 
-  py::class_<CudaProblem> cuda_problem(module, "CudaProblem");
+  py::class_<CudaProblem, Options> cuda_problem(module, "CudaProblem");
   cuda_problem.def(py::init([] { return CudaProblem{}; }))
       .def_readwrite("items", &CudaProblem::items)
       .def_readonly("x", &CudaProblem::x)
       .def_readonly("y", &CudaProblem::y)
       .def_readwrite("reg_of_all", &CudaProblem::reg_of_all)
-      .def_readwrite("rho_x", &CudaProblem::rho_x)
-      .def_readwrite("rho_y", &CudaProblem::rho_y)
-      .def_readwrite("max_iter", &CudaProblem::max_iter)
-      .def_readwrite("tol", &CudaProblem::tol)
       .def_readwrite("pitch", &CudaProblem::pitch);
   memory(cuda_problem, "costs", &CudaProblem::costs);
   memory(cuda_problem, "reg", &CudaProblem::reg);

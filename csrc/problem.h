@@ -16,6 +16,13 @@ enum class Scalar : int32_t { f32, f64, bf16, f16 };
 enum class Cost : int32_t { cosine, sqeuclidean, euclidean, dot, given };
 enum class PriorKind : int32_t { none, quadratic, absolute, order_preserving, band };
 
+// The options that are plain numbers. Python sets them by these names, for the CPU engine and the CUDA kernels alike.
+struct Options {
+  double rho_x, rho_y;  // relaxation of the marginals, in the unit of the cost; infinite = strict
+  int64_t max_iter;     // at least 1
+  double tol;           // an item stops at this L1 error of the marginals; 0 = make all iterations
+};
+
 // One side of the problem.
 struct Side {
   Span<const int64_t> lengths;  // (B,) points of each item
@@ -38,7 +45,7 @@ struct Side {
 };
 
 // A batch of B problems.
-struct Problem {
+struct Problem : Options {
   int64_t items;  // B
   int64_t dim;    // D
   bool is_double;
@@ -53,11 +60,8 @@ struct Problem {
   double prior_parameters[2];
 
   Span<const double> reg;  // (B,), in the unit of the cost
-  double rho_x, rho_y;     // relaxation of the marginals, in the unit of the cost; infinite = strict
   Span<const void> init;   // (y.rows,) T: g to start from; null = zero
-  int64_t max_iter;
-  double tol;
-  bool symmetric;  // both sides are the same points with the same weights: solved by one potential, f = g
+  bool symmetric;          // both sides are the same points with the same weights: solved by one potential, f = g
 
   // The plans, one behind the other: item b has (n, m) elements of T, row-major, and then zeros up to plan_stride(n,
   // m). Negative = zero mass; its magnitude is dP/dweight. Clamp at 0 to read the plan.

@@ -12,6 +12,12 @@ compiler: str
 openmp: bool
 cuda_reason: str
 
+class Options:
+    rho_x: float
+    rho_y: float
+    max_iter: int
+    tol: float
+
 class Side:
     lengths: _Memory
     starts: _Memory
@@ -27,7 +33,7 @@ class Side:
     scale: _Memory
     exponent: _Memory
 
-class Problem:
+class Problem(Options):
     items: int
     dim: int
     is_double: bool
@@ -42,11 +48,7 @@ class Problem:
     prior: int
     prior_parameters: tuple[float, float]
     reg: _Memory
-    rho_x: float
-    rho_y: float
     init: _Memory
-    max_iter: int
-    tol: float
     symmetric: bool
     plan: _Memory
     distance: _Memory
@@ -75,7 +77,7 @@ class CudaSide:
     weights: _Memory
     potential: _Memory
 
-class CudaProblem:
+class CudaProblem(Options):
     items: int
     @property
     def x(self) -> CudaSide: ...
@@ -84,11 +86,7 @@ class CudaProblem:
     costs: _Memory
     reg: _Memory
     reg_of_all: float
-    rho_x: float
-    rho_y: float
     init: _Memory
-    max_iter: int
-    tol: float
     value: _Memory
     linear: _Memory
     error: _Memory

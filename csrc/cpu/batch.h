@@ -167,6 +167,7 @@ class Batch : public CheckedProblem {  // T is the type of the computation
   Item<T> item(int64_t b) const {
     const int64_t x = p.x.row(b), y = p.y.row(b);
     Item<T> it{};
+    static_cast<Options&>(it) = p;
     it.n = n(b);
     it.m = m(b);
     it.K = at<T>(p.plan, offsets[b]);
@@ -174,10 +175,6 @@ class Batch : public CheckedProblem {  // T is the type of the computation
     it.b = at<T>(p.y.weights, y);
     it.init = at<T>(p.init, y);
     it.reg = reg_[b];
-    it.rho_x = p.rho_x;
-    it.rho_y = p.rho_y;
-    it.max_iter = p.max_iter;
-    it.tol = p.tol;
     it.symmetric = p.symmetric;
     it.f = at<T>(p.x.potential, x);
     it.g = at<T>(p.y.potential, y);

@@ -15,15 +15,13 @@ namespace otalign {
 // The plan's entries: Negative = zero mass; its magnitude is dP/dweight. Clamp at 0 to read the plan. Such entries are
 // those where one of the two points has weight zero.
 template <class T>
-struct Item {
+struct Item : Options {
   int64_t n, m;
-  T* K;           // (n, m)
-  const T* a;     // (n,) mass, sums to 1; null = uniform
-  const T* b;     // (m,) mass, sums to 1; null = uniform
-  const T* init;  // (m,) g to start from, in the unit of the cost; null = zero
-  double reg, rho_x, rho_y;
-  int64_t max_iter;
-  double tol;
+  T* K;               // (n, m)
+  const T* a;         // (n,) mass, sums to 1; null = uniform
+  const T* b;         // (m,) mass, sums to 1; null = uniform
+  const T* init;      // (m,) g to start from, in the unit of the cost; null = zero
+  double reg;         // in the unit of the cost
   bool symmetric;     // both sides are the same points: f = g, by averaged updates
   T* f;               // (n,) out, in the unit of the cost
   T* g;               // (m,) out

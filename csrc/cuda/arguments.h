@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../problem.h"
 #include "../span.h"
 #include "tiling.h"
 
@@ -21,7 +22,7 @@ struct CudaSide {
   Span<float> potential;      // (rows,) f or g, in the unit of the cost: out of a solve, into the implicit system
 };
 
-struct CudaProblem {
+struct CudaProblem : Options {
   int64_t items;  // B
   CudaSide x, y;
 
@@ -31,10 +32,7 @@ struct CudaProblem {
 
   Span<const double> reg;  // (B,), in the unit of the cost; null = `reg_of_all`
   double reg_of_all;
-  double rho_x, rho_y;     // relaxation of the marginals, in the unit of the cost; infinite = strict
   Span<const float> init;  // (y.rows,) g to start from; null = zero
-  int64_t max_iter;
-  double tol;
 
   Span<float> value;     // (B,) out
   Span<float> linear;    // (B,) out: <P, C>

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Segments
+from ..options import Options
 from ..problem import Problem, Solution
 
 # The squared differences of all pairs take n * m * D elements. They are built in parts of this many.
@@ -65,7 +66,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def sinkhorn(
-    C: Tensor, a: Tensor, b: Tensor, reg: float, rho: tuple[float, float], max_iter: int, tol: float, g: Tensor | None
+    C: Tensor, a: Tensor, b: Tensor, reg: float, rho: tuple[float, float], options: Options, g: Tensor | None
 ) -> tuple[Tensor, Tensor, int, float]:
     """Alternating log-domain updates from `g` (m,), until the marginal error is at most `tol`: f, g, n_iter, error.
 
@@ -74,20 +75,18 @@ def sinkhorn(
     """
     f = update(C, b, torch.zeros_like(b) if g is None else g, reg, rho[0])
     n_iter, error = 0, math.nan
-    for n_iter in range(1, max_iter + 1):
+    for n_iter in range(1, options.max_iter + 1):
         g = update(C.T, a, f, reg, rho[1])
         f_next = update(C, b, g, reg, rho[0])
         error = residual(a, f, f_next, reg)
-        if (tol > 0 and error <= tol) or math.isnan(error) or n_iter == max_iter:
+        if should_stop(error, n_iter, options):
             break
         f = f_next
     assert g is not None
     return torch.where(a > 0, f, f_next), g, n_iter, error
 
 
-def symmetric_sinkhorn(
-    C: Tensor, a: Tensor, reg: float, rho: float, max_iter: int, tol: float
-) -> tuple[Tensor, int, float]:
+def symmetric_sinkhorn(C: Tensor, a: Tensor, reg: float, rho: float, options: Options) -> tuple[Tensor, int, float]:
     """The potential f = g of points with themselves, `C` (n, n) symmetric, by f <- (f + T f) / 2: f, n_iter, error.
 
     T is the update of `sinkhorn`. Averaging keeps the plan symmetric, and converges in a few iterations where alternating
@@ -96,12 +95,17 @@ def symmetric_sinkhorn(
     f = torch.zeros_like(a)
     f_next = update(C, a, f, reg, rho)
     n_iter, error = 0, math.inf
-    while n_iter < max_iter and not ((tol > 0 and error <= tol) or math.isnan(error)):
+    while not should_stop(error, n_iter, options):
         f = (f + f_next) / 2
         f_next = update(C, a, f, reg, rho)
         error = residual(a, f, f_next, reg)
         n_iter += 1
     return torch.where(a > 0, f, f_next), n_iter, error
+
+
+def should_stop(error: float, n_iter: int, options: Options) -> bool:
+    """Whether an item ends: error within tolerance, out of iterations, or NaN."""
+    return (options.tol > 0 and error <= options.tol) or n_iter >= options.max_iter or math.isnan(error)
 
 
 def update(C: Tensor, across: Tensor, g: Tensor, reg: float, rho: float) -> Tensor:
@@ -255,8 +259,7 @@ def solve_item(
     b: Tensor,
     reg: float,
     rho: tuple[float, float],
-    max_iter: int,
-    tol: float,
+    options: Options,
     g: Tensor | None = None,
     *,
     symmetric: bool = False,
@@ -274,10 +277,10 @@ def solve_item(
     a, b = torch.where(reachable_x, a, 0), torch.where(reachable_y, b, 0)
     with torch.no_grad():
         if symmetric:
-            f, n_iter, error = symmetric_sinkhorn(C, a, reg, rho[0], max_iter, tol)
+            f, n_iter, error = symmetric_sinkhorn(C, a, reg, rho[0], options)
             g = f
         else:
-            f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, max_iter, tol, g)
+            f, g, n_iter, error = sinkhorn(C, a, b, reg, rho, options, g)
         # The weights of unreachable points with a strict marginal: no plan can carry them.
         for weights, served, r in ((given_a, a, rho[0]), (given_b, b, rho[1])):
             error += float((weights - served).sum()) if math.isinf(r) else 0.0
@@ -359,4 +362,4 @@ def _items(p: Problem) -> Iterator[Item]:
         b = C.new_full((m,), 1 / max(m, 1)) if p.y.weights is None else p.y.weights[ys]
         g = None if p.init is None else p.init[ys]
         C = C if valid else C * math.nan
-        yield solve_item(C, a, b, reg, rho, options.max_iter, options.tol, g, symmetric=p.symmetric)
+        yield solve_item(C, a, b, reg, rho, options, g, symmetric=p.symmetric)
