@@ -199,6 +199,9 @@ def cost_kernel(
             elif COST == "dot":
                 cost = -dots
             else:
+                tl.static_assert(
+                    COST == "sqeuclidean" or COST == "euclidean", "COST: expected one of otalign.options.COSTS"
+                )
                 total = xx[:, None] + yy[None, :]
                 cost = total - 2 * dots
                 # A distance below this share of the squared norms has lost too many digits to cancellation.

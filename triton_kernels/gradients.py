@@ -145,6 +145,7 @@ def points_gradient_kernel(
             W = round_like(2 * H, other_at, SAME)
             diagonal += tl.sum(W, 1)
         else:
+            tl.static_assert(COST == "dot", "COST: expected one of otalign.options.COSTS")
             W = H
         point_offsets = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
         points = tl.load(other_at + point_offsets, mask=other_mask[:, None] & dim_mask, other=0)

@@ -111,4 +111,5 @@ def prior_tile(i, j, n, m, reg, first, second, PRIOR: tl.constexpr, T: tl.conste
         if PRIOR == "quadratic":
             return first * d * d
         else:
+            tl.static_assert(PRIOR == "absolute", "PRIOR: expected one of otalign.prior.KINDS")
             return first * d
