@@ -142,7 +142,7 @@ def cost_kernel(
 
         C_ij = 1 - <x_i, y_j> / (|x_i| |y_j|), |x_i - y_j|^2, |x_i - y_j|, -<x_i, y_j>, or a given matrix; + prior(i, j)
 
-    Grid: one program for each tile (BLOCK_N, BLOCK_M) of each item. Source: the definitions in otalign/reference.py.
+    Grid: one program for each tile (BLOCK_N, BLOCK_M) of each item. Source: the definitions in otalign/backends/reference.py.
 
     Entries that are not finite, or not finite over reg, become NaN. Infinities that are given or that the prior adds stay:
     they forbid pairs. The first program sets `counters` to zero for the kernel that follows. With SAME the tensor cores

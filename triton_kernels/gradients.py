@@ -197,7 +197,7 @@ def weights_gradient_kernel(
         E_ij = P_ij / a_i = b_j exp((f_i + g_j - C_ij) / reg),  phi(f) = f, or -rho (exp(-f / rho) - 1) if relaxed
 
     Grid: one program for each BLOCK_R points of each item. Source: the derivative of the dual, and implicit
-    differentiation; see otalign/reference.py. `own` and `other` name the sides; see `Kernel`.
+    differentiation; see otalign/backends/reference.py. `own` and `other` name the sides; see `Kernel`.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16

@@ -86,7 +86,7 @@ def plan_kernel(
 ):  # fmt: skip
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg).
 
-    Grid: one program for each tile (BLOCK_R, BLOCK_K) of each item. Source: otalign/reference.py.
+    Grid: one program for each tile (BLOCK_R, BLOCK_K) of each item. Source: otalign/backends/reference.py.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
@@ -208,7 +208,7 @@ def assign_kernel(
 ):  # fmt: skip
     """The x of the largest entry in each column of the plan: argmax_i P_ij, the first of equals; -1 for a column of zeros.
 
-    Grid: one program for each BLOCK_K points of y of each item. Source: otalign/reference.py.
+    Grid: one program for each BLOCK_K points of y of each item. Source: otalign/backends/reference.py.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
