@@ -1,4 +1,4 @@
-"""The compiled engine. Memory is a pair of its address, 0 for null, and its size in bytes.
+"""The compiled extension. Memory is a pair of its address, 0 for null, and its size in bytes.
 
 Fields are those of csrc/problem.h and csrc/cuda/arguments.h, which document them.
 """

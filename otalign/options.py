@@ -28,7 +28,7 @@ class Options(NamedTuple):
     """How every item is solved. A new option is one more field here, with its check in `_CHECKS`.
 
     Numbers that follow `reg` reach every backend by their names: through the schemas of the operators, the fields of
-    `Problem` in csrc/problem.h, and the arguments of the Triton kernels.
+    `Options` in csrc/problem.h, and the arguments of the Triton kernels.
     """
 
     cost: str

@@ -64,7 +64,8 @@ def solve(
 ) -> Solved:
     """Two launches: the costs of all pairs, and the iterations of all items.
 
-    `C` (B, N, M) is the cost if it is given. `numbers` are the options by the names of the kernel's arguments. `iterate` replaces the kernel of the iterations, except on symmetric problems:
+    `C` (B, N, M) is the cost if it is given. `numbers` are the options by the names of the kernel's arguments. `iterate`
+    replaces the kernel of the iterations, except on symmetric problems:
     these have an iteration of their own, which only the kernel makes, and start at zero.
     """
     init = None if batch.symmetric else init

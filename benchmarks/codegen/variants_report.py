@@ -15,10 +15,11 @@ from common.tables import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, str]]
+PROGRAMS = "MAX_PROGRAMS|PEERS"  # the name now, and in results of earlier commits
 
 
 def constant(row: dict[str, str], name: str) -> str:
-    return re.search(rf"\b{name}=(\w+)", row["label"])[1]  # type: ignore[index]
+    return re.search(rf"\b(?:{name})=(\w+)", row["label"])[1]  # type: ignore[index]
 
 
 def in_registers(row: dict[str, str]) -> bool:
@@ -32,7 +33,7 @@ def resident_table(rows: Rows) -> list[str]:
     for row in filter(in_registers, rows):
         held = int(constant(row, "GROUPS")) * int(constant(row, "ROWS"))
         marginals = "relaxed" if constant(row, "UNBALANCED") == "True" else "strict"
-        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, "MAX_PROGRAMS")), marginals)
+        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, PROGRAMS)), marginals)
         found[key][row["arch"]] = f"{row['registers']} / {row['spills']}"
     lines = ["| columns | rows a program | programs, up to | marginals | " + " | ".join(map(chip, archs)) + " |"]
     lines.append("|---" * (4 + len(archs)) + "|")

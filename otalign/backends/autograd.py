@@ -23,7 +23,6 @@ _TYPES = {
     str: "str",
     torch.dtype: "ScalarType",
     Sequence[float]: "float[]",
-    Sequence[bool]: "bool[]",
 }
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, list, tuple))
 _NO_FORWARD_MODE = (

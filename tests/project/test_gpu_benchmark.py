@@ -246,6 +246,19 @@ def test_report(tmp_path):
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
+def test_table_of_variants_is_made_from_the_committed_results(tmp_path):
+    """The page shows what the report makes of benchmarks/results/variants.csv."""
+    from codegen import variants_report
+
+    page = variants_report.ROOT / "docs/performance.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text().replace("relaxed", "lost"))
+    assert variants_report.main(["--document", str(copy)]) == 0
+    table = page.read_text().split("<!-- variants -->")[1].split("<!-- /variants -->")[0]
+    assert "relaxed" in table
+    assert table in copy.read_text()
+
+
 def test_results_are_added_by_device(tmp_path):
     from gpu import report
 
