@@ -60,7 +60,7 @@ def warn_unconverged(error: Tensor, tol: float, max_iter: int) -> None:
     """
     if not tol or torch.compiler.is_compiling() or not _readable(error):
         return
-    above = [reached for reached in error.tolist() if reached > tol]
+    above = [e for e in error.tolist() if e > tol]
     if above:
         _warn(
             f"{len(above)} of {error.numel()} items did not converge: error {max(above):.3g} after max_iter={max_iter} iterations, "

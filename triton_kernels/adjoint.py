@@ -59,18 +59,18 @@ def adjoint_kernel(
     G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
     f,  # (rows of x,) potentials, in the units of reg
     g,  # (rows of y,) potentials, in the units of reg
-    state,  # scratch: (2, rows of x), Q 1 and the diagonal of D_x
-    x_adjoint,  # out: (rows of x,), s
-    y_adjoint,  # out: (rows of y,), t
-    a,  # (rows of x,) weights; read if has_a
-    b,  # (rows of y,) weights; read if has_b
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    state,  # scratch: (2, rows of x) Q 1, mass times dL/dP, and the diagonal of D_x, mass
+    x_adjoint,  # out: (rows of x,) s, in the units of dL/dP
+    y_adjoint,  # out: (rows of y,) t, in the units of dL/dP
+    a,  # (rows of x,) weights, which sum to one for each item; read if has_a
+    b,  # (rows of y,) weights, which sum to one for each item; read if has_b
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     exchange,  # scratch: (items in flight, 2, programs, 2 * BLOCK_M + EXCHANGE_TAIL); see exchange.py
     counters,  # (items in flight,) int32, zero at the start
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost <P, C>; -1 = there is none
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, linear_step, has_plan,
-    reg_items,  # (B,) float64; read if per_item
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, ld16, programs,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
 ):  # fmt: skip

@@ -24,30 +24,6 @@ class Side(NamedTuple):
     rows: int  # B * size, or the rows of packed points
 
 
-class Saved(NamedTuple):
-    """What is kept of a solution: potentials, costs (rows of x, ld), and reciprocal norms if the cost is the cosine."""
-
-    f: Tensor  # in the layout of x
-    g: Tensor  # in the layout of y
-    costs: Tensor
-    x_scale: Tensor
-    y_scale: Tensor
-
-
-class Solved(NamedTuple):
-    """What `solve` fills; the last five are `Saved`."""
-
-    value: Tensor  # (B,)
-    linear: Tensor  # (B,), the transport cost
-    error: Tensor  # (B,)
-    n_iter: Tensor  # (B,) int32
-    f: Tensor
-    g: Tensor
-    costs: Tensor
-    x_scale: Tensor
-    y_scale: Tensor
-
-
 class Batch:
     """A batch as the kernels take it: `values` holds their arguments by name."""
 

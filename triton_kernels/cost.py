@@ -129,8 +129,8 @@ def cost_kernel(
     x_scale,  # out, cosine only: (rows of x,) reciprocal norms
     y_scale,  # out, cosine only: (rows of y,) reciprocal norms
     counters,  # out: (counters_size,) int32, set to zero
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows,
     x_item, x_row, x_dim, y_item, y_row, y_dim, dim, ld16, per_item, counters_size,

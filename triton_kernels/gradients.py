@@ -54,15 +54,15 @@ def points_gradient_kernel(
     other_f,  # (rows of other,) potentials, in the units of reg
     own_scale,  # cosine only: (rows of own,) reciprocal norms
     other_scale,  # cosine only: (rows of other,) reciprocal norms
-    own_adjoint,  # (rows of own,) adjoint variables; read if IMPLICIT
-    other_adjoint,  # (rows of other,) adjoint variables; read if IMPLICIT
-    own_weights,  # (rows of own,); read if has_own
-    other_weights,  # (rows of other,); read if has_other
-    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    own_adjoint,  # (rows of own,) adjoint variables, in the units of dL/dP; read if IMPLICIT
+    other_adjoint,  # (rows of other,) adjoint variables, in the units of dL/dP; read if IMPLICIT
+    own_weights,  # (rows of own,) weights, which sum to one for each item; read if has_own
+    other_weights,  # (rows of other,) weights, which sum to one for each item; read if has_other
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if own_addressing > 0
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if other_addressing > 0
     grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
-    reg_items,  # (B,) float64; read if per_item
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
     value_step, linear_step, has_plan, own_item, own_row, own_dim, other_item, other_row, other_dim, dim,
     reg: tl.float64, prior_first: tl.float64, prior_second: tl.float64, ld16,
@@ -179,14 +179,14 @@ def weights_gradient_kernel(
     G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
     own_f,  # (rows of own,) potentials, in the units of reg
     other_f,  # (rows of other,) potentials, in the units of reg
-    other_adjoint,  # (rows of other,) adjoint variables; read if IMPLICIT
-    own_weights,  # (rows of own,); read if has_own
-    other_weights,  # (rows of other,); read if has_other
-    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    other_adjoint,  # (rows of other,) adjoint variables, in the units of dL/dP; read if IMPLICIT
+    own_weights,  # (rows of own,) weights, which sum to one for each item; read if has_own
+    other_weights,  # (rows of other,) weights, which sum to one for each item; read if has_other
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if own_addressing > 0
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if other_addressing > 0
     grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
-    reg_items,  # (B,) float64; read if per_item
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
     value_step, linear_step, has_plan, reg: tl.float64, own_rho: tl.float64, ld16,
     IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -249,15 +249,15 @@ def cost_gradient_kernel(
     G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
     f,  # (rows of x,) potentials, in the units of reg
     g,  # (rows of y,) potentials, in the units of reg
-    x_adjoint,  # (rows of x,) adjoint variables s; read if IMPLICIT
-    y_adjoint,  # (rows of y,) adjoint variables t; read if IMPLICIT
-    a,  # (rows of x,) weights; read if has_a
-    b,  # (rows of y,) weights; read if has_b
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    x_adjoint,  # (rows of x,) adjoint variables s, in the units of dL/dP; read if IMPLICIT
+    y_adjoint,  # (rows of y,) adjoint variables t, in the units of dL/dP; read if IMPLICIT
+    a,  # (rows of x,) weights, which sum to one for each item; read if has_a
+    b,  # (rows of y,) weights, which sum to one for each item; read if has_b
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
-    reg_items,  # (B,) float64; read if per_item
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, value_step, linear_step,
     has_plan, reg: tl.float64, ld16,
     IMPLICIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,

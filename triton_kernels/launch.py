@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import heuristics, runtime
 from .adjoint import adjoint_kernel
-from .batch import Batch, Saved, Solved
+from .batch import Batch
 from .cost import cost_kernel
 from .exchange import EXCHANGE_TAIL
 from .gradients import cost_gradient_kernel, points_gradient_kernel, weights_gradient_kernel
 from .outputs import assign_kernel, barycentric_kernel, plan_kernel
 from .runtime import INTERPRETED, Kernel, divide, tf32_allowed
 from .sinkhorn import sinkhorn_kernel
+from .solution import Saved, Solved
 
 _cost, _sinkhorn, _adjoint = Kernel(cost_kernel), Kernel(sinkhorn_kernel), Kernel(adjoint_kernel)
 _plan, _assign, _cost_gradient = Kernel(plan_kernel), Kernel(assign_kernel), Kernel(cost_gradient_kernel)
@@ -87,13 +88,13 @@ def solve(
             tensor.zero_()
         return out
     if iterate is not None and not batch.symmetric:
-        fill_costs(batch, Saved(*out[4:]), C, batch.prior, empty(0, dtype=torch.int32))
+        fill_costs(batch, out.saved, C, batch.prior, empty(0, dtype=torch.int32))
         iterate(batch, out, init, numbers)
         return out
     config = batch.launch_config()
     programs = config.in_flight * config.programs
     counters = empty(programs + 1, dtype=torch.int32)
-    fill_costs(batch, Saved(*out[4:]), C, batch.prior, counters)
+    fill_costs(batch, out.saved, C, batch.prior, counters)
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,

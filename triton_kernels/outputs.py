@@ -76,11 +76,11 @@ def plan_kernel(
     C,  # (rows of x, ld), contiguous; in the units of reg
     f,  # (rows of x,) potentials, in the units of reg
     g,  # (rows of y,) potentials, in the units of reg
-    a,  # (rows of x,) weights; read if has_a
-    b,  # (rows of y,) weights; read if has_b
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    reg_items,  # (B,) float64; read if per_item
+    a,  # (rows of x,) weights, which sum to one for each item; read if has_a
+    b,  # (rows of y,) weights, which sum to one for each item; read if has_b
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, reg: tl.float64, ld16,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -121,11 +121,11 @@ def barycentric_kernel(
     C,  # (rows of x, ld), contiguous; in the units of reg
     own_f,  # (rows of own,) potentials, in the units of reg
     other_f,  # (rows of other,) potentials, in the units of reg
-    own_weights,  # (rows of own,); read if has_own
-    other_weights,  # (rows of other,); read if has_other
-    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    reg_items,  # (B,) float64; read if per_item
+    own_weights,  # (rows of own,) weights, which sum to one for each item; read if has_own
+    other_weights,  # (rows of other,) weights, which sum to one for each item; read if has_other
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if own_addressing > 0
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if other_addressing > 0
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
     other_item, other_row, other_dim, dim, reg: tl.float64, ld16,
     BY_Y: tl.constexpr, PRECISION: tl.constexpr, SAME: tl.constexpr,
@@ -198,11 +198,11 @@ def assign_kernel(
     C,  # (rows of x, ld), contiguous; in the units of reg
     f,  # (rows of x,) potentials, in the units of reg
     g,  # (rows of y,) potentials, in the units of reg
-    a,  # (rows of x,) weights; read if has_a
-    b,  # (rows of y,) weights; read if has_b
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    reg_items,  # (B,) float64; read if per_item
+    a,  # (rows of x,) weights, which sum to one for each item; read if has_a
+    b,  # (rows of y,) weights, which sum to one for each item; read if has_b
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
+    reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, reg: tl.float64, ld16,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -339,9 +339,7 @@ def result_pass(
 
 
 @triton.jit
-def build_in_memory(
-    rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOCK_N: tl.constexpr):
     """Absorb the potentials of the exact pass, and store K."""
     T: tl.constexpr = rows_of.costs.dtype.element_ty
     for first in range(rows_of.begin, rows_of.end, BLOCK_N):
@@ -418,7 +416,7 @@ def iterate_in_memory(
     UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Iterate by multiply-adds, with K in memory, until the item ends or leaves the range."""
-    build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOCK_N, BLOCK_M)
+    build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOCK_N)
     accepted = active
     while accepted > 0:
         if SYMMETRIC:
@@ -426,7 +424,7 @@ def iterate_in_memory(
             tl.debug_barrier()
             column_sums = symmetric_memory_pass(rows_of, kernel_at, buffer, columns, BLOCK_N, BLOCK_M, STAGES)
             totals, _, epoch = sum_over_programs((column_sums,), inv_reg, group, epoch, BLOCK_M, BLOCK_M, MAX_PROGRAMS)
-            v_next, new_error = symmetric_scaling(totals, (b_j,), (v,), (gamma,), damping_y, BLOCK_M, 1, UNBALANCED)
+            v_next, new_error = symmetric_scaling(totals, (b_j,), (v,), (gamma,), damping_y, 1, UNBALANCED)
             new_error += unreachable
             columns_in_range = accepted > 0
         else:
@@ -552,9 +550,7 @@ def iterate_in_registers(
                 column_sums_in_registers(kernel, weights_x, u_next, GROUPS, SLABS),
                 inv_reg, group, epoch, SLAB, BLOCK_M, MAX_PROGRAMS,
             )  # fmt: skip
-            v_next, new_error = symmetric_scaling(
-                column_sums, weights_y, v, absorbed_y, damping_y, SLAB, SLABS, UNBALANCED
-            )
+            v_next, new_error = symmetric_scaling(column_sums, weights_y, v, absorbed_y, damping_y, SLABS, UNBALANCED)
             new_error += unreachable
             columns_in_range = accepted > 0
         else:
@@ -617,9 +613,7 @@ def set_rows(rows_of, buffer, turn, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def symmetric_scaling(
-    column_sums, b, v, gamma, damping, WIDTH: tl.constexpr, COUNT: tl.constexpr, UNBALANCED: tl.constexpr
-):
+def symmetric_scaling(column_sums, b, v, gamma, damping, COUNT: tl.constexpr, UNBALANCED: tl.constexpr):
     """The next scalings, a tuple of vectors, and the error of those before; infinite if the next ones leave the range."""
     v_next = ()
     error = tl.zeros_like(b[0])
@@ -683,8 +677,8 @@ def sinkhorn_kernel(
     a,  # (rows of x,) weights, which sum to one for each item; read if has_a
     b,  # (rows of y,) weights, which sum to one for each item; read if has_b
     init,  # (rows of y,) potentials to start from, in the units of reg; read if has_init
-    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
-    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64
+    x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
+    y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     exchange,  # scratch: (items in flight, 2, programs, 2 * BLOCK_M + EXCHANGE_TAIL); see exchange.py
     buffers,  # scratch: (programs of the launch, BLOCK_M), where a program's threads exchange a vector
     counters,  # (programs of the launch + 1,) int32, zero at the start; the last one stays zero

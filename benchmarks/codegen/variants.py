@@ -158,7 +158,7 @@ class Problem(NamedTuple):
             device=META,
         )
         given = torch.empty(self.B, self.N, self.M, dtype=self.x, device=META) if self.cost == "given" else None
-        saved = batches.Saved(*launch.solve(batch, given, None, {"max_iter": 200, "tol": 1e-3})[4:])
+        saved = launch.solve(batch, given, None, {"max_iter": 200, "tol": 1e-3}).saved
         if not gradients:
             return
         wanted = {"C": given} if given is not None else {"x": x.points, "y": y.points}

@@ -50,8 +50,8 @@ struct Reverse {
   const T* plan;  // (n, m) G; null = zero
   T* term_x;      // (n,) C_ij = term_x_i + term_y_j - reg log P_ij
   T* term_y;      // (padded(m),)
-  T* adjoint_x;   // (n,) null unless implicit
-  T* adjoint_y;   // (padded(m),) null unless implicit
+  T* adjoint_x;   // (n,) in the unit of G; null unless implicit
+  T* adjoint_y;   // (padded(m),) in the unit of G; null unless implicit
   T* diagonal_x;  // (n,) factor of a point itself in its gradient
   T* diagonal_y;  // (m,)
   T* a;           // (n,) out: gradient by the weights; null = not wanted

@@ -48,8 +48,8 @@ struct Adjoints {
   Span<const float> linear;  // (B,) or one: gradient by <P, C>; null = zero
   int64_t linear_step;       // elements of `linear` from one item to the next: 0 if all have the same
   Span<const float> plan;    // (x.rows, pitch) gradient by the plan, placed as the costs; null = zero
-  Span<float> x;             // (x.rows,) out
-  Span<float> y;             // (y.rows,) out
+  Span<float> x;             // (x.rows,) out, in the unit of `plan`
+  Span<float> y;             // (y.rows,) out, in the unit of `plan`
 };
 
 // The one argument of every kernel.

@@ -7,7 +7,7 @@ the schema: the fields of a problem, with its `Options` last, and the tensors th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ _NO_FORWARD_MODE = (
 )
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+
+
+class Incoming(NamedTuple):
+    """The gradients that a backward operator starts from."""
+
+    grad_value: Tensor | None  # (B,)
+    grad_linear: Tensor | None  # (B,)
+    grad_plan: Tensor | None  # (B, N, M), or packed as the backend keeps plans
+
+
+class Gradients(NamedTuple):
+    """The gradients that a backward operator returns, in the shapes of the inputs, which are a problem's first five."""
+
+    x: Tensor
+    y: Tensor
+    C: Tensor
+    a: Tensor
+    b: Tensor
 
 
 def schema(*arguments: type | str, results: type | str) -> str:

@@ -20,7 +20,7 @@ from ..options import COSTS, GIVEN, Options
 from ..prior import KINDS
 from ..problem import Problem, Solution, fixed_plan_cost
 from . import extension
-from .autograd import Operator, flatten, schema, unflatten
+from .autograd import Gradients, Incoming, Operator, flatten, schema, unflatten
 
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _COSTS = {word: index for index, word in enumerate((*COSTS, GIVEN))}
@@ -135,24 +135,6 @@ class _Outputs(NamedTuple):
     of_y: Tensor
     distance: Tensor
     n_iter: Tensor  # (B,) int32
-
-
-class _Incoming(NamedTuple):
-    """The gradients that the backward pass starts from."""
-
-    grad_value: Tensor | None  # (B,)
-    grad_linear: Tensor | None  # (B,)
-    grad_plan: Tensor | None  # (capacity,)
-
-
-class _Gradients(NamedTuple):
-    """The gradients that the backward pass makes, in the shapes of the inputs."""
-
-    x: Tensor
-    y: Tensor
-    C: Tensor
-    a: Tensor
-    b: Tensor
 
 
 def _memory(tensor: Tensor | None) -> tuple[int, int]:
@@ -308,7 +290,7 @@ def _gradients(inputs: _Inputs, wanted: Sequence[bool], empty: Any) -> tuple[Ten
 def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, others = unflatten(_Inputs, arguments)
     count = len(_Saved._fields)
-    saved, incoming, wanted = _Saved(*others[:count]), _Incoming(*others[count:-1]), others[-1]
+    saved, incoming, wanted = _Saved(*others[:count]), Incoming(*others[count:-1]), others[-1]
     _check_inputs(inputs)
     _check_saved(inputs, saved)
     outputs = _gradients(inputs, wanted, _pooled)
@@ -316,7 +298,7 @@ def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     gradients = extension.module().Gradients()
     items = (p.items,)
     shapes = (items, items, (p.capacity,))
-    for name, grad, shape in zip(_Incoming._fields, incoming, shapes, strict=True):
+    for name, grad, shape in zip(Incoming._fields, incoming, shapes, strict=True):
         if grad is not None:
             _expect(name, grad, inputs.dtype, shape)
             kept.append(grad.contiguous())
@@ -396,7 +378,7 @@ _operator = partial(Operator, _library, devices=("CPU",))
 _align = _operator("align", schema(_Inputs, results=_Outputs), kernel=_align_kernel, fake=_align_fake)
 _align_backward = _operator(
     "align_backward",
-    schema(_Inputs, _Saved, _Incoming, "bool[] wanted", results=_Gradients),
+    schema(_Inputs, _Saved, Incoming, "bool[] wanted", results=Gradients),
     kernel=_align_backward_kernel,
     fake=_align_backward_fake,
 )

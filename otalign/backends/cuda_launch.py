@@ -14,7 +14,8 @@ from ..layout import debugging
 from . import extension
 
 if TYPE_CHECKING:
-    from ..triton_kernels.batch import Batch, Solved
+    from ..triton_kernels.batch import Batch
+    from ..triton_kernels.solution import Solved
 
 
 def iterate(batch: Batch, out: Solved, init: Tensor | None, numbers: dict[str, int | float]) -> None:
@@ -23,10 +24,9 @@ def iterate(batch: Batch, out: Solved, init: Tensor | None, numbers: dict[str, i
     p.init = _memory(init)
     extension.set_numbers(p, numbers)
     p.value, p.linear, p.error, p.n_iter = map(_memory, (out.value, out.linear, out.error, out.n_iter))
-    engine = _engine()
     with _on(batch.device):
         scratch = _scratch(batch, p, adjoint=False)
-        engine.cuda_solve(p, batch.device.index, _stream(batch.device), debugging())
+        _extension().cuda_solve(p, batch.device.index, _stream(batch.device), debugging())
     del scratch  # not before the launch: then it is the stream's
 
 
@@ -38,8 +38,7 @@ def solve_adjoint(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
         costs = costs.clone()
     p = _problem(batch, costs, values["f"], values["g"])
     found = {"x_adjoint": batch.vector(batch.x), "y_adjoint": batch.vector(batch.y)}
-    engine = _engine()
-    adjoints = engine.Adjoints()
+    adjoints = _extension().Adjoints()
     if values["linear_step"] >= 0:
         adjoints.linear, adjoints.linear_step = _memory(values["grad_linear"]), values["linear_step"]
     if values["has_plan"]:
@@ -47,7 +46,7 @@ def solve_adjoint(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
     adjoints.x, adjoints.y = _memory(found["x_adjoint"]), _memory(found["y_adjoint"])
     with _on(batch.device):
         scratch = _scratch(batch, p, adjoint=True)
-        engine.cuda_adjoint(p, adjoints, batch.device.index, _stream(batch.device), debugging())
+        _extension().cuda_adjoint(p, adjoints, batch.device.index, _stream(batch.device), debugging())
     del scratch
     return found
 
@@ -55,7 +54,7 @@ def solve_adjoint(batch: Batch, values: dict[str, Any]) -> dict[str, Tensor]:
 def _problem(batch: Batch, costs: Tensor, f: Tensor, g: Tensor) -> Any:
     """The batch as the kernels take it, with its costs and potentials."""
     values = batch.values
-    p = _engine().CudaProblem()
+    p = _extension().CudaProblem()
     p.items, p.pitch, p.costs = batch.items, batch.ld, _memory(costs)
     for to, side, potential in ((p.x, batch.x, f), (p.y, batch.y, g)):
         to.size, to.rows, to.potential = side.size, side.rows, _memory(potential)
@@ -77,7 +76,7 @@ def _memory(tensor: Tensor | None) -> tuple[int, int]:
 
 def _scratch(batch: Batch, p: Any, *, adjoint: bool) -> Tensor | None:
     """Memory for the part of the matrix that does not fit on the chip."""
-    size = _engine().cuda_scratch(p, adjoint, batch.device.index)
+    size = _extension().cuda_scratch(p, adjoint, batch.device.index)
     if not size:
         return None
     scratch = torch.empty(size, dtype=torch.uint8, device=batch.device)
@@ -85,7 +84,7 @@ def _scratch(batch: Batch, p: Any, *, adjoint: bool) -> Tensor | None:
     return scratch
 
 
-def _engine() -> Any:
+def _extension() -> Any:
     return extension.module()
 
 

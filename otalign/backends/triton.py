@@ -19,8 +19,9 @@ from torch import Tensor
 from ..options import COSTS, GIVEN, Options
 from ..problem import Problem, Solution, fixed_plan_cost
 from ..triton_kernels import heuristics
+from ..triton_kernels.solution import Saved, Solved
 from . import cuda_launch
-from .autograd import Operator, flatten, schema, unflatten
+from .autograd import Gradients, Incoming, Operator, flatten, schema, unflatten
 
 
 class _Inputs(NamedTuple):
@@ -63,49 +64,7 @@ class _Inputs(NamedTuple):
         return x, y
 
 
-class _Saved(NamedTuple):
-    """What the forward pass leaves for all other operators."""
-
-    f: Tensor  # in the layout of x
-    g: Tensor  # in the layout of y
-    costs: Tensor  # (rows of x, leading dimension)
-    x_scale: Tensor  # 1 / norm in the layout of x for the cosine cost, else (0,)
-    y_scale: Tensor
-
-
-class _Outputs(NamedTuple):
-    """The first two have gradients; from the fifth on come the fields of `_Saved`."""
-
-    value: Tensor  # (B,)
-    linear: Tensor  # (B,)
-    error: Tensor  # (B,)
-    n_iter: Tensor  # (B,) int32
-    f: Tensor
-    g: Tensor
-    costs: Tensor
-    x_scale: Tensor
-    y_scale: Tensor
-
-
-_SAVED = len(_Saved._fields)
-
-
-class _Incoming(NamedTuple):
-    """The gradients that the backward pass starts from."""
-
-    grad_value: Tensor | None  # (B,)
-    grad_linear: Tensor | None  # (B,)
-    grad_plan: Tensor | None  # (B, N, M)
-
-
-class _Gradients(NamedTuple):
-    """The gradients that the backward pass makes, in the shapes of the inputs."""
-
-    x: Tensor
-    y: Tensor
-    C: Tensor
-    a: Tensor
-    b: Tensor
+_SAVED = len(Saved._fields)
 
 
 class _Images(NamedTuple):
@@ -280,7 +239,7 @@ def _checked(arguments: Sequence[Any]) -> tuple[_Inputs, Sequence[Any]]:
     """The problem, checked together with what was saved of its solution, and all other arguments."""
     inputs, others = unflatten(_Inputs, arguments)
     _check(inputs)
-    for name, tensor, shape in zip(_Saved._fields, others[:_SAVED], _saved_shapes(inputs), strict=True):
+    for name, tensor, shape in zip(Saved._fields, others[:_SAVED], _saved_shapes(inputs), strict=True):
         _expect(name, tensor, inputs.dtype, shape)
     return inputs, others[_SAVED:]
 
@@ -289,7 +248,7 @@ def _check_align_backward(*arguments: Any) -> None:
     inputs, (*incoming, _) = _checked(arguments)
     items = (inputs.items,)
     shapes = (items, items, (*items, inputs.size_x, inputs.size_y))
-    for name, gradient, shape in zip(_Incoming._fields, incoming, shapes, strict=True):
+    for name, gradient, shape in zip(Incoming._fields, incoming, shapes, strict=True):
         _expect(name, gradient, inputs.dtype, shape, strided=True)
 
 
@@ -314,7 +273,7 @@ def _solve_adjoint(inputs: _Inputs) -> Any:
 def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Any, Any, Sequence[Any]]:
     """The problem; as the kernels take it, with what was saved of its solution; and all other arguments."""
     inputs, others = unflatten(_Inputs, arguments)
-    return inputs, _batch(inputs), _batches().Saved(*others[:_SAVED]), others[_SAVED:]
+    return inputs, _batch(inputs), Saved(*others[:_SAVED]), others[_SAVED:]
 
 
 def _align_kernel(*arguments: Any) -> tuple[Tensor, ...]:
@@ -324,12 +283,12 @@ def _align_kernel(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
-    triples = zip(_Gradients._fields, inputs, wanted)  # noqa: B905 - the first five
+    triples = zip(Gradients._fields, inputs[: len(Gradients._fields)], wanted, strict=True)
     return {name: tensor for name, tensor, want in triples if want and isinstance(tensor, Tensor)}
 
 
 def _gradients(found: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(map(found.get, _Gradients._fields))
+    return tuple(map(found.get, Gradients._fields))
 
 
 def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -421,38 +380,38 @@ _library = torch.library.Library("otalign", "FRAGMENT")
 _operator = partial(Operator, _library, devices=("CUDA", "XPU", "CPU"))  # on the CPU, through Triton's interpreter
 _align = _operator(
     "gpu_align",
-    schema(_Inputs, "Tensor? init", results=_Outputs),
+    schema(_Inputs, "Tensor? init", results=Solved),
     kernel=_align_kernel,
     fake=_align_fake,
     check=_check_align,
 )
 _align_backward = _operator(
     "gpu_align_backward",
-    schema(_Inputs, _Saved, _Incoming, "bool[] wanted", results=_Gradients),
+    schema(_Inputs, Saved, Incoming, "bool[] wanted", results=Gradients),
     kernel=_align_backward_kernel,
     fake=_backward_fake,
     check=_check_align_backward,
 )
 _plan = _operator(
-    "gpu_plan", schema(_Inputs, _Saved, results="Tensor"), kernel=_plan_kernel, fake=_plan_fake, check=_check_solved
+    "gpu_plan", schema(_Inputs, Saved, results="Tensor"), kernel=_plan_kernel, fake=_plan_fake, check=_check_solved
 )
 _barycentric = _operator(
     "gpu_barycentric",
-    schema(_Inputs, _Saved, "bool by_y", results=_Images),
+    schema(_Inputs, Saved, "bool by_y", results=_Images),
     kernel=_barycentric_kernel,
     fake=_barycentric_fake,
     check=_check_solved,
 )
 _barycentric_backward = _operator(
     "gpu_barycentric_backward",
-    schema(_Inputs, _Saved, _Images, "Tensor grad_image, bool by_y, bool[] wanted", results=_Gradients),
+    schema(_Inputs, Saved, _Images, "Tensor grad_image, bool by_y, bool[] wanted", results=Gradients),
     kernel=_barycentric_backward_kernel,
     fake=_backward_fake,
     check=_check_barycentric_backward,
 )
 _assign = _operator(
     "gpu_assign",
-    schema(_Inputs, _Saved, results="Tensor"),
+    schema(_Inputs, Saved, results="Tensor"),
     kernel=_assign_kernel,
     fake=_assign_fake,
     check=_check_solved,

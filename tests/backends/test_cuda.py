@@ -18,7 +18,7 @@ from otalign import Prior, backends
 from otalign.backends import cuda
 
 from ..cuda_on_cpu import host_cuda
-from ..cuda_on_cpu.host_cuda import Engine, chosen, emulated
+from ..cuda_on_cpu.host_cuda import HostExtension, chosen, emulated
 from ..helpers.problems import Batch, close, draw, draw_weights, identical
 
 INF = math.inf
@@ -35,9 +35,11 @@ def everything(batch: Batch, backend: str, weights=(None, None), **options):
     return result, torch.autograd.grad(total, leaves)
 
 
-def compare(engine: Engine | None, batch: Batch, weights=(None, None), *, within=2e-5, **options) -> otalign.OTResult:
+def compare(
+    extension: HostExtension | None, batch: Batch, weights=(None, None), *, within=2e-5, **options
+) -> otalign.OTResult:
     """Compare with the reference in float64: all outputs of a solve, and gradients through the implicit system."""
-    with emulated(engine):
+    with emulated(extension):
         single = [None if w is None else w.float() for w in weights]
         result, gradients = everything(batch.to(torch.float32), "cuda", single, **options)
     expected, right = everything(batch.to(torch.float32).to(torch.float64), "reference", weights, **options)
@@ -69,9 +71,9 @@ SHAPES_AND_CLUSTERS = [
 
 @pytest.mark.parametrize(("shape", "cluster"), SHAPES_AND_CLUSTERS)
 def test_forms_and_clusters(shape, cluster):
-    engine = Engine(shape=shape, cluster=cluster, in_flight=2, scatter=shape % 2, ordered=1)
-    compare(engine, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=6)
-    assert [config.cluster for config in engine.configs] == [cluster] * 3  # the iterations, and two implicit systems
+    extension = HostExtension(shape=shape, cluster=cluster, in_flight=2, scatter=shape % 2, ordered=1)
+    compare(extension, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=6)
+    assert [config.cluster for config in extension.configs] == [cluster] * 3  # the iterations, and two implicit systems
 
 
 @pytest.mark.parametrize("scatter", [0, 1])
@@ -79,23 +81,23 @@ def test_forms_and_clusters(shape, cluster):
 @pytest.mark.parametrize("shape", [2, 7, 8])
 def test_rows_beyond_registers(shape, cluster, shared, scatter):
     """The rows are in shared memory, and in L2 if shared memory is too small."""
-    engine = Engine(shape=shape, cluster=cluster, shared=shared, scatter=scatter)
-    compare(engine, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
+    extension = HostExtension(shape=shape, cluster=cluster, shared=shared, scatter=scatter)
+    compare(extension, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
 
 
 @pytest.mark.parametrize("shape", [1, 3, 5, 6])
 def test_long_items(shape):
     """More rows than the registers of a block of several warps hold."""
-    engine = Engine(shape=shape, cluster=2, shared=32)
+    extension = HostExtension(shape=shape, cluster=2, shared=32)
     rows = 2 * host_cuda.library().host_held(shape)
-    compare(engine, draw([rows + 75, rows - 1], [WIDTHS[shape] - 2, 30], D=4), reg=0.2, tol=0, max_iter=3)
+    compare(extension, draw([rows + 75, rows - 1], [WIDTHS[shape] - 2, 30], D=4), reg=0.2, tol=0, max_iter=3)
 
 
 @pytest.mark.parametrize("unbalanced", [0.5, (0.3, INF), (INF, 0.4)], ids=str)
 @pytest.mark.parametrize(("shape", "cluster"), [(0, 1), (2, 4), (5, 1), (7, 2)])
 def test_relaxed(shape, cluster, unbalanced):
-    engine = Engine(shape=shape, cluster=cluster, shared=8)
-    compare(engine, draw(*RAGGED, D=8), unbalanced=unbalanced, reg=0.1, tol=0, max_iter=15)
+    extension = HostExtension(shape=shape, cluster=cluster, shared=8)
+    compare(extension, draw(*RAGGED, D=8), unbalanced=unbalanced, reg=0.1, tol=0, max_iter=15)
 
 
 @pytest.mark.parametrize("prior", [Prior.quadratic(0.5), Prior.band(4), Prior.order_preserving(0.1, 0.5)], ids=str)
@@ -109,7 +111,7 @@ def test_weights(zeros, rho):
     batch = draw(*RAGGED, D=8)
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1], zeros=zeros).nan_to_num(0) for lengths, values in sides]
-    compare(Engine(shape=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
+    compare(HostExtension(shape=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
 
 
 # How items end -----------------------------------------------------------------------------------------------------------
@@ -117,13 +119,13 @@ def test_weights(zeros, rho):
 
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_items_stop_by_themselves(cluster):
-    result = compare(Engine(shape=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500)
+    result = compare(HostExtension(shape=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500)
     assert result.converged.all()
     assert len(set(result.n_iter.tolist())) > 2
 
 
 def test_one_iteration():
-    compare(Engine(shape=2, cluster=2), draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=1)
+    compare(HostExtension(shape=2, cluster=2), draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=1)
 
 
 @pytest.mark.parametrize("reg", [1e-4, 1e-2, 1e3])
@@ -131,7 +133,7 @@ def test_absorption(reg):
     """Cost ranges from 10^4 reg, where scalings leave the range of float32 again and again, to 10^-3 reg."""
     C = torch.rand(3, 50, 30, generator=torch.Generator().manual_seed(0))
     options = {"reg": reg, "tol": 0, "max_iter": 60}
-    with emulated(Engine(shape=2, cluster=2, shared=4)):
+    with emulated(HostExtension(shape=2, cluster=2, shared=4)):
         actual = otalign.solve_cost(C, backend="cuda", **options)
     expected = otalign.solve_cost(C.double(), backend="reference", **options)
     close(actual.value, expected.value, 1e-5 + 2e-7 * reg)
@@ -142,11 +144,11 @@ def test_absorption(reg):
 def test_warm_start():
     batch = draw(*RAGGED, D=8)
     first = otalign.solve(*batch, reg=0.1, max_iter=5, tol=0)
-    compare(Engine(shape=2, cluster=2), batch, init=first.potentials, reg=0.1, max_iter=3, tol=0)
+    compare(HostExtension(shape=2, cluster=2), batch, init=first.potentials, reg=0.1, max_iter=3, tol=0)
 
 
 def test_reg_of_every_item():
-    compare(Engine(shape=2), draw(*RAGGED, D=8), reg=torch.linspace(0.05, 0.5, 6), max_iter=20, tol=0)
+    compare(HostExtension(shape=2), draw(*RAGGED, D=8), reg=torch.linspace(0.05, 0.5, 6), max_iter=20, tol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF])
@@ -154,7 +156,7 @@ def test_a_bad_item_leaves_the_others_unchanged(bad):
     batch = draw(*RAGGED, D=8).to(torch.float32)
     spoilt = batch._replace(x=batch.x.clone())
     spoilt.x[3 + 1, 20, 4] = bad
-    with emulated(Engine(shape=2, cluster=2)):
+    with emulated(HostExtension(shape=2, cluster=2)):
         good, found = (otalign.solve(*part, reg=0.1, backend="cuda") for part in (batch, spoilt))
     others = [0, 1, 2, 3, 5]
     for name in ("value", "value_linear", "error", "n_iter"):
@@ -167,7 +169,7 @@ def test_a_bad_item_leaves_the_others_unchanged(bad):
 def test_infeasible_item_does_not_converge():
     C = torch.rand(2, 6, 4)
     C[1, 2] = INF
-    with emulated(Engine(shape=0)):
+    with emulated(HostExtension(shape=0)):
         result = otalign.solve_cost(C, reg=0.1, backend="cuda")
     assert result.value.isfinite().all()
     assert result.converged.tolist() == [True, False]
@@ -177,15 +179,15 @@ def test_infeasible_item_does_not_converge():
 # The same bits -----------------------------------------------------------------------------------------------------------
 
 
-def bits(engine: Engine, batch: Batch, **options) -> list[torch.Tensor]:
-    with emulated(engine):
+def bits(extension: HostExtension, batch: Batch, **options) -> list[torch.Tensor]:
+    with emulated(extension):
         result, gradients = everything(batch, "cuda", reg=0.1, **options)
     return [result.value, result.error, result.n_iter, *result.potentials, *gradients]
 
 
 def test_same_bits_in_any_order_of_threads():
     batch = draw(*RAGGED, D=8).to(torch.float32)
-    first, *others = (bits(Engine(seed, shape=3, cluster=4, in_flight=2, ordered=1), batch) for seed in range(5))
+    first, *others = (bits(HostExtension(seed, shape=3, cluster=4, in_flight=2, ordered=1), batch) for seed in range(5))
     for other in others:
         for actual, expected in zip(other, first, strict=True):
             identical(actual, expected)
@@ -194,7 +196,7 @@ def test_same_bits_in_any_order_of_threads():
 def test_same_bits_in_any_order_of_items():
     batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 2, [5, 20, 9, 30, 3, 0, 12, 1] * 2, D=8).to(torch.float32)
     first, *others = (
-        bits(Engine(shape=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
+        bits(HostExtension(shape=2, cluster=2, in_flight=in_flight, ordered=ordered), batch)
         for in_flight, ordered in ((16, 0), (1, 1), (5, 1), (5, 0))
     )
     for other in others:
@@ -267,13 +269,13 @@ def test_random_problems(seed):
     longest = pick(1, 20, 120), min(WIDTHS[shape], pick(1, 7, 33, 130)) - 2
     lengths = [torch.randint(0, max(n, 1) + 1, (items,), generator=generator).tolist() for n in longest]
     lengths[0][0], lengths[1][0] = longest[0], max(longest[1], 1)
-    engine = Engine(
+    extension = HostExtension(
         seed, shape=shape, cluster=pick(1, 2, 3, 4, 5, 8), shared=pick(0, 1, 2) * host_cuda.library().host_step(shape),
         in_flight=pick(1, 2, items), scatter=pick(0, 1), ordered=pick(0, 1),
     )  # fmt: skip
     unbalanced = pick(None, None, 0.4, (0.3, INF), (INF, 1.0))
     options = {"reg": pick(0.02, 0.1, 2.0), "unbalanced": unbalanced, "max_iter": pick(1, 4, 15), "tol": 0}
-    compare(engine, draw(*lengths, D=6, seed=seed), within=5e-5, cost=pick("cosine", "sqeuclidean"), **options)
+    compare(extension, draw(*lengths, D=6, seed=seed), within=5e-5, cost=pick("cosine", "sqeuclidean"), **options)
 
 
 # Sanitizers --------------------------------------------------------------------------------------------------------------
@@ -408,7 +410,7 @@ def test_float64_is_refused():
 def test_debug_waits_for_the_kernels():
     """With debug, a fault is reported at its launch. Otherwise nothing waits, because waiting costs time."""
 
-    class Waiting(Engine):
+    class Waiting(HostExtension):
         waited: list[bool] = []  # noqa: RUF012 - only this test uses it
 
         def cuda_solve(self, problem, device, stream, wait):

@@ -82,7 +82,7 @@ def build(path: Path) -> None:
     new.rename(path)
 
 
-class Engine:
+class HostExtension:
     """Replaces the extension for the CUDA backend. Launch configurations are those for a small chip, unless `force` sets them."""
 
     def __init__(self, seed: int = 0, **force: int) -> None:
@@ -135,14 +135,14 @@ def forced(
 
 
 @contextlib.contextmanager
-def emulated(engine: Engine | None = None) -> Iterator[Engine]:
+def emulated(extension: HostExtension | None = None) -> Iterator[HostExtension]:
     """Let backend="cuda" take tensors on the CPU."""
-    engine = engine or Engine()
+    extension = extension or HostExtension()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "CUDA_DEVICES", "cpu")
         missing = backends.reason_missing
         patch.setattr(backends, "reason_missing", lambda name: None if name == "cuda" else missing(name))
-        patch.setattr(cuda_launch, "_engine", lambda: engine)
+        patch.setattr(cuda_launch, "_extension", lambda: extension)
         patch.setattr(cuda_launch, "_stream", lambda device: 0)
         patch.setattr(cuda_launch, "_on", lambda device: contextlib.nullcontext())
-        yield engine
+        yield extension
