@@ -19,12 +19,13 @@ INTERPRETER = threading.Lock()  # its grid and its patches of the language are g
 INT32_MAX = 2**31 - 1
 
 # Triton compiles a variant of a kernel for each kind of integer (1, multiples of 16, others) and of pointer (aligned to 16
-# bytes or not), unless told not to. Only the strides and the dimension of points gain by it. (A tuple as an argument would
-# be specialised on all its members, whatever is told: so kernels take each number by itself.)
-STRIDES = ("x_row", "x_dim", "y_row", "y_dim", "own_row", "own_dim", "other_row", "other_dim", "dim")
+# bytes or not), unless told not to. Only the strides and the dimension of points gain by it: 16-byte copies need every
+# stride on the way to a row to be a multiple of 16. (A tuple as an argument would be specialised on all its members,
+# whatever is told: so kernels take each number by itself.)
+STRIDES = ("dim", *(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("item", "row", "dim")))
 COUNTS = ("items", "ld16", "per_item", "value_step", "linear_step", "has_init", "has_plan", "max_iter", "programs")
 COUNTS += ("has_a", "has_b", "has_own", "has_other", "counters_size")
-COUNTS += tuple(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("addressing", "size", "rows", "item"))
+COUNTS += tuple(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("addressing", "size", "rows"))
 ANY_ALIGNMENT = ("f", "g", "a", "b", "init", "value", "linear", "error_out", "n_iter_out", "reg_items", "counters")
 ANY_ALIGNMENT += ("grad_value", "grad_linear")
 ANY_ALIGNMENT += tuple(f"{side}_{of}" for side in ("x", "y", "own", "other") for of in ("offsets", "scale", "adjoint"))
