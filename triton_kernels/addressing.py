@@ -49,6 +49,16 @@ def first_point(points, addressing, start, item, item_stride, row_stride):
 
 
 @triton.jit
+def up_to_four(columns):
+    """`columns` of an item, rounded up to a multiple of four.
+
+    Each row of a matrix (rows of x, ld) has zeros up to there. A mask that ends there keeps groups of four numbers whole, so
+    that a thread reads them at once.
+    """
+    return (columns + 3) // 4 * 4
+
+
+@triton.jit
 def only_if(flag, mask):
     """`mask` if the number `flag` is not 0, else all false. (The interpreter cannot broadcast a boolean into a mask.)"""
     return mask.to(tl.int32) * flag != 0

@@ -14,7 +14,7 @@ marginals are strict, the constant (1, -1) is in the null space and is projected
 import triton
 import triton.language as tl
 
-from .addressing import load_gradient, load_reg, load_weights, only_if, segment
+from .addressing import load_gradient, load_reg, load_weights, only_if, segment, up_to_four
 from .exchange import group_of, sum_over_programs
 from .math import INFINITY, damping_exponent, times
 from .outputs import ItemPlan, plan_rows
@@ -105,7 +105,7 @@ def adjoint_kernel(
         item_reg = load_reg(reg, reg_items, per_item, item, T)
         damping_x, damping_y = damping_exponent(item_reg, relax_x), damping_exponent(item_reg, relax_y)
         linear = load_gradient(grad_linear, linear_step, item, T)
-        plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, columns, column_mask, g_j, b_j, 1 / item_reg)
+        plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, m, columns, column_mask, g_j, b_j, 1 / item_reg)
         loads, masses = state + x_start, state + x_rows + x_start
 
         partial = tl.zeros([BLOCK_N, BLOCK_M], T)
@@ -114,7 +114,7 @@ def adjoint_kernel(
             rows = first + tl.arange(0, BLOCK_N)
             row_mask = rows < end
             P, cost = plan_rows(plan, rows, row_mask)
-            mask = only_if(has_plan, row_mask[:, None] & column_mask[None, :])
+            mask = only_if(has_plan, row_mask[:, None] & (columns < up_to_four(m))[None, :])
             S = tl.load(G + (x_start + rows)[:, None] * ld + columns[None, :], mask=mask, other=0)
             S += tl.where(linear == 0, 0, linear * cost)
             Q = times(P, S)

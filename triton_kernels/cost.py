@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .addressing import first_point, load_reg, locate, segment
+from .addressing import first_point, load_reg, locate, segment, up_to_four
 from .math import INFINITY, prior_tile
 from .runtime import kernel
 
@@ -220,10 +220,8 @@ def cost_kernel(
         if PRIOR != "none":
             i, j = rows[:, None], columns[None, :]
             cost += prior_tile(i, j, n, m, item_reg, prior_first, prior_second, PRIOR, T)
-        # Zeros up to the next multiple of four columns: the CUDA kernels read four numbers at once.
-        ends = columns < (m + 3) // 4 * 4
         tl.store(
             C + (x_start + rows)[:, None] * ld + columns[None, :],
             tl.where(inside, cost, 0),
-            mask=row_mask[:, None] & ends[None, :],
+            mask=row_mask[:, None] & (columns < up_to_four(m))[None, :],
         )

@@ -12,10 +12,29 @@ rebuilt tile by tile, as in outputs.py.
 import triton
 import triton.language as tl
 
-from .addressing import fill_tail, first_point, load_gradient, load_reg, load_weights, locate, only_if, segment
+from .addressing import (
+    fill_tail,
+    first_point,
+    load_gradient,
+    load_reg,
+    load_weights,
+    locate,
+    only_if,
+    segment,
+    up_to_four,
+)
 from .cost import split_scale
 from .math import bounded, dual_term, prior_tile, times
-from .outputs import ItemPlan, density_tile, pair_offsets, plan_rows, plan_tile, store_dense, store_points
+from .outputs import (
+    ItemPlan,
+    density_tile,
+    pair_offsets,
+    plan_rows,
+    plan_tile,
+    readable_pairs,
+    store_dense,
+    store_points,
+)
 from .runtime import kernel
 
 
@@ -114,13 +133,14 @@ def points_gradient_kernel(
         other_mask = others < other_n
         mask = row_mask[:, None] & other_mask[None, :]
         offsets = pair_offsets(other_start if BY_Y else own_start, rows, others, ld, BY_Y)
-        cost = tl.load(C + offsets, mask=mask, other=0)
+        readable = readable_pairs(rows, own_n, others, other_n, BY_Y)
+        cost = tl.load(C + offsets, mask=readable, other=0)
         g_j = tl.load(other_f + other_start + others, mask=other_mask, other=0)
         b_j = load_weights(other_weights, has_other, other_start + others, other_mask, other_n)
         P = plan_tile(cost, mask, f_i, g_j, a_i, b_j, inv_reg)
         if IMPLICIT:
             adjoint_j = tl.load(other_adjoint + other_start + others, mask=other_mask, other=0)
-            S = load_plan_gradient(G, offsets, mask, has_plan, linear, cost)
+            S = load_plan_gradient(G, offsets, readable, has_plan, linear, cost)
         else:
             adjoint_j, S = g_j, cost
         H = cost_gradient(P, S, value, linear, adjoint_i[:, None], adjoint_j[None, :], inv_reg, IMPLICIT)
@@ -222,7 +242,8 @@ def weights_gradient_kernel(
         other_mask = others < other_n
         mask = row_mask[:, None] & other_mask[None, :]
         offsets = pair_offsets(other_start if BY_Y else own_start, rows, others, ld, BY_Y)
-        cost = tl.load(C + offsets, mask=mask, other=0)
+        readable = readable_pairs(rows, own_n, others, other_n, BY_Y)
+        cost = tl.load(C + offsets, mask=readable, other=0)
         g_j = tl.load(other_f + other_start + others, mask=other_mask, other=0)
         b_j = load_weights(other_weights, has_other, other_start + others, other_mask, other_n)
         some_mass = mask & (b_j > 0)[None, :]
@@ -231,7 +252,7 @@ def weights_gradient_kernel(
         mass += tl.sum(E, 1)
         if IMPLICIT:
             adjoint_j = tl.load(other_adjoint + other_start + others, mask=other_mask, other=0)
-            S = load_plan_gradient(G, offsets, mask, has_plan, linear, cost)
+            S = load_plan_gradient(G, offsets, readable, has_plan, linear, cost)
             through_plan += tl.sum(times(E, S - adjoint_j[None, :]), 1)
     by_value = value * (dual_term(f_i, relaxation, True) + item_reg * (1 - mass))
     result = tl.where(value == 0, 0, by_value) + through_plan
@@ -278,7 +299,7 @@ def cost_gradient_kernel(
     inv_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
     g_j = tl.load(g + y_start + columns, mask=column_mask, other=0)
     b_j = load_weights(b, has_b, y_start + columns, column_mask, m)
-    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, columns, column_mask, g_j, b_j, inv_reg)
+    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, m, columns, column_mask, g_j, b_j, inv_reg)
     P, cost = plan_rows(plan, rows, row_mask)
     value = load_gradient(grad_value, value_step, item, T)
     linear = load_gradient(grad_linear, linear_step, item, T)
@@ -287,7 +308,8 @@ def cost_gradient_kernel(
         adjoint_i = tl.load(x_adjoint + x_start + rows, mask=row_mask, other=0)
         adjoint_j = tl.load(y_adjoint + y_start + columns, mask=column_mask, other=0)
         offsets = (x_start + rows)[:, None] * ld + columns[None, :]
-        S = load_plan_gradient(G, offsets, row_mask[:, None] & column_mask[None, :], has_plan, linear, cost)
+        readable = row_mask[:, None] & (columns < up_to_four(m))[None, :]
+        S = load_plan_gradient(G, offsets, readable, has_plan, linear, cost)
     H = cost_gradient(P, S, value, linear, adjoint_i[:, None], adjoint_j[None, :], inv_reg, IMPLICIT)
     # An item whose loss is not used gets zeros, even if its numbers are NaN.
     H = tl.where((value == 0) & (linear == 0) & (has_plan == 0), 0, H)

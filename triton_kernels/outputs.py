@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .addressing import fill_tail, first_point, load_reg, load_weights, locate, segment
+from .addressing import fill_tail, first_point, load_reg, load_weights, locate, segment, up_to_four
 from .math import INFINITY, bounded
 from .runtime import kernel
 
@@ -41,6 +41,7 @@ class ItemPlan(NamedTuple):
     has_a: tl.tensor
     x_start: tl.tensor  # first row of the item
     n: tl.tensor
+    m: tl.tensor
     columns: tl.tensor  # (M,) indices
     column_mask: tl.tensor  # (M,)
     g_j: tl.tensor  # (M,)
@@ -51,11 +52,21 @@ class ItemPlan(NamedTuple):
 @triton.jit
 def plan_rows(plan, rows, row_mask):
     """Some rows of the plan (N, M), and of the cost."""
+    at = plan.costs + rows.to(tl.int64)[:, None] * plan.ld + plan.columns[None, :]
+    cost = tl.load(at, mask=row_mask[:, None] & (plan.columns < up_to_four(plan.m))[None, :], other=0)
     mask = row_mask[:, None] & plan.column_mask[None, :]
-    cost = tl.load(plan.costs + rows.to(tl.int64)[:, None] * plan.ld + plan.columns[None, :], mask=mask, other=0)
     a_i = load_weights(plan.a, plan.has_a, plan.x_start + rows, row_mask, plan.n)
     f_i = tl.load(plan.f + plan.x_start + rows, mask=row_mask, other=0)
     return plan_tile(cost, mask, f_i, plan.g_j, a_i, plan.b_j, plan.inv_reg), cost
+
+
+@triton.jit
+def readable_pairs(rows, own_n, others, other_n, BY_Y: tl.constexpr):
+    """Where a matrix (rows of x, ld) has a number for a side's `rows` (R,) and the `others` (K,): (R, K); see up_to_four."""
+    if BY_Y:
+        return (rows < up_to_four(own_n))[:, None] & (others < other_n)[None, :]
+    else:
+        return (rows < own_n)[:, None] & (others < up_to_four(other_n))[None, :]
 
 
 @triton.jit
@@ -100,7 +111,7 @@ def plan_kernel(
     inv_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
     g_j = tl.load(g + y_start + columns, mask=column_mask, other=0)
     b_j = load_weights(b, has_b, y_start + columns, column_mask, m)
-    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, columns, column_mask, g_j, b_j, inv_reg)
+    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, m, columns, column_mask, g_j, b_j, inv_reg)
     P, cost = plan_rows(plan, rows, rows < n)
     store_dense(out, P, item, rows, columns, x_size, y_size)
 
@@ -160,7 +171,7 @@ def barycentric_kernel(
         other_mask = others < other_n
         mask = row_mask[:, None] & other_mask[None, :]
         at = C + pair_offsets(other_start if BY_Y else own_start, rows, others, ld, BY_Y)
-        cost = tl.load(at, mask=mask, other=0)
+        cost = tl.load(at, mask=readable_pairs(rows, own_n, others, other_n, BY_Y), other=0)
         g_j = tl.load(other_f + other_start + others, mask=other_mask, other=0)
         b_j = load_weights(other_weights, has_other, other_start + others, other_mask, other_n)
         P = plan_tile(cost, mask, f_i, g_j, a_i, b_j, inv_reg)
@@ -220,7 +231,7 @@ def assign_kernel(
     inv_reg = 1 / load_reg(reg, reg_items, per_item, item, T)
     g_j = tl.load(g + y_start + columns, mask=column_mask, other=0)
     b_j = load_weights(b, has_b, y_start + columns, column_mask, m)
-    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, columns, column_mask, g_j, b_j, inv_reg)
+    plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, m, columns, column_mask, g_j, b_j, inv_reg)
     largest = tl.zeros([BLOCK_K], T)
     best = tl.zeros([BLOCK_K], tl.int64) - 1
     for first in range(0, n, BLOCK_R):

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .addressing import load_reg, load_weights, only_if, segment
+from .addressing import load_reg, load_weights, only_if, segment, up_to_four
 from .exchange import group_of, log_sum_over_programs, sum_over_programs
 from .math import (
     INFINITY,
@@ -262,9 +262,9 @@ def exact_pass(
 @triton.jit
 def load_costs(rows_of, rows, row_mask, columns):
     """The costs of some rows (N, M), 0 outside the item, and where the item is."""
-    mask = row_mask[:, None] & (columns < rows_of.m)[None, :]
     at = rows_of.costs + rows.to(tl.int64)[:, None] * rows_of.ld + columns[None, :]
-    return tl.load(at, mask=mask, other=0), mask
+    cost = tl.load(at, mask=row_mask[:, None] & (columns < up_to_four(rows_of.m))[None, :], other=0)
+    return cost, row_mask[:, None] & (columns < rows_of.m)[None, :]
 
 
 @triton.jit
@@ -319,9 +319,8 @@ def result_pass(
         rows = first + tl.arange(0, BLOCK_N)
         row_mask = rows < rows_of.end
         a_i = load_weights(rows_of.a, rows_of.has_a, rows_of.x_start + rows, row_mask, rows_of.n)
-        mask = row_mask[:, None] & ((columns < rows_of.m) & (b_j > 0))[None, :]
-        at = rows_of.costs + rows.to(tl.int64)[:, None] * rows_of.ld + columns[None, :]
-        cost = tl.load(at, mask=mask, other=0)
+        cost, mask = load_costs(rows_of, rows, row_mask, columns)
+        mask &= (b_j > 0)[None, :]
         F = load_potentials(rows_of, turn, rows, only_if(filled.to(tl.int32), row_mask))
         if not SYMMETRIC and tl.min(tl.where(row_mask, a_i, 1)) == 0:
             F = tl.where(row_mask & (a_i == 0), exact_rows(cost, mask, G, logarithm(b_j), inv_reg, damping_x), F)
@@ -345,9 +344,7 @@ def build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOC
     for first in range(rows_of.begin, rows_of.end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         row_mask = rows < rows_of.end
-        offsets = rows.to(tl.int64)[:, None] * rows_of.ld + columns[None, :]
-        mask = row_mask[:, None] & (columns < rows_of.m)[None, :]
-        cost = tl.load(rows_of.costs + offsets, mask=mask, other=0)
+        cost, mask = load_costs(rows_of, rows, row_mask, columns)
         a_i = load_weights(rows_of.a, rows_of.has_a, rows_of.x_start + rows, row_mask, rows_of.n)
         phi = tl.load(rows_of.state + rows_of.stride + rows, mask=row_mask, other=0)
         part = (a_i > 0) & (phi < INFINITY)
@@ -355,6 +352,7 @@ def build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOC
         u = tl.where(part, tl.full([BLOCK_N], 1, T), 0)
         tl.store(rows_of.state + (2 + turn) * rows_of.stride + rows, u, mask=row_mask)
         tile = kernel_tile(cost, part[:, None] & (b_j > 0)[None, :], phi, gamma, inv_reg)
+        offsets = rows.to(tl.int64)[:, None] * rows_of.ld + columns[None, :]
         tl.store(kernel_at + offsets, tile, mask=row_mask[:, None] & (columns < rows_of.ld)[None, :])
     tl.debug_barrier()
 
@@ -479,7 +477,7 @@ def build_in_registers(
         phi = tl.where(a_i > 0, phi, 0)
         for s in tl.static_range(SLABS):
             columns = s * SLAB + tl.arange(0, SLAB)
-            mask = row_mask[:, None] & (columns < rows_of.m)[None, :]
+            mask = row_mask[:, None] & (columns < up_to_four(rows_of.m))[None, :]
             cost = tl.load(rows_of.costs + rows[:, None] * rows_of.ld + columns[None, :], mask=mask, other=0)
             both = (a_i > 0)[:, None] & (weights_y[s] > 0)[None, :]
             kernel = kernel + (kernel_tile(cost, both, phi, absorbed_y[s], inv_reg),)
