@@ -64,18 +64,22 @@ def sum_over_programs(
         tl.store(own_part + 2 * BLOCK_M, scalar)
         barrier(group.counter, (epoch + 1) * group.programs)
         exists = ranks < group.programs
-        for s in tl.static_range(len(values)):
-            columns = s * WIDTH + tl.arange(0, WIDTH)
-            if MAX_PROGRAMS * WIDTH <= 8192:
-                at = parts + ranks[:, None] * STRIDE + columns[None, :]
-                all_parts = tl.load(at, mask=exists[:, None], other=0, cache_modifier=".cg")
-                total = total + (tl.sum(all_parts, 0),)
-            else:  # too many elements to hold at once
+        scalars = tl.load(parts + ranks * STRIDE + 2 * BLOCK_M, mask=exists, other=0, cache_modifier=".cg")
+        if MAX_PROGRAMS * WIDTH <= 8192:
+            # Load everything before the first sum: a trip to the L2 cache takes longer than all the sums.
+            loaded = ()
+            for s in tl.static_range(len(values)):
+                at = parts + ranks[:, None] * STRIDE + (s * WIDTH + tl.arange(0, WIDTH))[None, :]
+                loaded = loaded + (tl.load(at, mask=exists[:, None], other=0, cache_modifier=".cg"),)
+            for s in tl.static_range(len(values)):
+                total = total + (tl.sum(loaded[s], 0),)
+        else:  # too many elements to hold at once
+            for s in tl.static_range(len(values)):
                 running = tl.zeros_like(values[s])
                 for rank in range(group.programs):
-                    running += tl.load(parts + rank * STRIDE + columns, cache_modifier=".cg")
+                    at = parts + rank * STRIDE + s * WIDTH + tl.arange(0, WIDTH)
+                    running += tl.load(at, cache_modifier=".cg")
                 total = total + (running,)
-        scalars = tl.load(parts + ranks * STRIDE + 2 * BLOCK_M, mask=exists, other=0, cache_modifier=".cg")
         scalar = tl.sum(scalars)
     else:
         total = values
