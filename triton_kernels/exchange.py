@@ -66,13 +66,17 @@ def sum_over_programs(
         exists = ranks < group.programs
         scalars = tl.load(parts + ranks * STRIDE + 2 * BLOCK_M, mask=exists, other=0, cache_modifier=".cg")
         if MAX_PROGRAMS * WIDTH <= 8192:
-            # Load everything before the first sum: a trip to the L2 cache takes longer than all the sums.
+            # All loads come before the first sum: a trip to the L2 cache takes longer than all the sums.
             loaded = ()
             for s in tl.static_range(len(values)):
-                at = parts + ranks[:, None] * STRIDE + (s * WIDTH + tl.arange(0, WIDTH))[None, :]
-                loaded = loaded + (tl.load(at, mask=exists[:, None], other=0, cache_modifier=".cg"),)
+                for rank in tl.static_range(MAX_PROGRAMS):
+                    at = parts + rank * STRIDE + s * WIDTH + tl.arange(0, WIDTH)
+                    loaded = loaded + (tl.load(at, mask=rank < group.programs, other=0, cache_modifier=".cg"),)
             for s in tl.static_range(len(values)):
-                total = total + (tl.sum(loaded[s], 0),)
+                running = loaded[s * MAX_PROGRAMS]
+                for rank in tl.static_range(1, MAX_PROGRAMS):
+                    running += loaded[s * MAX_PROGRAMS + rank]
+                total = total + (running,)
         else:  # too many elements to hold at once
             for s in tl.static_range(len(values)):
                 running = tl.zeros_like(values[s])
