@@ -67,7 +67,7 @@ def adjoint_kernel(
     x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
     y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     exchange,  # scratch: (items in flight, 2, programs, 2 * BLOCK_M + EXCHANGE_TAIL); see exchange.py
-    counters,  # (items in flight,) int32, zero at the start
+    counters,  # int32, zero at the start; see exchange.py
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost <P, C>; -1 = there is none
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, per_item, linear_step, has_plan,
     reg_items,  # (B,) float64, in the units of the cost; read if per_item

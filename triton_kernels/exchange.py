@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .math import finite_top, logarithm
 
+COUNTER_STRIDE = tl.constexpr(32)  # int32 from a group's counter to the next: each has a cache line of its own
 EXCHANGE_TAIL = tl.constexpr(16)  # elements behind the two vectors of a program's part; the first holds a scalar
 
 
@@ -28,10 +29,13 @@ class Group(NamedTuple):
 
 @triton.jit
 def group_of(exchange, counters, programs, BLOCK_M: tl.constexpr):
-    """The group of this program: `programs` neighbours, each group with its own part of `exchange` and its counter."""
+    """The group of this program: `programs` neighbours, each group with its own part of `exchange` and its counter.
+
+    The first of the counters is no group's: it stays zero.
+    """
     index = tl.program_id(0) // programs
     parts = exchange + index * (2 * programs * (2 * BLOCK_M + EXCHANGE_TAIL))
-    return Group(parts, counters + index, tl.program_id(0) % programs, programs)
+    return Group(parts, counters + (index + 1) * COUNTER_STRIDE, tl.program_id(0) % programs, programs)
 
 
 @triton.jit

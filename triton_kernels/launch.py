@@ -16,7 +16,7 @@ from . import heuristics, runtime
 from .adjoint import adjoint_kernel
 from .batch import Batch
 from .cost import cost_kernel
-from .exchange import EXCHANGE_TAIL
+from .exchange import COUNTER_STRIDE, EXCHANGE_TAIL
 from .gradients import cost_gradient_kernel, points_gradient_kernel, weights_gradient_kernel
 from .outputs import assign_kernel, barycentric_kernel, plan_kernel
 from .runtime import INTERPRETED, Kernel, divide, tf32_allowed
@@ -93,7 +93,7 @@ def solve(
         return out
     config = batch.launch_config()
     programs = config.in_flight * config.programs
-    counters = empty(programs + 1, dtype=torch.int32)
+    counters = empty_counters(batch, config)
     fill_costs(batch, out.saved, C, batch.prior, counters)
     constants = {
         "BLOCK_N": config.block_n,
@@ -125,6 +125,12 @@ def solve(
     others |= numbers
     batch.launch(_sinkhorn, programs, constants | cooperative(config), others)
     return out
+
+
+def empty_counters(batch: Batch, config: heuristics.LaunchConfig) -> Tensor:
+    """Memory in which the groups of programs count arrivals. The caller has to set it to zero."""
+    groups = config.in_flight if config.programs > 1 else 0
+    return batch.empty_tensor((groups + 1) * COUNTER_STRIDE.value, dtype=torch.int32)
 
 
 def exchange_memory(batch: Batch, config: heuristics.LaunchConfig, costs: Tensor) -> Tensor:
@@ -235,8 +241,7 @@ def adjoint_counters(batch: Batch, solve_adjoint: SolveAdjoint | None) -> Tensor
     """Memory in which the programs of the adjoint system count arrivals; the caller has to set it to zero."""
     if solve_adjoint is not None:
         return batch.empty_tensor(0, dtype=torch.int32)
-    config = batch.launch_config(in_memory=True)
-    return batch.empty_tensor(config.in_flight * config.programs + 1, dtype=torch.int32)
+    return empty_counters(batch, batch.launch_config(in_memory=True))
 
 
 def adjoint(
@@ -355,8 +360,14 @@ def barycentric_gradients(
     mass = mass[..., None]
     load = torch.where(mass == 0, 0, -gradient / mass)
     offset = -(load * image).sum(-1, keepdim=True)
+    # One dimension more, and zeros up to a multiple of 16, so that rows stay aligned.
+    padding = -(points.shape[-1] + 1) % 16
     product = batch.with_points(
-        **{own: torch.cat([load, offset], -1), other: F.pad(points, (0, 1), value=1)}, cost="dot"
+        **{
+            own: F.pad(torch.cat([load, offset], -1), (0, padding)),
+            other: F.pad(F.pad(points, (0, 1), value=1), (0, padding)),
+        },
+        cost="dot",
     )
     values = from_saved(saved)
     values |= {"G": torch.empty_like(saved.costs), "has_plan": 1}

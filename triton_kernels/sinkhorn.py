@@ -679,7 +679,7 @@ def sinkhorn_kernel(
     y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     exchange,  # scratch: (items in flight, 2, programs, 2 * BLOCK_M + EXCHANGE_TAIL); see exchange.py
     buffers,  # scratch: (programs of the launch, BLOCK_M), where a program's threads exchange a vector
-    counters,  # (programs of the launch + 1,) int32, zero at the start; the last one stays zero
+    counters,  # int32, zero at the start; the first one stays zero; see exchange.py
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, has_init, per_item, max_iter,
     reg_items,  # (B,) float64, in the units of the cost; read if per_item
     reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, tol: tl.float64, ld16, programs,
@@ -701,7 +701,6 @@ def sinkhorn_kernel(
     T: tl.constexpr = C.dtype.element_ty
     group = group_of(exchange, counters, programs, BLOCK_M)
     buffer = buffers + tl.program_id(0) * BLOCK_M
-    zero_in_memory = counters + tl.num_programs(0)
     epoch = 0
     ld = ld16 * 16
     columns = tl.arange(0, BLOCK_M)
@@ -743,7 +742,7 @@ def sinkhorn_kernel(
         while active > 0:
             # A fence for the compiler. It cannot know that this number is 0, so it has to compute addresses inside this
             # loop. Without it, it keeps the addresses of a whole tile in registers through the inner loops.
-            hidden_zero = tl.load(zero_in_memory, volatile=True)
+            hidden_zero = tl.load(counters, volatile=True)
             begin += hidden_zero
             m += hidden_zero
             y_start += hidden_zero
