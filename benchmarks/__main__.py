@@ -21,6 +21,9 @@ MEASUREMENTS = {
     "stages": Benchmark("gpu.stages", "Where does the time of a loss on a GPU go, launch by launch?"),
     "launch": Benchmark("codegen.launch_cost", "What does a call of the Triton backend cost the host? Needs no GPU."),
     "variants": Benchmark("codegen.variants", "Which Triton kernels are compiled, and do they spill? Needs no GPU."),
+    "accesses": Benchmark(
+        "codegen.accesses", "How wide do the Triton kernels of shapes A and B read memory? Needs no GPU."
+    ),
     "machine-code": Benchmark("codegen.machine_code", "What has nvcc made of the CUDA kernels? Needs no GPU."),
     "capture": Benchmark("methods.capture", "How much slower is a training step with an attached loss?"),
     "speech": Benchmark("methods.speech", "How fast is the alignment path score, against plain loops?"),

@@ -218,8 +218,8 @@ def all_variants(arch: int | str = 90) -> list[Variant]:
 # What they become ------------------------------------------------------------------------------------------------------
 
 
-def compile_variant(variant: Variant, arch: int | str) -> Report:
-    """Compile for a compute capability, 90 say, or for an AMD chip, "gfx942"."""
+def compiled(variant: Variant, arch: int | str) -> Any:
+    """Triton's compiled kernel for a compute capability, 90 say, or for an AMD chip, "gfx942"."""
     function = getattr(launch, variant.kernel)
     names = function.arg_names
     source = ASTSource(
@@ -229,8 +229,13 @@ def compile_variant(variant: Variant, arch: int | str) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=dict(variant.options) | {"enable_fp_fusion": True})
+
+
+def compile_variant(variant: Variant, arch: int | str) -> Report:
+    """Compile for a compute capability, or for an AMD chip, and report the compiler's figures."""
     start = time.perf_counter()
-    kernel = triton.compile(source, target=target, options=dict(variant.options) | {"enable_fp_fusion": True})
+    kernel = compiled(variant, arch)
     seconds = time.perf_counter() - start
     usage = amd_usage(kernel.asm["amdgcn"]) if isinstance(arch, str) else nvidia_usage(kernel, arch)
     warps = dict(variant.options)["num_warps"]

@@ -17,7 +17,7 @@ PACKAGES = ("otalign", "torch", "triton", "POT", "numpy")
 def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "cpu": _cpu(),
         "threads": str(threads),
@@ -64,7 +64,7 @@ def _cpu() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a + if tracked files differ from it. Without git: the variable OTALIGN_COMMIT."""
 
     def git(*words: str) -> str:
