@@ -25,7 +25,7 @@ from common.tables import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/accesses.csv"
-KERNELS = "cost_kernel COST=cosine|sinkhorn|points_gradient_kernel .*IMPLICIT=False|barycentric"
+KERNELS = "cost_kernel COST=cosine|sinkhorn|points_gradient_kernel COST=cosine.*IMPLICIT=False|barycentric"
 PROBLEMS = {
     ("A", "bf16"): variants.Problem(32, 750, 128, 1024),
     ("A", "fp32"): variants.Problem(32, 750, 128, 1024, torch.float32, torch.float32),
@@ -70,15 +70,16 @@ def figures(variant: variants.Variant, arch: int) -> dict[str, object]:
     """The compiler's figures of a kernel, and how many instructions of each kind read global memory."""
     compiled = variants.compiled(variant, arch)
     registers, _, spills = variants.nvidia_usage(compiled, arch)
-    by_y = dict(variant.constants).get("BY_Y")
+    constants = dict(variant.constants)
+    by_y = constants.get("BY_Y")
     found = {"kernel": variant.kernel, "side": "" if by_y is None else "y" if by_y else "x"}
     found |= {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
     found |= {name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in ACCESSES.items()}
-    return found | (iteration(compiled) if variant.kernel == "sinkhorn_kernel" else {})
+    return found | (iteration(compiled) if constants.get("GROUPS") else {})
 
 
 def iteration(compiled: Any) -> dict[str, int]:
-    """Instructions of the loop of the iterations: the smallest loop that has most of a pass's multiply-adds."""
+    """Instructions of the loop of the iterations on a kernel matrix in registers."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass(compiled))]
     jumps = [(end, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for end, text in instructions]
     loops = []
