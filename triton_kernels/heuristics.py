@@ -142,7 +142,15 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-def cost(size_y: int, *, bits: int) -> ProductTile:
+def roomy(generation: int) -> bool:
+    """Whether a chip has 227 KiB of shared memory for a program, as Hopper's and Blackwell's of data centers.
+
+    The others have 99 KiB or more, on AMD 64 KiB, and their tensor cores take the factors from registers.
+    """
+    return 90 <= generation < 120
+
+
+def cost(size_y: int, *, bits: int, generation: int) -> ProductTile:
     """Tiles of the cost kernel. `bits` is the width of the numbers that are multiplied: 16, 32 or 64."""
     if bits == 64:
         return ProductTile(32, 32, 16, warps=4, stages=1)
@@ -150,17 +158,18 @@ def cost(size_y: int, *, bits: int) -> ProductTile:
     if bits == 32:
         return ProductTile(64, 32 if size_y <= 32 else 64, 32, warps=8, stages=3)
     if size_y <= 64:
-        return ProductTile(64, 32 if size_y <= 32 else 64, 64, warps=8, stages=4)
+        return ProductTile(64, 32 if size_y <= 32 else 64, 64 if roomy(generation) else 32, warps=8, stages=4)
     return ProductTile(64, 128, 32, warps=8, stages=4)
 
 
-def points(dim: int, *, bits: int) -> ProductTile:
+def points(dim: int, *, bits: int, generation: int) -> ProductTile:
     """Tiles of gradients by points and of projections: rows, dimensions, and the points of the other side, summed over."""
     if bits == 64:
         return ProductTile(32, 32, 16, warps=4, stages=1)
     if bits == 32:
         return ProductTile(64, 64 if dim <= 64 else 128, 32, warps=8, stages=2)
-    return ProductTile(64, 64 if dim <= 64 else 128 if dim <= 128 else 256, 64, warps=8, stages=2)
+    widest = 256 if roomy(generation) else 128
+    return ProductTile(64, 64 if dim <= 64 else 128 if dim <= 128 else widest, 64, warps=8, stages=2)
 
 
 # Plans and gradients by costs or weights are bound by memory: one size fits all.

@@ -162,7 +162,7 @@ def fill_costs(batch: Batch, out: Saved, C: Tensor | None, prior: str, counters:
         item, row, column = C.stride()
         others |= {"x": C, "x_item": item, "x_row": row, "x_dim": column}
         others |= {"y": C, "y_item": 0, "y_row": 1, "y_dim": 1, "dim": 0}
-    tile = heuristics.cost(batch.y.size, bits=bits)
+    tile = heuristics.cost(batch.y.size, bits=bits, generation=runtime.generation(batch.device))
     constants = {
         "COST": cost,
         "PRIOR": prior,
@@ -294,7 +294,7 @@ def _launch_points(
     own, other = "yx" if by_y else "xy"
     same, bits, precision = plan_factors(batch, batch.values[other], out)
     dim = out.shape[-1]
-    tile = heuristics.points(dim, bits=bits)
+    tile = heuristics.points(dim, bits=bits, generation=runtime.generation(batch.device))
     constants = constants | {
         "BY_Y": by_y,
         "PRECISION": precision,
