@@ -39,6 +39,8 @@ ACCESSES = {
     "loads_16": r"ld\.global[\w.:]*\.v4\.[bfu]32\b",
     "copies_16": r"cp\.async\.c[ag]\.shared\.global[\w.:]* [^;]*?, (?:16|0x10)\b",
 }
+# Loads of an exchange that follow each other without a barrier, at most: so many are under way at once.
+AT_ONCE = "exchanged_at_once"
 LOOP = ("loop_instructions", "loop_barriers", "loop_shuffles")
 COLUMNS = (
     "commit",
@@ -75,6 +77,7 @@ def figures(variant: variants.Variant, arch: int) -> dict[str, object]:
     found = {"kernel": variant.kernel, "side": "" if by_y is None else "y" if by_y else "x"}
     found |= {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
     found |= {name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in ACCESSES.items()}
+    found[AT_ONCE] = max(part.count("ld.global.cg") for part in compiled.asm["ptx"].split("bar.sync"))
     return found | (iteration(compiled) if constants.get("GROUPS") else {})
 
 

@@ -1,14 +1,8 @@
-"""What only the Triton kernels need tests for: programs that share an item, heuristics, compiled variants."""
+"""What only the Triton kernels need tests for: programs that share an item, heuristics, edges."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -21,9 +15,6 @@ import otalign
 
 from ..helpers.interpreter import together
 from ..helpers.problems import close, draw, identical
-from ..helpers.processes import program
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # Programs that share an item -------------------------------------------------------------------------------------------
 
@@ -97,6 +88,23 @@ def test_order_of_programs_does_not_matter(processors, small_tiles, dtype):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             identical(a, b)
+
+
+def test_groups_count_apart(processors, small_tiles, monkeypatch):
+    """Groups of programs wait at counters in cache lines of their own, and the first counter stays zero."""
+    made, batch = [], draw([30, 20, 25], [9, 5, 7], dtype=torch.float32)
+    empty_counters = launch.empty_counters
+    monkeypatch.setattr(
+        launch, "empty_counters", lambda *arguments: made.append(empty_counters(*arguments)) or made[-1]
+    )
+    processors(8)
+    with together():
+        otalign.solve(*batch, reg=0.2, tol=0, max_iter=4, backend="triton")
+    (counters,) = made
+    used = counters.nonzero().flatten().tolist()
+    assert len(used) == len(batch.x), "a counter for each group"
+    assert counters[0] == 0
+    assert min(b - a for a, b in zip([0, *used], used, strict=False)) * counters.itemsize >= 128
 
 
 def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
@@ -184,85 +192,6 @@ def test_too_long_items_are_refused():
     with pytest.raises(ValueError, match="y: expected items of up to"):
         otalign.sinkhorn_loss(x, y, backend="triton")
     otalign.sinkhorn_loss(x, y, y_lengths=torch.tensor([3]), backend="reference")
-
-
-# Compiled, in a process without the interpreter ------------------------------------------------------------------------
-
-
-def compiled(*command: str) -> str:
-    """Standard output of a Python program that may compile kernels."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=3600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_changing_lengths_compile_few_variants():
-    """200 batches of random sizes, forward and backward, as in training: the number of variants soon stops growing."""
-    counts = json.loads(compiled(program("count_variants")))
-    assert counts[-1] <= 60
-    assert counts[-1] - counts[99] <= 5
-
-
-def test_launcher_and_triton_agree_on_variants():
-    """Calls that Triton would compile differently never share a cached kernel, for any types, strides and alignment."""
-    assert int(compiled(program("launch_keys"))) > 200
-
-
-def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
-    compiled(str(BENCHMARKS), "variants", "--out", str(path), *arguments)
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-SHARED = {
-    "80": 163 * 1024,
-    "90": 227 * 1024,
-    "100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}  # bytes of shared memory for a program
-
-
-WIDEST = "GROUPS=[1-9] MAX_PROGRAMS=4 UNBALANCED=True"  # for each width the variant with the most rows
-
-
-@pytest.mark.parametrize(
-    "arch, which, fewest",
-    [
-        ("90", WIDEST, 4),
-        *(pytest.param(arch, "GROUPS=[1-9]", 12, marks=pytest.mark.slow) for arch in ("80", "90", "100")),
-    ],
-)
-def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
-    """No variant that keeps the kernel matrix in registers spills, on any NVIDIA generation since Ampere."""
-    rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", f"sinkhorn.*{which}")
-    assert {row["arch"] for row in rows} == {arch}
-    assert len(rows) >= fewest
-    for row in rows:
-        assert int(row["spills"]) == 0, row
-        assert int(row["registers"]) <= 255, row
-        assert int(row["shared"]) <= SHARED[row["arch"]], row
-
-
-@pytest.mark.parametrize(
-    "arch, every",
-    [
-        ("90", 250),
-        *(pytest.param(arch, 1, marks=pytest.mark.slow) for arch in ("80", "90", "100", "gfx942")),
-    ],
-)
-def test_variants_compile(tmp_path, arch, every):
-    rows = reports(tmp_path / "a.csv", "--arch", arch, "--every", str(every))
-    assert len(rows) > 900 / every
-    for row in rows:
-        assert int(row["shared"]) <= SHARED[arch], row
-
-
-def test_a_call_makes_four_launches():
-    """Cost, iterations, and a gradient for each side. The second call uses cached kernels."""
-    said = compiled(str(BENCHMARKS), "launch", "--repeats", "3")
-    assert "launches: 4.0" in said
 
 
 # Edges -----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 PROGRAMS = Path(__file__).with_name("programs")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -17,6 +18,15 @@ def run_python(code: str, **environment: str) -> str:
 def run_program(name: str, *arguments: str, **environment: str) -> str:
     """Standard output of a new interpreter that runs `programs/<name>.py`."""
     return _run(program(name), *arguments, **environment)
+
+
+def run_compiler(*command: str) -> str:
+    """Standard output of a program that may compile kernels, and may import from the benchmarks."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def program(name: str) -> str:

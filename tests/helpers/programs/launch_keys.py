@@ -40,7 +40,7 @@ def record(self: runtime.Kernel, grid: Any, values: Any, constants: Any, device:
 
 def points(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
     """Zeros of the shape, with strides and an alignment drawn at random."""
-    form = random.choice(["plain", "sliced", "offset", "transposed", "expanded"])
+    form = random.choice(["plain", "sliced", "offset", "apart", "transposed", "expanded"])
     *rest, n, d = shape
     if form == "plain":
         return torch.zeros(*rest, n, d, dtype=kind)
@@ -48,6 +48,9 @@ def points(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
         return torch.zeros(*rest, n, 2 * d + 1, dtype=kind)[..., :d]
     if form == "offset":
         return torch.zeros(*rest, n, d + 1, dtype=kind)[..., 1:]
+    if form == "apart":  # rows may be aligned where items are not
+        items = rest[0] if rest else 1
+        return torch.zeros(items, n * d + 1, dtype=kind)[:, : n * d].view(*rest, n, d)
     if form == "transposed":
         return torch.zeros(*rest, d, n, dtype=kind).mT
     return torch.zeros(*rest, 1, d, dtype=kind).expand(*rest, n, d)

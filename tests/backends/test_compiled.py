@@ -1,0 +1,180 @@
+"""What the compiler makes of the Triton kernels: how many variants, how they read memory, and what spills. No GPU is needed.
+
+Programs that compile run in processes of their own, without the interpreter.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from otalign.triton_kernels import heuristics, runtime
+
+import otalign
+
+from ..helpers.processes import BENCHMARKS, program, run_compiler
+
+# Which variants --------------------------------------------------------------------------------------------------------
+
+
+def test_changing_lengths_compile_few_variants():
+    """200 batches of random sizes, forward and backward, as in training: the number of variants soon stops growing."""
+    counts = json.loads(run_compiler(program("count_variants")))
+    assert counts[-1] <= 60
+    assert counts[-1] - counts[99] <= 5
+
+
+def test_launcher_and_triton_agree_on_variants():
+    """Calls that Triton would compile differently never share a cached kernel, for any types, strides and alignment."""
+    assert int(run_compiler(program("launch_keys"))) > 200
+
+
+# Registers and shared memory -------------------------------------------------------------------------------------------
+
+
+def reports(path: Path, *arguments: str) -> list[dict[str, str]]:
+    run_compiler(str(BENCHMARKS), "variants", "--out", str(path), *arguments)
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+SHARED = {
+    "80": 163 * 1024,
+    "90": 227 * 1024,
+    "100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}  # bytes of shared memory for a program
+
+
+WIDEST = "GROUPS=[1-9] MAX_PROGRAMS=4 UNBALANCED=True"  # for each width the variant with the most rows
+
+
+@pytest.mark.parametrize(
+    "arch, which, fewest",
+    [
+        ("90", WIDEST, 4),
+        *(pytest.param(arch, "GROUPS=[1-9]", 12, marks=pytest.mark.slow) for arch in ("80", "90", "100")),
+    ],
+)
+def test_kernel_matrix_stays_in_registers(tmp_path, arch, which, fewest):
+    """No variant that keeps the kernel matrix in registers spills, on any NVIDIA generation since Ampere."""
+    rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", f"sinkhorn.*{which}")
+    assert {row["arch"] for row in rows} == {arch}
+    assert len(rows) >= fewest
+    for row in rows:
+        assert int(row["spills"]) == 0, row
+        assert int(row["registers"]) <= 255, row
+        assert int(row["shared"]) <= SHARED[row["arch"]], row
+
+
+@pytest.mark.parametrize(
+    "arch, every",
+    [
+        ("90", 250),
+        *(pytest.param(arch, 1, marks=pytest.mark.slow) for arch in ("80", "90", "100", "gfx942")),
+    ],
+)
+def test_variants_compile(tmp_path, arch, every):
+    rows = reports(tmp_path / "a.csv", "--arch", arch, "--every", str(every))
+    assert len(rows) > 900 / every
+    for row in rows:
+        assert int(row["shared"]) <= SHARED[arch], row
+
+
+# Accesses to memory ----------------------------------------------------------------------------------------------------
+
+OF_POINTS = (
+    "cost_kernel",
+    "points_gradient_kernel x",
+    "points_gradient_kernel y",
+    "barycentric_kernel x",
+    "barycentric_kernel y",
+)
+OF_COSTS = ("sinkhorn_kernel", "adjoint_kernel", "plan_kernel", "assign_kernel")
+
+
+@pytest.fixture(scope="module")
+def shape_a():
+    """The compiled kernels of shape A for Hopper: their accesses, constants and options, by type of points and kernel."""
+    return json.loads(run_compiler(program("read_machine_code")))
+
+
+def copies(found, elements: int, bytes_of_each: int) -> int:
+    """Instructions with which a program's threads read a tile, 16 bytes each."""
+    return elements * bytes_of_each // (16 * 32 * found["num_warps"])
+
+
+@pytest.mark.parametrize("kernel", OF_POINTS)
+@pytest.mark.parametrize("dtype, size", [("bf16", 2), ("fp32", 4)])
+def test_points_and_costs_are_copied_16_bytes_at_a_time(shape_a, dtype, size, kernel):
+    """Copies run several steps ahead of the products, and nothing spills."""
+    found = shape_a[dtype][kernel]
+    if kernel == "cost_kernel":
+        tile = copies(found, (found["BLOCK_N"] + found["BLOCK_M"]) * found["BLOCK_D"], size)
+        tile *= 2  # there is a second product, of points that have to be scaled
+    else:
+        tile = copies(found, found["BLOCK_K"] * found["BLOCK_D"], size) + copies(
+            found, found["BLOCK_R"] * found["BLOCK_K"], 4
+        )
+    assert found["loads_2"] == 0
+    assert found["copies_16"] == tile * found["num_stages"]
+    assert found["spills"] == 0
+
+
+@pytest.mark.parametrize("kernel", OF_COSTS)
+def test_costs_are_loaded_four_at_a_time(shape_a, kernel):
+    found = shape_a["fp32"][kernel]
+    if kernel in ("sinkhorn_kernel", "adjoint_kernel"):
+        tile, passes = copies(found, found["BLOCK_N"] * found["BLOCK_M"], 4), 3
+        rows = found.get("GROUPS", 0) * found.get("ROWS", 0)
+        expected = passes * tile + copies(found, rows * found["BLOCK_M"], 4)
+    else:
+        expected = copies(found, found["BLOCK_R"] * found["BLOCK_K"], 4)
+    assert expected >= 8
+    assert found["loads_16"] + found["copies_16"] >= expected
+
+
+def test_an_exchange_loads_all_parts_at_once(shape_a):
+    """The column sums of four programs in four slabs: no barrier stands between these loads."""
+    found = shape_a["fp32"]["sinkhorn_kernel"]
+    assert found["MAX_PROGRAMS"] == 4
+    assert found["exchanged_at_once"] >= 4 * found["BLOCK_M"] // 32
+
+
+def test_exact_passes_take_many_rows_a_step():
+    """While the kernel matrix is in registers. Eight rows a step took most of the time of an early exit."""
+    for tile in heuristics.TILE_SHAPES:
+        for programs in (1, 4, 16):
+            config = heuristics.launch_config(
+                1, programs * tile.rows, tile.width, double=False, relaxed=False, processors=132, generation=90
+            )
+            assert config.block_n >= 32 or not config.groups
+
+
+def test_item_strides_are_part_of_the_key(monkeypatch):
+    """A kernel that copies 16 bytes at a time is not launched on items that start anywhere, even if their rows are aligned."""
+    keys: dict[str, list[object]] = {}
+
+    def record(self, grid, values, *_):
+        keys.setdefault(self.function.fn.__name__, []).append(self.key(values))
+
+    monkeypatch.setattr(runtime.Kernel, "launch", record)
+    for stride in (16 * 64, 16 * 64 + 1):
+        x = torch.zeros(2 * stride, dtype=torch.bfloat16).as_strided((2, 16, 64), (stride, 64, 1))
+        otalign.solve(x, x, backend="triton").barycentric_x()
+    for kernel in ("cost_kernel", "barycentric_kernel"):
+        aligned, odd = keys[kernel]
+        assert aligned != odd
+    assert len(set(keys["sinkhorn_kernel"])) == 1
+
+
+# Launches --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_makes_four_launches():
+    """Cost, iterations, and a gradient for each side. The second call uses cached kernels."""
+    said = run_compiler(str(BENCHMARKS), "launch", "--repeats", "3")
+    assert "launches: 4.0" in said
