@@ -54,11 +54,12 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 aarch64:  ## the engine compiled for aarch64, under an emulator; needs Debian's g++-aarch64-linux-gnu and qemu-user
 	tests/backends/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-lint: $(READY)  ## ruff, mypy and clang-format
+lint: $(READY)  ## ruff, mypy, clang-format, and the schema of workflows
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: $(READY)  ## the documentation as a site in out/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
@@ -81,8 +82,7 @@ wheel: $(READY)  ## a wheel for this Python in dist/, manylinux on Linux, tried 
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install -q $(TORCH)
 	build/empty/bin/python -m pip install -q "$$(ls -t dist/*.whl | head -n 1)"
-	cd build/empty && bin/python -m otalign && bin/python -c "import torch, otalign; \
-	  x = torch.rand(2, 9, 4, requires_grad=True); otalign.sinkhorn_loss(x, x[:, :5], backend='cpu').backward()"
+	cd build/empty && bin/python -m otalign && bin/python ../../tests/helpers/programs/one_loss.py
 
 clean:  ## remove whatever these targets made
 	rm -rf $(VENV) build dist out *.egg-info otalign/_C*.so otalign/_build_info.py

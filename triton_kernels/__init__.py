@@ -6,6 +6,7 @@ Installed as `otalign.triton_kernels`. From the outside in:
 - `batch`: a batch as the kernels take it
 - `heuristics`: block sizes, warps and programs, from sizes and types
 - `runtime`: compiled kernels that are kept, and what a device can do
+- `interpreter`: Triton's interpreter with every NumPy 2
 - `cost`, `sinkhorn`, `outputs`, `adjoint`, `gradients`: the kernels
 - `addressing`, `exchange`, `math`: functions that kernels share
 

@@ -16,6 +16,10 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit decorated the kernels
 INTERPRETER = threading.Lock()  # its grid and its patches of the language are global
+if INTERPRETED:
+    from .interpreter import accept_scalars
+
+    accept_scalars()
 INT32_MAX = 2**31 - 1
 
 # Triton compiles a variant of a kernel for each kind of integer (1, multiples of 16, others) and of pointer (aligned to 16

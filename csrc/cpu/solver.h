@@ -291,7 +291,7 @@ class Solver {
           return sweep_rows<Columns, true>(first);
         }
         for (int k = 0; k < count; ++k)
-          if (!in_range[k]) rescue_row(i + k, Columns, first, next[k], ratio[k]);
+          if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio);
       }
       error += S::load(a + i) * S::abs(ratio - 1);
       S::store(u_next + i, next);
@@ -369,21 +369,23 @@ class Solver {
     return error;
   }
 
-  // A row whose sum leaves the range of floats: computes it exactly and, if `absorb`, absorbs its potential into K.
-  void rescue_row(int64_t i, bool absorb, bool first, T& next, T& ratio) {
+  // The row in a lane of those from `row` on, whose sum leaves the range of floats: computes its next scaling and its
+  // ratio exactly and, if `absorb`, absorbs its potential into K.
+  void rescue_row(int64_t row, int lane, bool absorb, bool first, V& next, V& ratio) {
+    const int64_t i = row + lane;
     const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
       feasible = false;
       return;
     }
     const double next_log = next_of(i, log_sum), old_log = std::log(static_cast<double>(u[i]));
-    ratio = first ? T(1) : static_cast<T>(ratio_of(i, log_sum, next_log));
+    ratio[lane] = first ? T(1) : static_cast<T>(ratio_of(i, log_sum, next_log));
     if (!absorb) return;
     const V shift = S::splat(static_cast<T>(next_log)), factor = S::splat(static_cast<T>(std::exp(next_log)));
     grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
-    next = 1;
+    next[lane] = 1;
     const double kept = old_log - next_log, limit = 0.5 * Absorb<T>::kEntryRange;
     u[i] = static_cast<T>(std::exp(kept < -limit ? -limit : kept > limit ? limit : kept));
   }
