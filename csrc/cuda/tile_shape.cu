@@ -19,12 +19,14 @@ __global__ void __launch_bounds__(Tile::kThreads) adjoint_kernel(const __grid_co
   Adjoint<Tile>(arguments).run();
 }
 
-template <>
-Kernels kernels<OTALIGN_TILE_SHAPE>() {
-  using Tile = Tiling<OTALIGN_TILE_SHAPE>;
+template <int shape>
+Kernels kernels() {
+  using Tile = Tiling<shape>;
   return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false>),
            reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true>),
            reinterpret_cast<const void*>(&adjoint_kernel<Tile>)}};
 }
+
+template Kernels kernels<OTALIGN_TILE_SHAPE>();
 
 }  // namespace otalign::cuda

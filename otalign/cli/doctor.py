@@ -155,7 +155,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
         yield f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {memory:.0f} GiB"
-        for name in ("triton", "cuda"):
+        for name in ("triton", "cuda"):  # the reason on the current GPU follows among the backends
             missing = backends.reason_missing(name, torch.device("cuda", index))
-            if missing is not None:
+            if missing not in (None, backends.reason_missing(name)):
                 yield f"cuda:{index}", f"backend {name} does not run here: {missing}"

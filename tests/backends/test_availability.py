@@ -244,3 +244,6 @@ def test_the_doctor_tells_of_every_gpu(machine, monkeypatch):
         "backend triton does not run here: the kernels need compute capability 7.5, and cuda:2 has 7.0",
         "backend cuda does not run here: cuda:2: too old",
     ]
+    machine.cuda_reason = "nvcc was not found"
+    told = [text for label, text in doctor.report() if "nvcc was not found" in text]
+    assert told == ["missing: otalign._C was built without CUDA: nvcc was not found"], "once, not for every GPU"
