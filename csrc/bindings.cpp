@@ -1,7 +1,9 @@
 // pybind11: turns integers into memory, and nothing else. Arguments are validated in Python (otalign/problem.py). The
 // CPU engine checks the sizes of its memory before it reads or writes (cpu/batch.h).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -201,12 +203,17 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("openmp") = false;
 #endif
-#ifdef OTALIGN_WITH_CUDA
-  module.attr("cuda_reason") = "";
-#else
+#ifndef OTALIGN_WITH_CUDA
   module.attr("cuda_reason") = OTALIGN_CUDA_REASON;
-#endif
-#ifdef OTALIGN_WITH_CUDA
+#else
+  module.attr("cuda_reason") = "";
+  module.attr("cuda_architectures") = OTALIGN_CUDA_ARCHS;
+  module.def("cuda_versions", [] { return py::make_tuple(cuda::runtime_version(), cuda::driver_version()); });
+  module.def("cuda_reason_missing", [](int device) -> std::optional<std::string> {
+    const py::gil_scoped_release release;
+    const char* reason = cuda::reason_missing(device);
+    return reason ? std::optional<std::string>(reason) : std::nullopt;
+  });
   module.def("cuda_scratch", [](const CudaProblem& p, bool adjoint, int device) {
     cuda::LaunchConfig config;
     int64_t scratch = 0;
@@ -223,19 +230,6 @@ PYBIND11_MODULE(_C, module) {
                check(cuda::solve_adjoint(p, adjoints, device, reinterpret_cast<void*>(stream), wait));
              });
 #endif
-  module.def("cuda_devices", [] {
-    py::list out;
-#ifdef OTALIGN_WITH_CUDA
-    int runtime = 0, driver = 0, count = 0;
-    check(cuda::versions(&runtime, &driver, &count));
-    for (int index = 0; index < count; ++index) {
-      cuda::Device device;
-      check(cuda::device(index, &device));
-      out.append(py::make_tuple(std::string(device.name), device.major, device.minor, device.memory));
-    }
-#endif
-    return out;
-  });
 
   py::module_ testing = module.def_submodule("testing", "Hooks for tests only.");
   testing.def("address", [](const CudaProblem& p) { return reinterpret_cast<uintptr_t>(&p); });

@@ -10,7 +10,8 @@ _Memory = tuple[int, int]
 simd: str
 compiler: str
 openmp: bool
-cuda_reason: str
+cuda_reason: str  # why it was built without CUDA; "" if it was built with it
+cuda_architectures: str  # as in TORCH_CUDA_ARCH_LIST; this and the functions below only if it was built with CUDA
 
 class Options:
     rho_x: float
@@ -113,10 +114,15 @@ def cpu_unpack(problem: Problem, dense: _Memory, /) -> None: ...
 def cpu_pack(problem: Problem, dense: _Memory, /) -> None: ...
 def use_blas(name: str, sgemm: int, dgemm: int, limit: int, threads: int, set_threads: int, /) -> None: ...
 def blas() -> str: ...
+def cuda_versions() -> tuple[int, int]:
+    """Of the toolkit and of the driver, as 1000 * major + 10 * minor; 0 without a driver."""
+
+def cuda_reason_missing(device: int, /) -> str | None:
+    """Why this device cannot run the kernels; None if it can."""
+
 def cuda_scratch(problem: CudaProblem, adjoint: bool, device: int, /) -> int: ...
 def cuda_solve(problem: CudaProblem, device: int, stream: int, wait: bool, /) -> None: ...
 def cuda_adjoint(problem: CudaProblem, adjoints: Adjoints, device: int, stream: int, wait: bool, /) -> None: ...
-def cuda_devices() -> list[tuple[str, int, int, int]]: ...
 
 class testing:
     """A submodule: hooks for tests only."""

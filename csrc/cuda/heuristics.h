@@ -51,17 +51,29 @@ LaunchConfig choose(const Chip& chip, int shape_index, int cluster, int64_t item
   return config;
 }
 
-// The configuration of least time by the estimate; its in_flight is 0 if y is too long for every shape.
+// Indices into kTileShapes: from `begin` up to, but without, `end`.
+struct ShapeRange {
+  int begin, end;
+};
+
+// The shapes among which choose() decides: those of the least width that holds y; none if y is too long for all.
+inline ShapeRange shapes_for(int64_t size_y) {
+  int begin = 0;
+  while (begin < kTileShapeCount && kTileShapes[begin].width < size_y) ++begin;
+  int end = begin;
+  while (end < kTileShapeCount && kTileShapes[end].width == kTileShapes[begin].width) ++end;
+  return {begin, end};
+}
+
+// The configuration of least time by the estimate; its in_flight is 0 if no shape can be launched.
 template <class MaxResident>
 LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, bool ragged,
                     MaxResident max_resident) {
   LaunchConfig best{};
   double least = 0;
-  int width = 0;
-  for (int index = 0; index < kTileShapeCount; ++index) {
+  const ShapeRange shapes = shapes_for(size_y);
+  for (int index = shapes.begin; index < shapes.end; ++index) {
     const TileShape& shape = kTileShapes[index];
-    if (shape.width < size_y || (width != 0 && shape.width != width)) continue;
-    width = shape.width;
     for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
       if (cluster > 1 && (!chip.clusters || cluster > size_x)) break;
       const LaunchConfig config = choose(chip, index, cluster, items, size_x, ragged, max_resident);

@@ -1,36 +1,26 @@
-#include <cuda_runtime_api.h>
-
 #include <cmath>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "heuristics.h"
 #include "launch.h"
+#include "runtime.h"
 
 namespace otalign::cuda {
 namespace {
 
-const char* message(const std::string& text) {
-  thread_local std::string kept;
-  kept = text;
-  return kept.c_str();
+template <int... shapes>
+const void* kernel(int shape, Kind kind, std::integer_sequence<int, shapes...>) {
+  static const Kernels all[] = {kernels<shapes>()...};
+  return all[shape].of[kind];
 }
-
-const char* message(cudaError_t status) {
-  if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or else it would surface again as the error of the next launch
-  return message(std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status));
-}
-
-#define OTALIGN_TRY(call) \
-  if (const char* error = message(call)) return error
 
 const void* kernel(int shape, Kind kind) {
-  static_assert(kTileShapeCount == 9, "the files in instances/ have to have every shape");
-  if (shape < 4) return kernels_of_columns_32_64(shape).of[kind];
-  return (shape < 7 ? kernels_of_columns_128_256(shape - 4) : kernels_of_columns_512_1024(shape - 7)).of[kind];
+  static_assert(kTileShapeCount == OTALIGN_TILE_SHAPES, "CMakeLists.txt sets how many tile shapes are compiled");
+  return kernel(shape, kind, std::make_integer_sequence<int, kTileShapeCount>());
 }
 
 bool is_relaxed(const CudaProblem& p) { return p.rho_x < HUGE_VAL || p.rho_y < HUGE_VAL; }
@@ -79,12 +69,13 @@ int max_resident(const void* kernel, const LaunchConfig& config, const Chip& chi
   return count;
 }
 
-const char* chip(int device, Chip* out) {
+// What the heuristics need to know of the device to launch `kernel`.
+const char* chip(int device, const void* kernel, Chip* out) {
   OTALIGN_TRY(cudaDeviceGetAttribute(&out->processors, cudaDevAttrMultiProcessorCount, device));
   OTALIGN_TRY(cudaDeviceGetAttribute(&out->shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   // The chip and the kernels both have to support clusters: kernels that the driver compiles from PTX for 8.0 do not.
   cudaFuncAttributes compiled;
-  OTALIGN_TRY(cudaFuncGetAttributes(&compiled, kernel(0, kStrict)));
+  OTALIGN_TRY(cudaFuncGetAttributes(&compiled, kernel));
   out->clusters = compiled.ptxVersion >= 90 && compiled.binaryVersion >= 90;
   return nullptr;
 }
@@ -102,14 +93,19 @@ const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out)
     *out = found->second;
     return nullptr;
   }
-  Chip on{};
-  if (const char* error = chip(device, &on)) return error;
-  for (int shape = 0; shape < kTileShapeCount; ++shape) OTALIGN_TRY(prepare(kernel(shape, kind), on));
-  *out = choose(on, p.items, p.x.size, p.y.size, ragged,
-                [&](const LaunchConfig& config) { return max_resident(kernel(config.shape, kind), config, on); });
-  if (out->in_flight == 0)
+  const ShapeRange shapes = shapes_for(p.y.size);
+  if (shapes.begin == shapes.end)
     return message("no kernel fits: y has items of up to " + std::to_string(p.y.size) + " points, " +
                    std::to_string(kTileShapes[kTileShapeCount - 1].width) + " are the most");
+  const RelaxedCapture relaxed;
+  Chip on{};
+  if (const char* error = chip(device, kernel(shapes.begin, kind), &on)) return error;
+  // Only these: the first query for a kernel loads it, and where the driver has to compile it from PTX, that takes
+  // seconds.
+  for (int shape = shapes.begin; shape < shapes.end; ++shape) OTALIGN_TRY(prepare(kernel(shape, kind), on));
+  *out = choose(on, p.items, p.x.size, p.y.size, ragged,
+                [&](const LaunchConfig& config) { return max_resident(kernel(config.shape, kind), config, on); });
+  if (out->in_flight == 0) return message("no kernel fits into the shared memory of device " + std::to_string(device));
   if (known.size() >= 4096) known.clear();
   known[key] = *out;
   return nullptr;

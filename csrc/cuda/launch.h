@@ -12,10 +12,9 @@ enum Kind { kStrict, kRelaxed, kAdjoint };  // kernels of a shape
 struct Kernels {
   const void* of[3];  // the device functions, by Kind
 };
-// The kernels in instances/, by the number of columns of their shapes; `index` counts within a file.
-Kernels kernels_of_columns_32_64(int index);
-Kernels kernels_of_columns_128_256(int index);
-Kernels kernels_of_columns_512_1024(int index);
+// The kernels of kTileShapes[shape]; tile_shape.cu defines it.
+template <int shape>
+Kernels kernels();
 
 // Each of these returns nullptr, or an error: a string that begins with the name of CUDA's error, or says why there is
 // no launch. The thread's next call may overwrite it. `device` becomes the current one.

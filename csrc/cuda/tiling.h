@@ -23,7 +23,8 @@ struct TileShape {
   OTALIGN_ANYWHERE constexpr int pitch() const { return width + 4; }
 };
 
-// The shapes that are compiled, by width. heuristics.h takes one of those of the least width that holds y.
+// The shapes that are compiled, by width. heuristics.h takes one of those of the least width that holds y. How many
+// there are stands in CMakeLists.txt as well, which compiles tile_shape.cu once for each.
 constexpr TileShape kTileShapes[] = {
     {32, 4, 16, 1}, {32, 4, 16, 4},  {64, 8, 16, 1},  {64, 8, 16, 4},   {128, 8, 8, 4},
     {128, 8, 8, 8}, {256, 16, 8, 8}, {512, 32, 8, 8}, {1024, 32, 0, 8},

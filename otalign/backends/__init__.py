@@ -17,7 +17,7 @@ from ..problem import Problem, Solution
 from . import extension
 
 TRITON = (3, 6)  # the first version that compiles the kernels
-CUDA = (8, 0)  # the compute capability that the kernels need
+TRITON_CAPABILITY = (7, 5)  # the least compute capability of NVIDIA's GPUs for which it compiles them
 CUDA_DEVICES = "cuda"  # the device type of their tensors
 NAMES = BACKENDS
 
@@ -34,12 +34,12 @@ def resolve(backend: str, device: torch.device) -> str:
         if device.type == "meta":
             raise ValueError("x: expected numbers, got a tensor on the meta device, which has none")
         best = "cpu" if device.type == "cpu" else "triton"
-        reason = reason_missing(best)
+        reason = reason_missing(best, device)
         if reason is None:
             return best
         _warn_of_reference(best, device.type, reason)
         return "reference"
-    reason = reason_missing(backend)
+    reason = reason_missing(backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
@@ -88,7 +88,7 @@ def solver(name: str) -> Callable[[Problem], Solution]:
 
 
 def available() -> dict[str, str | None]:
-    """Every backend, with None if it can be used here, else with the reason.
+    """Every backend, with None if it can be used here, else with the reason. Of several GPUs, the current one is asked.
 
     Example:
         >>> otalign.backends.available()["reference"] is None
@@ -97,28 +97,59 @@ def available() -> dict[str, str | None]:
     return {name: reason_missing(name) for name in NAMES[1:]}
 
 
-def reason_missing(name: str) -> str | None:
-    """Why this backend cannot be used here; None if it can."""
+def reason_missing(name: str, device: torch.device | None = None) -> str | None:
+    """Why this backend cannot be used here; None if it can. GPU backends: on this GPU, or by default on the current one."""
     if name == "reference":
         return None
     if name == "triton":
-        return _why_no_triton()
+        return _why_no_triton() or _error(_try_triton, device)
     reason = extension.reason_missing()
     if name == "cpu" or reason is not None:
         return reason
     if extension.module().cuda_reason:
         return f"otalign._C was built without CUDA: {extension.module().cuda_reason}"
-    return _why_no_cuda()
+    return _error(_try_cuda, device)
+
+
+def _error(check: Callable[[int | None], None], device: torch.device | None) -> str | None:
+    """The error of a check on this GPU, or by default on the current one; None if there is no error."""
+    index = device.index if device is not None and device.type == "cuda" else None
+    try:
+        if index is None and torch.cuda.is_available():
+            index = torch.cuda.current_device()
+        check(index)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+# Both checks run once for each GPU, since GPUs may differ. functools.cache keeps no errors: their cause may pass, such as
+# memory that is full.
 
 
 @functools.cache
-def _why_no_cuda() -> str | None:
-    if not torch.cuda.is_available() or torch.version.hip:
-        return "no NVIDIA GPU was found"
-    if torch.cuda.get_device_capability() < CUDA:
-        return "the GPU's compute capability is below {}.{}".format(*CUDA)
-    reason = reason_missing("triton")
-    return reason and f"costs and gradients are made by Triton: {reason}"
+def _try_triton(index: int | None) -> None:
+    """Raise an error if Triton cannot compile the kernels for this GPU."""
+    if index is None or torch.version.hip or _interpreting():
+        return
+    capability = torch.cuda.get_device_capability(index)
+    if capability < TRITON_CAPABILITY:
+        needed, found = (".".join(map(str, numbers)) for numbers in (TRITON_CAPABILITY, capability))
+        raise RuntimeError(f"the kernels need compute capability {needed}, and cuda:{index} has {found}")
+
+
+@functools.cache
+def _try_cuda(index: int | None) -> None:
+    """Raise an error if the kernels of the extension cannot run on this GPU."""
+    if index is None or torch.version.hip:
+        raise RuntimeError("no NVIDIA GPU was found")
+    with torch.cuda.device(index):
+        reason = extension.module().cuda_reason_missing(index)
+    if reason is not None:
+        raise RuntimeError(f"cuda:{index}: {reason}")
+    reason = reason_missing("triton", torch.device("cuda", index))
+    if reason is not None:
+        raise RuntimeError(f"costs and gradients are made by Triton: {reason}")
 
 
 @functools.cache

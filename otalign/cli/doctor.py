@@ -142,10 +142,9 @@ def _extension() -> Iterator[tuple[str, str]]:
     threads = "OpenMP" if module.openmp else "one thread (built without OpenMP)"
     yield "extension", f"{module.compiler}, SIMD: {module.simd}, {threads}, BLAS: {module.blas()}"
     if not module.cuda_reason:
-        try:
-            yield "its cuda devices", ", ".join(name for name, *_ in module.cuda_devices()) or "none"
-        except RuntimeError as error:
-            yield "its cuda devices", f"none: {error}"
+        runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in module.cuda_versions())
+        supported = "no driver was found" if driver == "0.0" else f"the driver supports {driver}"
+        yield "its cuda", f"{runtime}, for compute capability {module.cuda_architectures}; {supported}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -156,3 +155,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
         yield f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {memory:.0f} GiB"
+        for name in ("triton", "cuda"):  # the reason on the current GPU follows among the backends
+            missing = backends.reason_missing(name, torch.device("cuda", index))
+            if missing not in (None, backends.reason_missing(name)):
+                yield f"cuda:{index}", f"backend {name} does not run here: {missing}"

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -426,7 +427,7 @@ def test_debug_waits_for_the_kernels():
 
 
 def test_tensors_on_the_cpu_are_refused(monkeypatch):
-    monkeypatch.setattr(backends, "_why_no_cuda", lambda: None)
+    monkeypatch.setattr(backends, "_try_cuda", lambda index: None)
     monkeypatch.setattr(backends.extension.module(), "cuda_reason", "")
     with pytest.raises(ValueError, match="takes tensors on a GPU"):
         otalign.solve(torch.rand(1, 2, 3), torch.rand(1, 2, 3), backend="cuda")
@@ -448,7 +449,11 @@ def why_no_kernels() -> str:
 
 
 needs_nvcc = pytest.mark.skipif(bool(why_no_kernels()), reason=why_no_kernels() or "it is there")
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+CHIPS = {
+    "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H100, H200": (9, 0), "B200": (10, 0), "B300": (10, 3),
+    "RTX 5090": (12, 0), "DGX Spark": (12, 1),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -471,6 +476,52 @@ def test_no_kernel_uses_local_memory(machine_code):
         assert usage.registers <= 255, kernel
 
 
+def runs(code: str, chip: tuple[int, int], *, ptx: bool = False) -> bool:
+    """Whether a chip runs code for `sm_90a`, say, or whether its driver compiles PTX for it: the rules of NVIDIA.
+
+    Machine code runs on chips of the same major number and no lower minor number. PTX is compiled for every chip that is no
+    older. The suffix "a" limits both to one chip, and "f" limits PTX to one major number.
+    """
+    found = re.fullmatch(r"sm_(\d+)(\d)([af]?)", code)
+    assert found, code
+    major, minor, suffix = int(found[1]), int(found[2]), found[3]
+    if suffix == "a":
+        return (major, minor) == chip
+    if ptx and not suffix:
+        return (major, minor) <= chip
+    return major == chip[0] and minor <= chip[1]
+
+
+def test_rules_of_compatibility():
+    assert [runs(code, (10, 3)) for code in ("sm_80", "sm_100", "sm_100a", "sm_100f", "sm_103a", "sm_120")] == [
+        False, True, False, True, True, False,
+    ]  # fmt: skip
+    assert [runs(code, (12, 0), ptx=True) for code in ("sm_90", "sm_90a", "sm_100f", "sm_120", "sm_121")] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+
+
+@needs_nvcc
+def test_machine_code_for_every_chip(machine_code):
+    """No driver compiles a kernel for these chips, which takes seconds, but any later chip has PTX of all of them."""
+    kernels = machine_code.usages()
+    for name, chip in CHIPS.items():
+        run = [kernel[1:] for kernel in kernels if runs(kernel.architecture, chip)]
+        assert sorted(run) == sorted({kernel[1:] for kernel in kernels}), name
+        assert len(run) == 3 * len(ANY_SHAPE), name
+    listed = re.findall(r"\.(sm_\w+)\.(ptx|cubin)$", machine_code.cuobjdump("-lelf", "-lptx"), re.MULTILINE)
+    files = collections.Counter((kind, code) for code, kind in listed)
+    modules = files["cubin", "sm_80"]
+    assert modules > len(ANY_SHAPE), "a module for each shape, and others"
+    assert sum(n for (kind, code), n in files.items() if kind == "ptx" and runs(code, (13, 0), ptx=True)) == modules
+
+
+@needs_nvcc
+def test_the_wheel_stays_small():
+    """Below 10 MB. The extension is nearly all of it, and a wheel compresses it."""
+    assert len(zlib.compress(Path(backends.extension.module().__file__).read_bytes())) < 9.5e6
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     "architecture", [pytest.param(a, marks=[pytest.mark.slow] * (a != "sm_90a")) for a in ARCHITECTURES]
@@ -489,30 +540,14 @@ def test_loops_of_the_iteration(machine_code, architecture):
 @pytest.mark.slow
 def test_compiler_reports_no_spill(tmp_path):
     """The compiler agrees: `-Xptxas -v` reports no spill."""
-    for source in SHAPES_OF:
+    for shape in ANY_SHAPE:
         for architecture in ARCHITECTURES:
-            command = [
-                "nvcc",
-                "-std=c++17",
-                "-O3",
-                f"-I{host_cuda.ROOT / 'csrc'}",
-                f"-arch={architecture}",
-                "-Xptxas",
-                "-v",
-            ]
-            command += [
-                "-cubin",
-                str(host_cuda.ROOT / f"csrc/cuda/instances/{source}.cu"),
-                "-o",
-                str(tmp_path / "out.cubin"),
-            ]
+            command = ["nvcc", "-std=c++17", "-O3", f"-I{host_cuda.ROOT / 'csrc'}", f"-DOTALIGN_TILE_SHAPE={shape}"]
+            command += [f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "out.cubin")]
+            command += [str(host_cuda.ROOT / "csrc/cuda/tile_shape.cu")]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-            assert len(spills) == 3 * len(SHAPES_OF[source])
-            assert set(spills) == {("0", "0", "0")}, f"{source} {architecture}"
-
-
-SHAPES_OF = {"columns_32_64": (0, 1, 2, 3), "columns_128_256": (4, 5, 6), "columns_512_1024": (7, 8)}
+            assert spills == [("0", "0", "0")] * 3, f"{shape} {architecture}"
 
 
 @needs_nvcc

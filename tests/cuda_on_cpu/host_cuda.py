@@ -63,23 +63,25 @@ def compile_command(source: Path, output: Path, *options: str) -> list[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels. Each version of the sources is built once."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"otalign-host-cuda-{os.getuid()}-{digest}.so"
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
-        if not path.exists():
-            build(path)
-    loaded = ctypes.CDLL(str(path))
+    """The compiled kernels."""
+    loaded = built("host.cpp", sources())
     loaded.host_run.restype = ctypes.c_bool
     loaded.host_scratch.restype = ctypes.c_int64
     return loaded
 
 
-def build(path: Path) -> None:
-    new = path.with_suffix(f".{os.getpid()}")
-    subprocess.run(compile_command(ROOT / "tests/cuda_on_cpu/host.cpp", new, "-shared", "-fPIC"), check=True)
-    new.rename(path)
+def built(name: str, sources: list[Path], *options: str) -> ctypes.CDLL:
+    """A file of this folder as a library. Each version of its sources is built once."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"otalign-{Path(name).stem}-cuda-{os.getuid()}-{digest}.so"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
+        if not path.exists():
+            new = path.with_suffix(f".{os.getpid()}")
+            command = compile_command(ROOT / "tests/cuda_on_cpu" / name, new, "-shared", "-fPIC", *options)
+            subprocess.run(command, check=True)
+            new.rename(path)
+    return ctypes.CDLL(str(path))
 
 
 class HostExtension:
@@ -141,7 +143,9 @@ def emulated(extension: HostExtension | None = None) -> Iterator[HostExtension]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "CUDA_DEVICES", "cpu")
         missing = backends.reason_missing
-        patch.setattr(backends, "reason_missing", lambda name: None if name == "cuda" else missing(name))
+        patch.setattr(
+            backends, "reason_missing", lambda name, device=None: None if name == "cuda" else missing(name, device)
+        )
         patch.setattr(cuda_launch, "_extension", lambda: extension)
         patch.setattr(cuda_launch, "_stream", lambda device: 0)
         patch.setattr(cuda_launch, "_on", lambda device: contextlib.nullcontext())

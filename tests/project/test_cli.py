@@ -326,7 +326,7 @@ def test_align_refuses(one_hot, capsys, arguments, message):
 
 @pytest.mark.parametrize("argv", [["align", "speech.npy", "text.npy"], ["bench", "--frames", "9", "--batch", "1"]])
 def test_a_backend_that_is_missing(one_hot, capsys, monkeypatch, argv):
-    monkeypatch.setattr(backends, "reason_missing", lambda name: "not today" if name == "cuda" else None)
+    monkeypatch.setattr(backends, "reason_missing", lambda name, device: "not today" if name == "cuda" else None)
     assert "backend 'cuda' is not available: not today" in refused(capsys, *argv, "--backend", "cuda")
 
 

@@ -189,7 +189,7 @@ def test_reg_of_a_given_cost_has_no_default():
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 def test_missing_backend_is_refused(name, monkeypatch):
     """An error gives the reason. Another backend is never used silently."""
-    monkeypatch.setattr(otalign.backends, "reason_missing", lambda name: f"{name} is on holiday")
+    monkeypatch.setattr(otalign.backends, "reason_missing", lambda name, device: f"{name} is on holiday")
     check(otalign.sinkhorn_loss, RuntimeError, [repr(name), "on holiday"], {"x": X, "y": Y, "backend": name})
 
 

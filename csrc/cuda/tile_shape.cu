@@ -1,6 +1,6 @@
-// The kernels of a tile shape. See arguments.h for the shapes of what they read and write.
-#pragma once
-
+// The kernels of one tile shape. CMakeLists.txt compiles this file once for each of kTileShapes, with its index as
+// OTALIGN_TILE_SHAPE: so all are compiled in parallel, and each is a module of its own, which the driver loads, or
+// compiles from PTX, when a kernel of this shape is first used.
 #include "adjoint.cuh"
 #include "launch.h"
 #include "sinkhorn.cuh"
@@ -19,12 +19,14 @@ __global__ void __launch_bounds__(Tile::kThreads) adjoint_kernel(const __grid_co
   Adjoint<Tile>(arguments).run();
 }
 
-template <int N>
+template <int shape>
 Kernels kernels() {
-  using Tile = Tiling<N>;
+  using Tile = Tiling<shape>;
   return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false>),
            reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true>),
            reinterpret_cast<const void*>(&adjoint_kernel<Tile>)}};
 }
+
+template Kernels kernels<OTALIGN_TILE_SHAPE>();
 
 }  // namespace otalign::cuda

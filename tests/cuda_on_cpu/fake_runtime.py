@@ -1,0 +1,80 @@
+"""How the extension asks the CUDA runtime and launches its kernels: csrc/cuda/launch.cu and query.cu with a fake runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from typing import Any
+
+from . import host_cuda
+from .host_cuda import LaunchConfig
+
+
+class FakeGpu(ctypes.Structure):
+    """As in fake_runtime.cpp."""
+
+    NAMES = ("driver", "major", "minor", "code", "processors", "shared", "largest_cluster", "load_error", "capturing")
+    _fields_ = [(name, ctypes.c_int) for name in NAMES]
+
+
+H100 = {
+    "driver": 13000, "major": 9, "minor": 0, "code": 90, "processors": 132, "shared": 227 * 1024, "largest_cluster": 16,
+}  # fmt: skip
+_numbers = itertools.count()  # of devices: the launcher remembers what it decided for each
+
+
+class Gpu:
+    """A GPU like an H100 except for `changes`, on which nothing is loaded yet. Only the newest one exists."""
+
+    def __init__(self, **changes: int) -> None:
+        self.device = next(_numbers)
+        library().fake_gpu(ctypes.byref(FakeGpu(**{**H100, **changes})))
+
+    def reason_missing(self) -> str | None:
+        return _text(library().fake_reason_missing(self.device))
+
+    def configure(self, items: int, size_x: int, size_y: int, adjoint: bool = False) -> LaunchConfig:
+        """The configuration of a batch; a RuntimeError if there is none."""
+        config = LaunchConfig()
+        sizes = (ctypes.c_int64(size) for size in (items, size_x, size_y))
+        _check(library().fake_configure(self.device, *sizes, adjoint, ctypes.byref(config)))
+        return config
+
+    def solve(self, items: int, size_x: int, size_y: int) -> None:
+        _check(library().fake_solve(self.device, *(ctypes.c_int64(size) for size in (items, size_x, size_y))))
+
+    def loaded(self) -> set[tuple[int, int]]:
+        """Shape and kind of the kernels that the driver has loaded."""
+        kinds = (host_cuda.STRICT, host_cuda.RELAXED, host_cuda.ADJOINT)
+        return {of for of in itertools.product(range(9), kinds) if library().fake_loaded(*of)}
+
+    def launched(self, shape: int, kind: int) -> bool:
+        """Whether the last launch was of this kernel."""
+        return library().fake_launched(shape, kind)
+
+    def capture_mode(self) -> int:
+        """That of the thread: 0 = global."""
+        return library().fake_capture_mode()
+
+
+@functools.cache
+def library() -> Any:
+    folder = host_cuda.ROOT / "tests/cuda_on_cpu"
+    sources = [*folder.glob("runtime/*.h"), folder / "fake_runtime.cpp"]
+    sources += [*(host_cuda.ROOT / "csrc").glob("*.h"), *(host_cuda.ROOT / "csrc/cuda").glob("*.*")]
+    loaded = host_cuda.built("fake_runtime.cpp", sorted(sources), f"-I{folder / 'runtime'}")
+    for name in ("fake_reason_missing", "fake_configure", "fake_solve"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    for name in ("fake_loaded", "fake_launched"):
+        getattr(loaded, name).restype = ctypes.c_bool
+    return loaded
+
+
+def _text(of: bytes | None) -> str | None:
+    return None if of is None else of.decode()
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())
