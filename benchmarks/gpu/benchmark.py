@@ -149,16 +149,26 @@ class Bench:
             for provider in providers:
                 self.without_figure(case, provider, OUT_OF_TIME)
             return
-        batch = make(case, self.device)
-        truth = oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
-        iterations = self.fixed if case.tol == 0 else oracle.solve(batch, REG, tol=case.tol).iterations
-        task = Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING))
+        try:
+            task, truth = self.prepared(case)
+        except Exception as error:  # too little memory for float64, say
+            for provider in providers:
+                self.without_figure(case, provider, failed(error))
+            self.restart_if_lost()
+            return
         for provider in providers:
             if time.monotonic() > until:
                 self.without_figure(case, provider, OUT_OF_TIME)
             else:
                 self.provider(case, provider, task, truth)
                 self.restart_if_lost()
+
+    def prepared(self, case: Case) -> tuple[Task, oracle.Truth]:
+        """The problem of a case and its result in float64."""
+        batch = make(case, self.device)
+        truth = oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
+        iterations = self.fixed if case.tol == 0 else oracle.solve(batch, REG, tol=case.tol).iterations
+        return Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING)), truth
 
     def without_figure(self, case: Case, provider: str, reason: str, modes: Iterable[str] = MODES) -> None:
         """Rows with the reason why there is no figure."""

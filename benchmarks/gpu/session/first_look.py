@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,16 +32,17 @@ COLUMNS = (
 # Given costs, one for each way in which the CUDA kernels store the matrix. The smallest comes first, before the loss.
 COSTS = ((4, 40, 20), (32, 300, 100), (32, 750, 128), (2, 3000, 512), (3, 500, 1000))
 SMALL_COSTS = ((2, 9, 5),)
+COST_ITERATIONS = 20
 SMALL_LOSS = Shape("small", 2, 9, 5, 16)
 PLAN_BOUND = 1e-4  # of a plan, in L1; its mass is 1
 GRADIENT_BOUND = 1e-3  # of the gradient by the costs, relative to its norm
 NEEDED = 2  # problems that start even if the time is over
 
 
-def solve_costs(backend: str, device: torch.device, size: tuple[int, int, int], iterations: int) -> Row:
+def solve_costs(backend: str, device: torch.device, size: tuple[int, int, int]) -> Row:
     """Solve given costs. Plans and gradients of the first item are compared with the reference."""
     C = torch.rand(size, generator=torch.Generator().manual_seed(0))
-    options = {"reg": 0.1, "tol": 0, "max_iter": iterations}
+    options = {"reg": 0.1, "tol": 0, "max_iter": COST_ITERATIONS}
 
     def solved(costs: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = costs.requires_grad_()
@@ -56,7 +58,7 @@ def solve_costs(backend: str, device: torch.device, size: tuple[int, int, int], 
     return {"error": f"{error:.2g}", "gradient_error": f"{gradient_error:.2g}", "match": match}
 
 
-def loss_of_points(backend: str, case: Case, device: torch.device, iterations: int, budget: float) -> Row:
+def loss_of_points(backend: str, device: torch.device, case: Case, iterations: int, budget: float) -> Row:
     """Compute a loss and both gradients, compare them with float64, and time them if they are right."""
     batch = make(case, device)
     x, y = batch.x.detach().requires_grad_(), batch.y.detach().requires_grad_()
@@ -75,32 +77,36 @@ def loss_of_points(backend: str, case: Case, device: torch.device, iterations: i
     return row
 
 
+def problems(backend: str, device: torch.device, *, dry: bool) -> list[tuple[Row, Callable[[], Row]]]:
+    """The columns that describe each problem, and the function that solves it."""
+    small = dry or device.type == "cpu"
+    case = Case(SMALL_LOSS, False, "fp32", 0.0) if small else Case(LARGE["A"], False, "bf16", 0.0)
+    iterations, budget = (FIXED_DRY, 0.0) if dry else (FIXED, 0.25)
+    sizes = {name: getattr(case.shape, name) for name in "BNMD"}
+    about: Row = {"backend": backend, "problem": "loss", **sizes, "dtype": case.dtype, "iterations": iterations}
+    loss = about, partial(loss_of_points, backend, device, case, iterations, budget)
+    costs = []
+    for size in SMALL_COSTS if small else COSTS:
+        about = {"backend": backend, "problem": "costs", **dict(zip("BNM", size, strict=True))}
+        about |= {"dtype": "fp32", "iterations": COST_ITERATIONS}
+        costs.append((about, partial(solve_costs, backend, device, size)))
+    return [costs[0], loss, *costs[1:]]
+
+
 def look(backend: str, device: torch.device, *, dry: bool, seconds: float) -> Iterator[Row]:
     """The rows of the problems, each as soon as it is solved."""
     start = time.monotonic()
-    small = dry or device.type == "cpu"
-    iterations = FIXED_DRY if dry else FIXED
-    case = Case(SMALL_LOSS, False, "fp32", 0.0) if small else Case(LARGE["A"], False, "bf16", 0.0)
-    sizes: list[tuple[int, int, int] | None] = [*(SMALL_COSTS if small else COSTS)]
-    sizes.insert(1, None)  # the loss
-    for place, size in enumerate(sizes):
-        row: Row = {"backend": backend, "iterations": iterations if size is None else 20}
-        if size is None:
-            row |= {"problem": "loss", "dtype": case.dtype, **{name: getattr(case.shape, name) for name in "BNMD"}}
-        else:
-            row |= {"problem": "costs", "dtype": "fp32", **dict(zip("BNM", size, strict=True))}
+    for place, (about, solve) in enumerate(problems(backend, device, dry=dry)):
         if place >= NEEDED and time.monotonic() - start > seconds:
-            yield row | {"match": OUT_OF_TIME}
+            yield about | {"match": OUT_OF_TIME}
             continue
         try:
-            if size is None:
-                yield row | loss_of_points(backend, case, device, iterations, 0.0 if dry else 0.25)
-            else:
-                yield row | solve_costs(backend, device, size, 20)
+            found = solve()
         except Exception as error:
-            yield row | {"match": failed(error)}
-            if device.type == "cuda":
-                torch.cuda.synchronize()  # raises if the GPU's state is lost: then nothing more can be solved
+            found = {"match": failed(error)}
+        yield about | found
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises if an error has made the GPU unusable: then nothing more can be solved
 
 
 def main(arguments: list[str]) -> int:

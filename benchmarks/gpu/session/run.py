@@ -45,8 +45,15 @@ class Session:
         (out / "log.txt").write_text("")
 
     def run(self, todo: Iterable[Step]) -> None:
-        """Run the steps. Those that need not wait for the background come first, as long as it runs."""
-        waiting = list(todo)
+        """Run the steps, and leave no process behind."""
+        try:
+            self.run_all(list(todo))
+        finally:
+            for job in filter(None, (self.job, self.background)):
+                job.stop("stopped: the session failed")
+
+    def run_all(self, waiting: list[Step]) -> None:
+        """While a step is in the background, those that need not wait for it come first."""
         while waiting and not self.signal:
             step = next((step for step in waiting if not (step.waits and self.background)), None)
             if step is None:
@@ -67,7 +74,9 @@ class Session:
         elif left < LEAST:
             self.leave_out(step, "out of time")
         elif step.background:
-            self.background = self.start(step, self.out / f"{step.name}.txt", min(step.seconds, left))
+            log = self.out / f"{step.name}.txt"
+            log.unlink(missing_ok=True)
+            self.background = self.start(step, log, min(step.seconds, left))
         else:
             self.job = self.start(step, self.out / "log.txt", min(step.seconds, left))
             while self.job:
