@@ -68,9 +68,9 @@ bench: $(READY)  ## the table of times against the alternatives
 	$(PY) benchmarks cpu
 
 # On a machine with a GPU its own Python is used, whose torch and Triton fit the driver; DRY=1 rehearses here, in the venv.
-gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, sanitize, benchmark, within 9 minutes; DRY=1 rehearses on the CPU
-	$(if $(DRY),$(PY),$(PYTHON)) benchmarks session --out $(RESULTS_DIR) \
-	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
+gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, time, sanitize, within ten minutes; QUICK=1 in three; STEPS=first,tests; DRY=1 rehearses on the CPU
+	$(if $(DRY),$(PY),$(PYTHON)) benchmarks session --out $(RESULTS_DIR) $(if $(WHEELS),--wheels $(WHEELS)) \
+	  $(if $(DRY),--dry) $(if $(QUICK),--quick) $(if $(STEPS),--steps "$(STEPS)")
 
 # The newest wheel alone is installed, beside torch, where nothing of this checkout is seen.
 wheel: $(READY)  ## a wheel for this Python in dist/, manylinux on Linux, tried in an empty environment

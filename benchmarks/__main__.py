@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ SESSION = {
         "gpu.session.run", "The whole session of `make gpu`; it runs the steps below, gpu and stages."
     ),
     "build": Benchmark("gpu.session.build", "Is the package built with what this machine has?"),
-    "first-solve": Benchmark("gpu.session.first_solve", "Do the CUDA kernels end, with the right numbers?"),
+    "first-look": Benchmark("gpu.session.first_look", "Does a backend end, is it right, and how long does it take?"),
     "sanitize": Benchmark("gpu.session.sanitize", "Does every kernel pass compute-sanitizer? Small cases for it."),
 }
 BENCHMARKS = MEASUREMENTS | REPORTS | SESSION
@@ -70,5 +71,11 @@ def main(arguments: list[str]) -> int:
     return int(importlib.import_module(BENCHMARKS[name].module).main(options))
 
 
+def stop(*_: object) -> None:
+    """On SIGTERM, a benchmark ends as by an exception: its files are closed, and its own processes end."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main(sys.argv[1:]))

@@ -8,15 +8,17 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # a session names its commit without torch, whose import takes seconds
 
 PACKAGES = ("otalign", "torch", "triton", "POT", "numpy")
 
 
 def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": date(),
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "cpu": _cpu(),
@@ -25,6 +27,26 @@ def describe(*, threads: int, memory_kept: bool) -> dict[str, str]:
         "allocator": "memory kept" if memory_kept else "default",
         "versions": " ".join([f"Python={platform.python_version()}", *map(_version, PACKAGES)]),
     }
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    """The columns of GPU results that describe the machine and the versions."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU (dry run): {_cpu()}",
+        "driver": driver() if on_gpu else "none",
+        "cuda": torch.version.cuda or "none",
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": commit(),
+        "date": date(),
+    }
+
+
+def date() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
 
 
 def version(package: str) -> str:
@@ -53,6 +75,8 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     """The model and its vector instructions. A virtual machine may hide the model, but not the instructions."""
+    import torch
+
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -6,6 +6,7 @@ No peer records an autograd graph through its iterations: by the envelope theore
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,15 @@ import torch
 from torch import Tensor
 
 from common.shapes import Batch
+
+# POT imports every array library that is installed, and JAX reserves three quarters of a GPU's memory at its first use.
+QUIET = {
+    "POT_BACKEND_DISABLE_CUPY": "1",
+    "POT_BACKEND_DISABLE_JAX": "1",
+    "POT_BACKEND_DISABLE_TENSORFLOW": "1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
+os.environ.update(QUIET)
 
 EPS = 1e-12  # of norms, as in torch.nn.functional.normalize
 TINY = 1e-30  # of masses

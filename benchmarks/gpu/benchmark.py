@@ -8,7 +8,6 @@ has a row with the reason; a wrong result has a row without a time.
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import time
@@ -21,9 +20,26 @@ import torch
 from common import environment
 from common.shapes import SMALL, Batch
 from gpu import oracle
-from gpu.cases import FIXED, FIXED_DRY, LARGE, MODES, REG, TYPES, Case, Row, cases, make, plan, targets
+from gpu.cases import (
+    FIXED,
+    FIXED_DRY,
+    LARGE,
+    MODES,
+    OUT_OF_TIME,
+    REG,
+    TYPES,
+    Case,
+    cases,
+    failed,
+    first_cases,
+    make,
+    plan,
+    targets,
+)
+from gpu.exits import RESTART
 from gpu.providers import OURS, PROVIDERS, Contestant, Missing, Task
-from gpu.timing import Call, Clock, captured, captured_backward, peak_mb, within
+from gpu.rows import Row, Table
+from gpu.timing import Call, Clock, captured, captured_backward, peak_mb, watched, within
 
 COLUMNS = (
     "shape", "mode", "provider", "dtype", "B", "N", "M", "D", "reg", "iterations", "marginal_error", "match", "median_us",
@@ -32,8 +48,11 @@ COLUMNS = (
 )  # fmt: skip
 ROUNDING = 1e-5  # a marginal error that all iteration schemes reach in float32
 PATIENCE = 25  # seconds for a provider and case: autotuning can take long
+PATIENCE_DRY = 100  # Triton's interpreter is slow
+STUCK = 10  # seconds more after which it does not end any more
 WARMERS, WARM_SECONDS = 12, 40  # processes that compile ahead, and their time limit
 WARMED = 6  # peers compile ahead for this many cases
+Work = list[tuple[Case, list[str]]]  # cases with their providers, in order
 COMPILED = ("FlashSinkhorn", "torch log, compiled, graph", "torch absorbed, compiled, graph")
 
 
@@ -91,12 +110,12 @@ def warm(case: Case, provider: str) -> None:
     torch.cuda.synchronize()
 
 
-def warm_all(todo: list[Case], providers: list[str]) -> None:
+def warm_all(work: Work) -> None:
     """Compile in several processes. What fails here fails again when it is measured, and then has a row."""
-    fixed = [case for case in todo if case.tol == 0]
-    jobs = [(case, "triton") for case in fixed if "triton" in providers]
-    jobs += [(case, name) for name in COMPILED if name in providers for case in fixed if case in fixed[:WARMED]]
-    jobs.sort(key=lambda job: job[1] == "triton")  # the slowest first
+    pairs = [(case, name) for case, names in work for name in names if case.tol == 0]
+    early = list(dict.fromkeys(case for case, _ in pairs))[:WARMED]
+    jobs = [pair for pair in pairs if pair[1] in COMPILED and pair[0] in early]  # the slowest first
+    jobs += [pair for pair in pairs if pair[1] == "triton"]
     # One thread for each process, and in this process too: otherwise inductor may not recognise what it kept.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     until = time.monotonic() + WARM_SECONDS
@@ -111,17 +130,12 @@ def warm_all(todo: list[Case], providers: list[str]) -> None:
 # Rows ------------------------------------------------------------------------------------------------------------------
 
 
-def failed(error: Exception) -> str:
-    """The column `match` of a provider that raised an error."""
-    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-
-
 class Bench:
     def __init__(self, device: torch.device, budget: float, fixed: int, write: Callable[[Row], None]) -> None:
         self.device, self.fixed, self.write = device, fixed, write
         self.clock = Clock(device, budget)
         self.ceilings = oracle.measure_ceilings(device, small=device.type != "cuda")
-        self.about = describe(device)
+        self.about = environment.describe_device(device)
 
     def row(self, case: Case, mode: str, provider: str, match: object, **columns: object) -> None:
         shape = case.shape
@@ -133,17 +147,28 @@ class Bench:
         """Write the rows of a case. After `until`, by time.monotonic(), they say that time is over."""
         if time.monotonic() > until:
             for provider in providers:
-                self.without_figure(case, provider, "missing: out of time")
+                self.without_figure(case, provider, OUT_OF_TIME)
             return
+        try:
+            task, truth = self.prepared(case)
+        except Exception as error:  # too little memory for float64, say
+            for provider in providers:
+                self.without_figure(case, provider, failed(error))
+            self.restart_if_lost()
+            return
+        for provider in providers:
+            if time.monotonic() > until:
+                self.without_figure(case, provider, OUT_OF_TIME)
+            else:
+                self.provider(case, provider, task, truth)
+                self.restart_if_lost()
+
+    def prepared(self, case: Case) -> tuple[Task, oracle.Truth]:
+        """The problem of a case and its result in float64."""
         batch = make(case, self.device)
         truth = oracle.solve(batch, REG, iterations=None if case.tol else self.fixed)
         iterations = self.fixed if case.tol == 0 else oracle.solve(batch, REG, tol=case.tol).iterations
-        task = Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING))
-        for provider in providers:
-            if time.monotonic() > until:
-                self.without_figure(case, provider, "missing: out of time")
-            else:
-                self.provider(case, provider, task, truth)
+        return Task(batch, REG, case.tol, iterations, case.tol or max(truth.marginal_error, ROUNDING)), truth
 
     def without_figure(self, case: Case, provider: str, reason: str, modes: Iterable[str] = MODES) -> None:
         """Rows with the reason why there is no figure."""
@@ -153,8 +178,14 @@ class Bench:
     def provider(self, case: Case, provider: str, task: Task, truth: oracle.Truth) -> None:
         """Three rows. A provider that cannot run, fails, or takes too long gets rows with the reason."""
         left = list(MODES)
+        late = STUCK + (PATIENCE if self.device.type == "cuda" else PATIENCE_DRY)
+
+        def stuck() -> None:
+            self.without_figure(case, provider, f"failed: did not end within {late} s", left)
+            os._exit(RESTART)
+
         try:
-            with within(PATIENCE):
+            with watched(late, stuck), within(late - STUCK):
                 contestant = PROVIDERS[provider](task)
                 for mode, ready in runs(contestant, task.batch).items():
                     try:
@@ -167,6 +198,15 @@ class Bench:
             self.without_figure(case, provider, f"missing: {reason}", left)
         except Exception as error:
             self.without_figure(case, provider, failed(error), left)
+
+    def restart_if_lost(self) -> None:
+        """End this process if an error, such as an illegal access to memory, has made the GPU unusable for it."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                print(f"this process cannot use the GPU any more: {error}", flush=True)
+                raise SystemExit(RESTART) from None
 
     def measure(
         self, case: Case, mode: str, contestant: Contestant, run: Run, task: Task, truth: oracle.Truth
@@ -186,21 +226,6 @@ class Bench:
         return True, columns | {name: f"{value:.5g}" for name, value in figures.items()}
 
 
-def describe(device: torch.device) -> dict[str, object]:
-    """The columns that describe the machine and the versions."""
-    about = environment.describe(threads=torch.get_num_threads(), memory_kept=False)
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU (dry run): {about['cpu']}",
-        "driver": environment.driver() if on_gpu else "none",
-        "cuda": torch.version.cuda or "none",
-        "torch": torch.__version__,
-        "triton": environment.version("triton"),
-        "commit": about["commit"],
-        "date": about["date"],
-    }
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python benchmarks gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="the folder for benchmark.csv")
@@ -211,39 +236,50 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--budget", type=float, default=0.25, help="seconds of timing for each row")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--shapes", nargs="+", choices=LARGE, default=list(LARGE))
+    parser.add_argument("--first", action="store_true", help="only bf16 points of full length")
+    parser.add_argument(
+        "--append", action="store_true", help="keep the rows of benchmark.csv and measure what has none"
+    )
     args = parser.parse_args(arguments)
     if not args.dry and not torch.cuda.is_available():
         parser.error("no GPU was found; --dry runs toy sizes on the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = [SMALL._replace(B=2, N=20, M=10)] if args.dry else [LARGE[name] for name in args.shapes]
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    todo, until = list(cases(shapes)), time.monotonic() + args.seconds
-    with (args.out / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-
-        def write(row: Row) -> None:
-            rows.append(row)
-            writer.writerow(row)
-            file.flush()
-            print(
-                *(row.get(key, "") for key in ("shape", "mode", "provider", "dtype", "match", "median_us")), sep=" | "
-            )
-
+    todo = first_cases(list(cases(shapes))) if args.first else list(cases(shapes))
+    until = time.monotonic() + args.seconds
+    keep = (lambda row: row["match"] != OUT_OF_TIME) if args.append else None
+    with Table(args.out / "benchmark.csv", COLUMNS, keep) as table:
+        work = remaining(plan(todo, args.providers), table.rows)
         if device.type == "cuda":
-            warm_all(todo, args.providers)
-        bench = Bench(device, 0.0 if args.dry else args.budget, FIXED_DRY if args.dry else FIXED, write)
+            warm_all(work)
+        bench = Bench(device, 0.0 if args.dry else args.budget, FIXED_DRY if args.dry else FIXED, told(table))
         rates = (f"{dtype} {rate / 1e12:.1f}" for dtype, rate in bench.ceilings.rates.items())
         ceilings = f"copy {bench.ceilings.bandwidth / 1e12:.3f} TB/s; products in TFLOP/s: {', '.join(rates)}"
         print(ceilings)
         try:
-            for case, providers in plan(todo, args.providers):
+            for case, providers in work:
                 bench.run(case, providers, until)
         finally:
-            lines = ["dry run: no figure counts"] if args.dry else [ceilings, *targets(rows)]
+            lines = ["dry run: no figure counts"] if args.dry else [ceilings, *targets(table.rows)]
             (args.out / "targets.txt").write_text("\n".join(lines) + "\n")
             print(*lines, sep="\n")
-    ours = [row for row in rows if row["provider"] in OURS]
-    return int(any(row["match"] is False or str(row["match"]).startswith("failed") for row in ours))
+    ours = [str(row["match"]) for row in table.rows if row["provider"] in OURS]
+    return int(any(match == "False" or match.startswith("failed") for match in ours))
+
+
+def remaining(work: Iterable[tuple[Case, list[str]]], rows: list[Row]) -> Work:
+    """The cases, each with the providers that have no row yet."""
+    done = {(row["shape"], row["dtype"], row["provider"]) for row in rows}
+    left = [(case, [name for name in names if (case.name, case.dtype, name) not in done]) for case, names in work]
+    return [(case, names) for case, names in left if names]
+
+
+def told(table: Table) -> Callable[[Row], None]:
+    """A function that writes a row and prints it."""
+
+    def write(row: Row) -> None:
+        table.write(row)
+        print(*(row.get(key, "") for key in ("shape", "mode", "provider", "dtype", "match", "median_us")), sep=" | ")
+
+    return write

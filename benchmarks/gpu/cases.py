@@ -10,12 +10,13 @@ import torch
 
 from common.shapes import NOISE, SHAPES, Batch, Shape, make_batch
 from gpu.providers import OURS
+from gpu.rows import Row
 
-Row = dict[str, object]
 REG = 0.05
 TOL = 1e-3
 FIXED, FIXED_DRY = 100, 5  # iterations
 MODES = ("forward", "backward", "full")
+OUT_OF_TIME = "missing: out of time"  # the column `match` of what was not started
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 LARGE = {
@@ -55,10 +56,20 @@ def cases(shapes: list[Shape]) -> Iterator[Case]:
                     yield Case(shape, ragged, dtype, tol)
 
 
+def failed(error: Exception) -> str:
+    """The column `match` of what raised an error."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+
+
+def first_cases(todo: list[Case]) -> list[Case]:
+    """The cases that count most: bf16 points of full length."""
+    return [case for case in todo if not case.ragged and case.dtype == "bf16"]
+
+
 def plan(todo: list[Case], providers: list[str]) -> Iterator[tuple[Case, list[str]]]:
     """Cases and their providers, in order: otalign on the first cases, peers on shapes with targets, then the rest."""
     ours, peers = ([name for name in providers if (name in OURS) is own] for own in (True, False))
-    first = [case for case in todo if not case.ragged and case.dtype == "bf16"]
+    first = first_cases(todo)
     aimed = [case for case in first if case.name in {shape for shape, _ in TARGETS} or case.shape.name == "B"]
     groups = [(first, ours), (aimed, peers), ([c for c in todo if c not in first], ours)]
     groups.append(([c for c in todo if c not in aimed], peers))

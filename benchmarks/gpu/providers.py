@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 import otalign
 from common import peers
 from common.shapes import Batch
+from gpu import backends
 
 Outputs = tuple[Tensor, ...]
 
@@ -46,9 +46,7 @@ class Contestant(NamedTuple):
 
 
 def otalign_backend(task: Task, backend: str, graph: bool = False) -> Contestant:
-    reason = otalign.backends.available()[backend]
-    if backend == "cuda" and "OTALIGN_WITHOUT_CUDA" in os.environ:
-        reason = "its first solve failed"
+    reason = backends.reason_missing(backend)
     if reason is not None:
         raise Missing(reason)
     b = task.batch

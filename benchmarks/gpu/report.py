@@ -14,9 +14,10 @@ import textwrap
 from pathlib import Path
 
 from common.tables import number, replace_block
+from gpu.rows import read as read_all
 
 RESULTS = Path(__file__).parents[1] / "results"
-KEPT = ("benchmark.csv", "stages.csv", "targets.txt", "summary.json")
+KEPT = ("summary.json", "first.csv", "tests.csv", "benchmark.csv", "stages.csv", "targets.txt")
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "gpu.png"
 NOTHING = "Not measured on a GPU."
 Rows = list[dict[str, str]]
@@ -33,8 +34,8 @@ def read(results: Path = RESULTS) -> Rows:
 
 def add(session: Path, results: Path = RESULTS) -> Path:
     """Copy what a session measured into the folder of its device; refuses a rehearsal."""
-    with (session / "benchmark.csv").open(newline="") as file:
-        devices = {row["device"] for row in csv.DictReader(file)}
+    rows = [*read_all(session / "first.csv"), *read_all(session / "benchmark.csv")]
+    devices = {str(row["device"]) for row in rows}
     if len(devices) != 1 or "dry run" in min(devices):
         raise SystemExit(
             f"{session}: expected the rows of one GPU, got those of {', '.join(sorted(devices)) or 'none'}"

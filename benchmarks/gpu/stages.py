@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,10 +15,11 @@ import numpy as np
 import torch
 
 import otalign
+from common import environment
 from common.shapes import SMALL, Batch
-from gpu import oracle
-from gpu.benchmark import describe
-from gpu.cases import FIXED, LARGE, REG, TYPES, Case, make
+from gpu import backends, oracle
+from gpu.cases import FIXED, LARGE, REG, TYPES, Case, failed, make
+from gpu.rows import Table
 from gpu.timing import FLUSHED
 
 COLUMNS = (
@@ -34,6 +33,7 @@ COLUMNS = (
     "p80_us",
     "floor_us",
     "ratio_to_floor",
+    *("device", "driver", "cuda", "torch", "triton", "commit", "date"),
 )
 SEPARATOR = "bitwise_not"  # in the name of the kernel that flushes the L2 cache before every run
 Event = tuple[str, float]  # a kernel and its microseconds
@@ -100,6 +100,8 @@ def by_stage(events: list[Event]) -> list[Stage]:
             found.append([])
         elif found:
             found[-1].append((name, duration))
+    if not found:
+        raise RuntimeError("the profiler saw no launch")
     names = [name for name, _ in found[0]]
     alike = [run for run in found if [name for name, _ in run] == names]  # without a run that the profiler cut
     return [(name, [run[i][1] for run in alike]) for i, name in enumerate(names)]
@@ -122,6 +124,26 @@ def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str
     }
 
 
+def timed_stages(
+    batch: Batch, backend: str, iterations: int, repeats: int, ceilings: oracle.Ceilings
+) -> Iterator[dict[str, object]]:
+    """The columns of each launch."""
+    floor = floors(batch, iterations, ceilings)
+    for place, (name, times) in enumerate(stages(batch, backend, iterations, repeats)):
+        found = re.search(r"\w+_kernel", name)
+        kernel = found[0] if found else name
+        least = next(floor.get(kernel, iter(())), float("nan"))
+        median, low, high = np.percentile(times, (50, 20, 80))
+        figures = {
+            "median_us": median,
+            "p20_us": low,
+            "p80_us": high,
+            "floor_us": least,
+            "ratio_to_floor": median / least,
+        }
+        yield {"stage": place, "kernel": kernel} | {column: f"{value:.5g}" for column, value in figures.items()}
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python benchmarks stages", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
@@ -132,24 +154,21 @@ def main(arguments: list[str]) -> int:
     shapes = [SMALL._replace(B=2, N=9, M=5)] if args.dry else [LARGE["A"], LARGE["B"]]
     iterations, repeats = (2, 2) if args.dry else (FIXED, 20)
     ceilings = oracle.measure_ceilings(device, small=device.type != "cuda")
-    about = describe(device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "stages.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, *about])
-        cases = [Case(shape, False, dtype, 0.0) for shape in shapes for dtype in TYPES]
-        backends = [name for name in ("triton", "cuda") if otalign.backends.available()[name] is None]
-        if "OTALIGN_WITHOUT_CUDA" in os.environ:  # its first solve failed
-            backends = [name for name in backends if name != "cuda"]
-        for case, backend in itertools.product(cases, backends):
-            batch = make(case, device)
-            floor = floors(batch, iterations, ceilings)
-            for place, (name, times) in enumerate(stages(batch, backend, iterations, repeats)):
-                found = re.search(r"\w+_kernel", name)
-                kernel = found[0] if found else name
-                least = next(floor.get(kernel, iter(())), float("nan"))
-                median, low, high = np.percentile(times, (50, 20, 80))
-                figures = [f"{value:.5g}" for value in (median, low, high, least, median / least)]
-                writer.writerow([case.shape.name, case.dtype, backend, place, kernel, *figures, *about.values()])
-                print(case.shape.name, case.dtype, backend, place, kernel[:40], *figures, sep=" | ")
-    return 0
+    about = environment.describe_device(device)
+    cases = [Case(shape, False, dtype, 0.0) for shape in shapes for dtype in TYPES]
+    usable, failures = backends.usable(), 0
+    if not usable:
+        print("no backend for a GPU is available here")
+        return 1
+    with Table(args.out / "stages.csv", COLUMNS) as table:
+        for case, backend in itertools.product(cases, usable):
+            base = {"shape": case.shape.name, "dtype": case.dtype, "backend": backend, **about}
+            try:
+                for row in timed_stages(make(case, device), backend, iterations, repeats, ceilings):
+                    table.write(base | row)
+                    print(case.shape.name, case.dtype, backend, *row.values(), sep=" | ", flush=True)
+            except Exception as error:
+                failures += 1
+                table.write(base | {"kernel": failed(error)})
+                print(case.shape.name, case.dtype, backend, failed(error), sep=" | ", flush=True)
+    return int(failures > 0)

@@ -1,1 +1,1 @@
-"""What `make gpu` runs on a machine with a GPU: build, test, sanitize and benchmark within 9 minutes."""
+"""What `make gpu` runs on a machine with a GPU: build, check, test, time and sanitize, within ten minutes."""

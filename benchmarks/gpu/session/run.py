@@ -1,107 +1,191 @@
-"""The session of `make gpu`: build, test, sanitize and benchmark, each with a time limit, all results in one folder.
+"""The session of `make gpu`: build, check, test, time and sanitize, all results in one folder, within ten minutes.
 
 It needs no network and no virtual environment. torch, Triton and a compiler must be installed; other packages may come
-as wheels in a folder. If a step fails or takes too long, the summary records it and the next step runs. The folder has
-few files, so that it is easy to copy: summary.json, log.txt, tests.xml, benchmark.csv, stages.csv, targets.txt.
+as wheels in a folder. Each step is a process with its own time limit. If one fails or is late, the summary records it and
+the next step runs. Results are in the folder as soon as they are known: summary.json, log.txt, first.csv, tests.csv,
+benchmark.csv, targets.txt, stages.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[3]
-BENCHMARKS = [sys.executable, str(ROOT / "benchmarks")]
-WITHOUT_CUDA = "OTALIGN_WITHOUT_CUDA"
-WORKERS = 6  # processes that run tests: they wait longer for the compiler than for the GPU
+from common import environment
+from gpu import backends
+from gpu.exits import WRONG
+from gpu.session.jobs import GRACE, TAIL, Job, Step
+from gpu.session.steps import QUICK, QUICK_SECONDS, SECONDS, SELECTABLE, Plan, python_path, steps
 
-
-class Step(NamedTuple):
-    name: str
-    command: list[str]
-    seconds: float  # at most
-    variables: dict[str, str] = {}  # noqa: RUF012 - never written to
-    needed_for: str = ""  # an environment variable that is set for the next steps if this one fails
+PAUSE = 0.05  # seconds between two looks at the processes
+LEAST = 2.0  # seconds: with less time left, no step starts
 
 
-def steps(out: Path, site: Path, wheels: Path | None, *, dry: bool) -> Iterator[Step]:
-    python, tests = sys.executable, pytest(dry=dry)
-    if wheels is not None:
-        files = [str(wheel) for wheel in sorted(wheels.glob("*.whl"))]
-        options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--upgrade", "--target", str(site)]
-        yield Step("wheels", [python, "-m", "pip", "install", *options, *files], 15)
-    if not dry:
-        yield Step("build", [*BENCHMARKS, "build", str(site)], 70)
-        # A CUDA kernel that never ends would block the tests and the benchmark. If this step fails, they leave it out.
-        yield Step("first solve by cuda", [*BENCHMARKS, "first-solve"], 30, needed_for=WITHOUT_CUDA)
-    few = {} if dry else {"OMP_NUM_THREADS": "2"}  # threads of the reference in each worker
-    yield Step("tests", [*tests, f"--junitxml={out / 'tests.xml'}"], 145, few)
-    small = [*BENCHMARKS, "sanitize"]
-    if dry:
-        yield Step("sanitizer cases", small, 120)
-    else:
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        check = [sanitizer or "compute-sanitizer", "--error-exitcode", "9"]
-        # Each tensor is a block of its own: memcheck finds no access out of bounds within torch's large blocks.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield Step("memcheck", [*check, "--tool", "memcheck", *small, "--seconds", "30"], 50, alone)
-        yield Step("racecheck", [*check, "--tool", "racecheck", *small, "--seconds", "30"], 50)
-    benchmark = [*BENCHMARKS, "gpu", "--out", str(out)]
-    yield Step("benchmark", [*benchmark, *(["--dry"] if dry else ["--seconds", "115"])], 150)
-    stages = [*BENCHMARKS, "stages", "--out", str(out)]
-    yield Step("stages", [*stages, *(["--dry"] if dry else [])], 30)
+class Session:
+    """Runs steps one after the other, beside at most one in the background, and keeps the summary up to date."""
 
+    def __init__(self, out: Path, work: Path, variables: dict[str, str], seconds: float) -> None:
+        self.out, self.work, self.environment = out, work, variables
+        self.begin, self.until = time.monotonic(), time.monotonic() + seconds
+        self.about = {"commit": environment.commit(), "date": environment.date(), "arguments": sys.argv[1:]}
+        self.entries: list[dict[str, object]] = []
+        self.optional: set[str] = set()  # steps that may be refused by the machine
+        self.job: Job | None = None
+        self.background: Job | None = None
+        self.signal = ""  # the name of a signal that ends the session
+        (out / "log.txt").write_text("")
 
-def pytest(*, dry: bool) -> list[str]:
-    """Command of the tests that are marked `gpu`. Their files have names in test_gpu*.py; others need more packages."""
-    pattern = "test_gpu_benchmark.py" if dry else "test_gpu*.py"
-    files = sorted((ROOT / "tests").rglob(pattern))
-    if not files:  # without a path pytest would run all tests
-        raise FileNotFoundError(f"expected {pattern} in {ROOT / 'tests'} or below, found none")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--durations=10"]
-    command += ["-m", "not gpu and not slow" if dry else "gpu", "--continue-on-collection-errors"]
-    if not dry and importlib.util.find_spec("xdist"):
-        command += ["-n", str(WORKERS)]
-    if not dry and importlib.util.find_spec("pytest_timeout"):  # against programs that wait for each other for ever
-        command += ["--timeout", "100", "--timeout-method", "thread"]
-    return [*command, *map(str, files)]
-
-
-def run_step(step: Step, log: Path, work: Path, environment: dict[str, str]) -> dict[str, object]:
-    """Run a step and append its output to the log. At the time limit, its whole process group is killed."""
-    start = time.monotonic()
-    with log.open("a") as file:
-        print(f"\n=== {step.name}: {' '.join(step.command)}", file=file, flush=True)
+    def run(self, todo: Iterable[Step]) -> None:
+        """Run the steps, and leave no process behind."""
         try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=work,
-                env=environment | step.variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            code = process.wait(step.seconds)
-            outcome = "passed" if code == 0 else f"failed with {code}"
-        except OSError as error:
-            outcome = f"cannot run: {error}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            outcome = f"stopped after {step.seconds:g} s"
-        print(f"=== {step.name}: {outcome}", file=file)
-    return {"step": step.name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+            self.run_all(list(todo))
+        finally:
+            for job in filter(None, (self.job, self.background)):
+                job.stop("stopped: the session failed")
+
+    def run_all(self, waiting: list[Step]) -> None:
+        """While a step is in the background, those that need not wait for it come first."""
+        while waiting and not self.signal:
+            step = next((step for step in waiting if not (step.waits and self.background)), None)
+            if step is None:
+                self.look()
+            else:
+                waiting.remove(step)
+                self.step(step)
+        while self.background:
+            self.look()
+        for step in waiting:
+            self.leave_out(step, f"the session got {self.signal}")
+
+    def step(self, step: Step) -> None:
+        gone = backends.left_out(self.environment)
+        left = self.until - GRACE - time.monotonic()
+        if step.backends and gone.issuperset(step.backends):
+            self.leave_out(step, f"without {' and '.join(step.backends)}")
+        elif left < LEAST:
+            self.leave_out(step, "out of time")
+        elif step.background:
+            log = self.out / f"{step.name}.txt"
+            log.unlink(missing_ok=True)
+            self.background = self.start(step, log, min(step.seconds, left))
+        else:
+            self.job = self.start(step, self.out / "log.txt", min(step.seconds, left))
+            while self.job:
+                self.look()
+
+    def start(self, step: Step, log: Path, seconds: float) -> Job:
+        print(f"{step.label} ... (at most {seconds:.0f} s)", flush=True)
+        job = Job(step, log, self.work, self.environment, seconds)
+        self.save(running=step.label)
+        return job
+
+    def look(self) -> None:
+        """Take down which steps have ended, after a pause. A signal to the session stops them."""
+        time.sleep(PAUSE)
+        for job in filter(None, (self.job, self.background)):
+            if self.signal:
+                job.stop(f"stopped: the session got {self.signal}")
+            if job.ended() and job is self.job:
+                self.job = None
+                self.record(job)
+            elif job.ended() and not self.job:  # its output is not put in the middle of another step's
+                self.background = None
+                self.record(job)
+
+    def record(self, job: Job) -> None:
+        step, entry, lines = job.step, job.entry(), job.output()[-TAIL:]
+        if job.log != self.out / "log.txt":
+            with job.log.open("rb") as own, (self.out / "log.txt").open("ab") as log:
+                shutil.copyfileobj(own, log)
+            job.log.unlink()
+        if step.first_look and job.code not in (0, WRONG):
+            self.environment |= backends.without(self.environment, *step.backends)
+        if step.refusals:
+            self.optional.add(step.label)
+        self.entries.append(entry)
+        self.save()
+        print(*(f"    {text}" for text in lines), line(entry), sep="\n", flush=True)
+
+    def leave_out(self, step: Step, reason: str) -> None:
+        self.entries.append({"step": step.label, "outcome": f"left out: {reason}"})
+        self.save()
+        print(line(self.entries[-1]), flush=True)
+
+    def save(self, running: str = "") -> None:
+        """Write the summary. The file is complete at any time."""
+        steps = [*self.entries, *([{"step": running, "outcome": "running"}] if running else [])]
+        seconds = round(time.monotonic() - self.begin, 1)
+        new = self.out / "summary.json.new"
+        new.write_text(json.dumps({**self.about, "seconds": seconds, "steps": steps}, indent=1) + "\n")
+        os.replace(new, self.out / "summary.json")
+
+    @property
+    def green(self) -> bool:
+        """Whether all steps passed, except those that this machine refuses to run."""
+        return all(
+            str(entry["outcome"]).startswith("passed")
+            or (entry["step"] in self.optional and str(entry["outcome"]).startswith("cannot run"))
+            for entry in self.entries
+        )
+
+
+@contextmanager
+def signals(session: Session) -> Iterator[None]:
+    """In the block, a signal that would end this process ends the session's steps instead, and then the session."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+    def note(number: int, _: object) -> None:
+        session.signal = signal.Signals(number).name
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def line(entry: dict[str, object]) -> str:
+    took = f", {entry['seconds']} s" if "seconds" in entry else ""
+    return f"{entry['step']}: {entry['outcome']}{took}"
+
+
+def selected(todo: Iterable[Step], names: Iterable[str]) -> list[Step]:
+    """The steps with these names, and those that prepare them."""
+    return [step for step in todo if step.name in names or step.name not in SELECTABLE]
+
+
+def step_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in SELECTABLE:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(SELECTABLE)}, got {name!r}")
+    return names
+
+
+def listed(todo: Iterable[Step]) -> str:
+    lines = [
+        f"{step.label:<20} at most {step.seconds:4.0f} s" + ", in the background" * step.background for step in todo
+    ]
+    return "\n".join(lines)
+
+
+def variables(plan: Plan) -> dict[str, str]:
+    """The environment of all steps."""
+    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": python_path(plan)}
+    # The extension of another installation in this Python does not fit these Python files.
+    found["OTALIGN_EXT_DIR"] = str(plan.site / "otalign")
+    found.pop("TRITON_INTERPRET", None)
+    return found | ({"TRITON_INTERPRET": "1"} if plan.dry else {})
 
 
 def main(arguments: list[str]) -> int:
@@ -109,28 +193,32 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where logs and results go")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, through Triton's interpreter")
+    parser.add_argument("--quick", action="store_true", help="a few steps, within three minutes")
+    parser.add_argument("--steps", type=step_names, help=f"some of {', '.join(SELECTABLE)}, separated by commas")
+    parser.add_argument("--seconds", type=float, help=f"at most, for all steps ({SECONDS:g}, quick: {QUICK_SECONDS:g})")
+    parser.add_argument("--list", action="store_true", help="print the steps with their time limits")
     args = parser.parse_args(arguments)
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="otalign-gpu-"))
-    site, log = work / "site", out / "log.txt"
-    log.write_text("")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    if args.dry:
-        environment["TRITON_INTERPRET"] = "1"
-    summary = []
-    for step in steps(out, site, args.wheels and args.wheels.resolve(), dry=args.dry):
-        print(f"{step.name} ...", flush=True)
-        summary.append(run_step(step, log, work, environment))
-        if step.needed_for and summary[-1]["outcome"] != "passed":
-            environment[step.needed_for] = "1"
-        print(
-            *log.read_text().splitlines()[-9:-1], "  {outcome}, {seconds} s".format(**summary[-1]), sep="\n", flush=True
-        )
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
-    print("---", *("{step}: {outcome}, {seconds} s".format(**entry) for entry in summary), sep="\n")
-    if (out / "targets.txt").exists():
-        print((out / "targets.txt").read_text())
-    return int(any(entry["outcome"] != "passed" for entry in summary))
+    plan = Plan(out, work / "site", args.wheels and args.wheels.resolve(), args.dry, args.quick)
+    try:
+        names = args.steps or (QUICK if args.quick else SELECTABLE)
+        todo = selected(steps(plan), names)
+        absent = set(args.steps or ()).difference(step.name for step in todo)
+        if absent:
+            parser.error(f"--steps: a quick or dry session has no {', '.join(sorted(absent))}")
+        if args.list:
+            print(listed(todo))
+            return 0
+        out.mkdir(parents=True, exist_ok=True)
+        for name in {name for step in todo for name in step.writes}:
+            (out / name).unlink(missing_ok=True)  # its rows belong to an earlier session
+        session = Session(out, work, variables(plan), args.seconds or (QUICK_SECONDS if args.quick else SECONDS))
+        with signals(session):
+            session.run(todo)
+        print("---", *map(line, session.entries), sep="\n")
+        if (out / "targets.txt").exists():
+            print((out / "targets.txt").read_text())
+        return int(not session.green)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

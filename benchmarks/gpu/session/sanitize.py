@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from typing import Any, NamedTuple
 
 import torch
 
 import otalign
+from gpu import backends
 from otalign import Prior
 
 INF = math.inf
@@ -84,10 +84,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    backends = [name for name in ("triton", "cuda") if otalign.backends.available()[name] is None]
-    if "OTALIGN_WITHOUT_CUDA" in os.environ:  # its first solve failed
-        backends = [name for name in backends if name != "cuda"]
-    if not backends:
+    usable = backends.usable()
+    if not usable:
         print("no backend for a GPU is available here")
         return 1
     start, done, failed = time.perf_counter(), 0, 0
@@ -95,7 +93,7 @@ def main(arguments: list[str]) -> int:
     for case in cases:
         if done and time.perf_counter() - start > args.seconds:
             break
-        for backend in backends:
+        for backend in usable:
             if backend == "cuda" and case.dtype == torch.float64:
                 continue  # the CUDA kernels refuse float64
             error = run(case, backend, device)
