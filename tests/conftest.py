@@ -1,6 +1,7 @@
 """Fixtures and settings that all tests share."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU for tests marked `gpu`. Without a GPU they fail, they are not skipped."""
-    assert torch.cuda.is_available(), "these tests need a GPU"
+    """The GPU for tests marked `gpu`."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -78,11 +78,14 @@ QUICK_WITH_TRITON = (
 )
 LONG = (
     "test_triton",
+    "test_compiled",
+    "test_rehearsal",
     "test_cuda",
     "test_study",
     "test_distributed",
     "test_trainers",
 )  # they start first, or one process would still run them when the others are done
+REHEARSAL = "test_rehearsal"  # `make test` runs one variant of each of its tests for each backend
 IN_PAIRS = ("test_cuda", "test_triton")  # their programs run concurrently, as fibers or threads, which takes long
 
 
@@ -92,8 +95,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
     costly: dict[str, list[pytest.Item]] = {}
+    rehearsed: dict[tuple[str, Any], pytest.Item] = {}
     for item in items:
-        if runs_interpreter(item) and item.path.stem not in QUICK_WITH_TRITON and not item.get_closest_marker("quick"):
+        quick = item.path.stem in QUICK_WITH_TRITON or item.get_closest_marker("quick")
+        if item.path.stem == REHEARSAL:
+            test = item.nodeid.partition("[")[0], parameters_of(item).get("gpu_backend")
+            if rehearsed.setdefault(test, item) is not item:
+                item.add_marker(pytest.mark.slow)
+        elif runs_interpreter(item) and not quick:
             item.add_marker(pytest.mark.slow)
         elif runs_interpreter(item) or item.path.stem in IN_PAIRS:
             costly.setdefault(item.nodeid.partition("[")[0], []).append(item)
@@ -102,9 +111,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def runs_interpreter(item: pytest.Item) -> bool:
     """Whether the test runs Triton's interpreter. The CUDA kernels on the CPU do so too, for their costs."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    parameters = parameters_of(item)
     return parameters.get("backend") == "triton" or parameters.get("engine") in ("triton", "cuda")
 
 
@@ -114,7 +127,7 @@ def mark_redundant_variants(variants: list[pytest.Item]) -> None:
     A divergence is three solves. One variant with it is enough to test how these are combined.
     """
     quick = [item for item in variants if not item.get_closest_marker("slow")]
-    rows = [item.callspec.params if hasattr(item, "callspec") else {} for item in quick]
+    rows = [parameters_of(item) for item in quick]
     divergences = [place for place, row in enumerate(rows) if row.get("objective") == "divergence"]
     others = [place for place in range(len(quick)) if place not in divergences]
     # Values may have no hash. A value in several combinations is the same object in each.
@@ -126,10 +139,26 @@ def mark_redundant_variants(variants: list[pytest.Item]) -> None:
 
 def never_applies(item: pytest.Item) -> bool:
     """Whether the test is for CUDA with float64, which it refuses (another test checks that), or for a backend left out."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    parameters = parameters_of(item)
     backend = parameters.get("gpu_backend")
     left_out = backend in os.environ.get("OTALIGN_WITHOUT", "").split(",")
-    return left_out or (backend == "cuda" and parameters.get("dtype") == torch.float64)
+    types = [getattr(value, "dtype", value) for value in parameters.values()]
+    return left_out or (backend == "cuda" and torch.float64 in types)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without a GPU, or with kernels that would run in Triton's interpreter, tests marked `gpu` fail: none is skipped."""
+    if item.get_closest_marker("gpu"):
+        assert torch.cuda.is_available(), "this test needs a GPU"
+        assert os.environ.get("TRITON_INTERPRET") != "1", "this test needs compiled kernels: select it by `-m gpu`"
+
+
+def selects_gpu_only(expression: str) -> bool:
+    """Whether the option -m selects only tests marked `gpu`, as "gpu and not slow" does."""
+    if not expression:
+        return False
+    unmarked: list[dict[str, bool]] = [defaultdict(lambda held=held: held, gpu=False) for held in (False, True)]
+    return not any(eval(expression, {"__builtins__": {}}, marks) for marks in unmarked)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -142,7 +171,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(2)  # processes share the cores, but the tests need more than one thread
-    if config.option.markexpr != "gpu":
+    if not selects_gpu_only(config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
         from .helpers.interpreter import make_quicker
 

@@ -5,6 +5,7 @@ Programs that compile run in processes of their own, without the interpreter.
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -30,6 +31,57 @@ def test_changing_lengths_compile_few_variants():
 def test_launcher_and_triton_agree_on_variants():
     """Calls that Triton would compile differently never share a cached kernel, for any types, strides and alignment."""
     assert int(run_compiler(program("launch_keys"))) > 200
+
+
+def test_strides_beyond_32_bits_compile():
+    """A stride that needs 64 bits is an argument of 64 bits, in a variant of its own."""
+    found = json.loads(run_compiler(program("wide_strides")))
+    both = ["other_item", "own_item"]
+    assert found == {
+        "cost_kernel": ["x_item", "y_item"],
+        "points_gradient_kernel": both,
+        "barycentric_kernel": both[:1],
+    }
+
+
+class CountingKernel:
+    """Stands for a kernel of Triton, and for what it compiles: counts calls that look for a variant and calls of one."""
+
+    def __init__(self):
+        self.searches = self.reuses = 0
+
+    def __getitem__(self, grid):
+        def call(*arguments, **named):
+            self.searches += bool(named)
+            self.reuses += not named
+            return self
+
+        return call
+
+
+@pytest.mark.unpoisoned  # of gigabytes that are reserved, none is touched
+@pytest.mark.parametrize("stride, reused", [(64, True), (2**31 - 64, True), (2**31 + 64, False)])
+def test_strides_beyond_32_bits_never_reuse_a_variant(monkeypatch, stride, reused):
+    """Kinds of strides are alike for both widths, so a kept variant for 32 bits would read the wrong numbers."""
+    launches = []
+    monkeypatch.setattr(runtime.Kernel, "launch", lambda kernel, *arguments: launches.append((kernel, arguments)))
+    for step in (32, stride):
+        x = torch.empty_strided((2, 2, 16), (step, 16, 1), dtype=torch.bfloat16).requires_grad_()
+        y = torch.zeros(2, 3, 16, dtype=torch.bfloat16)
+        torch.autograd.grad(otalign.sinkhorn_loss(x, y, max_iter=1, backend="triton"), x)
+    near, far = launches[: len(launches) // 2], launches[len(launches) // 2 :]
+    strided = 0
+    for (kernel, first), (same, second) in zip(near, far, strict=True):
+        assert same is kernel
+        fake, counting = copy.copy(kernel), CountingKernel()
+        fake.function, fake.compiled = counting, {}
+        for arguments in (first, first, second):
+            fake._launch(*arguments)
+        reads_points = stride in fake._integers(second[1])
+        strided += reads_points
+        expected = (1, 2) if reused or not reads_points else (2, 1)
+        assert (counting.searches, counting.reuses) == expected
+    assert strided == 2, "the cost and the gradient by x"
 
 
 # Registers and shared memory -------------------------------------------------------------------------------------------

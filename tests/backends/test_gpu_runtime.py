@@ -1,9 +1,15 @@
-"""How the GPU backends use the process and the device, on a real GPU: `pytest -m gpu`. Nothing here is skipped either."""
+"""How the GPU backends use the process and the device, on a real GPU: `pytest -m gpu`. Nothing here is skipped either.
+
+Problems are of few kinds, so that few kernels are compiled: see test_gpu.py.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +17,7 @@ import torch
 import otalign
 from otalign import backends
 
-from ..helpers.problems import RAGGED, close, draw, identical, on
+from ..helpers.problems import NARROW, RAGGED, WIDE, close, draw, identical, on
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]  # filling memory launches kernels of torch
 
@@ -28,7 +34,7 @@ def gpu_backend(request, monkeypatch):
 
 
 def ragged(device, dtype=torch.float32, seed=0):
-    return on(draw(*RAGGED, D=64, dtype=dtype, seed=seed), device)
+    return on(draw(*RAGGED, D=WIDE, dtype=dtype, seed=seed), device)
 
 
 def step(batch, **options):
@@ -46,10 +52,16 @@ def all_identical(actual, expected):
 # Bits ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("lengths", [RAGGED, ([3000, 1200], [512, 300])], ids=["registers", "memory"])
-def test_bitwise_from_run_to_run(device, lengths, dtype):
-    batch = on(draw(*lengths, D=64, dtype=dtype), device)
+# (In float64 the kernel matrix lies in memory for any lengths.)
+LENGTHS = {"registers": RAGGED, "memory": ([2000, 1200], [400, 300])}
+TYPES = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "where, dtype", [("registers", torch.float64), *((where, dtype) for where in LENGTHS for dtype in TYPES)], ids=str
+)
+def test_bitwise_from_run_to_run(device, where, dtype):
+    batch = on(draw(*LENGTHS[where], D=WIDE, dtype=dtype), device)
 
     def run():
         leaves = [t.detach().requires_grad_() for t in (batch.x, batch.y)]
@@ -81,8 +93,8 @@ def test_nothing_waits_for_the_device(device, objective, no_synchronisation):
 
 
 def test_nothing_waits_with_packed_points_weights_and_regs(device, no_synchronisation):
-    batch = on(draw([750, 1, 300], [128, 5, 100], D=64, dtype=torch.float32), device)
-    packed = batch.packed() | {"max_seqlen_x": 750, "max_seqlen_y": 128, "reg": torch.full((3,), 0.1, device=device)}
+    packed = ragged(device).packed() | {"max_seqlen_x": 750, "max_seqlen_y": 128}
+    packed["reg"] = torch.full((len(RAGGED[0]),), 0.1, device=device)
     packed |= {"a": torch.rand(len(packed["x"]), device=device), "b": "norm", "backend": BACKEND}
     leaves = {side: packed[side].requires_grad_() for side in "xy"}
 
@@ -97,11 +109,11 @@ def test_nothing_waits_with_packed_points_weights_and_regs(device, no_synchronis
     run()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cuda_graph_with_other_points_and_lengths(device, objective, dtype):
-    first = on(draw(*RAGGED, D=64, dtype=dtype), device)
-    second = on(draw([700, 9, 4, 1, 0], [100, 50, 128, 100, 3], D=64, dtype=dtype, seed=5), device)
+    first = ragged(device, dtype)
+    second = on(draw([700, 9, 4, 1, 0], [100, 50, 128, 100, 3], D=WIDE, dtype=dtype, seed=5), device)
     fixed = first._replace(**{name: value.clone() for name, value in first._asdict().items()})
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -158,7 +170,7 @@ def test_stream_is_the_current_one(device):
 
 
 def test_every_device(device):
-    batch = draw(*RAGGED, D=64, dtype=torch.float32)
+    batch = draw(*RAGGED, D=WIDE, dtype=torch.float32)
     expected = step(on(batch, device))
     for index in range(torch.cuda.device_count()):
         other = torch.device("cuda", index)
@@ -181,10 +193,12 @@ def test_device_guard(device, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_without_graph_breaks(device, mode):
+def test_compiled_without_graph_breaks(device, mode, monkeypatch):
     torch._dynamo.reset()
-    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend=BACKEND)
-    batch = on(draw(*RAGGED, D=64, dtype=torch.float32, poison=0.0), device)
+    # Without a pool of processes: there is little to compile, and other workers use the cores.
+    monkeypatch.setattr(importlib.import_module("torch._inductor.config"), "compile_threads", 1)
+    layer, criterion = torch.nn.Linear(WIDE, WIDE, device=device), otalign.SinkhornLoss(backend=BACKEND)
+    batch = on(draw(*RAGGED, D=WIDE, dtype=torch.float32, poison=0.0), device)
 
     def loss(x, y, x_lengths, y_lengths):
         return criterion(layer(x), y, x_lengths, y_lengths)
@@ -213,8 +227,8 @@ def test_autocast_changes_nothing(device, objective, dtype):
 def test_mixed_precision_training(device):
     """A layer under autocast, gradients scaled for float16: finite, and the loss falls."""
     torch.manual_seed(0)
-    batch = on(draw([200, 90], [40, 30], D=64, dtype=torch.float32, poison=0.0), device)
-    layer, criterion = torch.nn.Linear(64, 64, device=device), otalign.SinkhornLoss(backend=BACKEND)
+    batch = on(draw(*RAGGED, D=WIDE, dtype=torch.float32, poison=0.0), device)
+    layer, criterion = torch.nn.Linear(WIDE, WIDE, device=device), otalign.SinkhornLoss(backend=BACKEND)
     optimiser, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cuda", init_scale=1024.0)
     losses = []
     for _ in range(10):
@@ -252,10 +266,10 @@ def peak(run):
     return torch.cuda.max_memory_allocated() - before, result
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_memory_of_a_loss(device, dtype):
     """The forward pass stores the costs once. The backward pass allocates gradients only, no plan."""
-    B, N, M, D = 8, 1000, 128, 32
+    B, N, M, D = 8, 750, 130, WIDE
     x, y = (torch.randn(B, n, D, device=device, dtype=dtype, requires_grad=True) for n in (N, M))
     torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend=BACKEND), (x, y))
     costs, vectors = 4 * B * N * M, 4 * 8 * B * (N + M)
@@ -267,7 +281,7 @@ def test_memory_of_a_loss(device, dtype):
 
 def test_memory_of_images(device):
     """Images and assignments are computed without storing the plan."""
-    x, y = torch.randn(8, 2000, 8, device=device), torch.randn(8, 500, 8, device=device)
+    x, y = torch.randn(8, 2000, NARROW, device=device), torch.randn(8, 500, NARROW, device=device)
     result = otalign.solve(x, y, backend=BACKEND)
     needed, _ = peak(lambda: (result.barycentric_x(), result.barycentric_y(), result.assign_y()))
     assert needed < 4 * 8 * 2000 * 500 / 2
@@ -285,9 +299,17 @@ def test_memory_does_not_grow(device):
 # The sanitizer's cases -------------------------------------------------------------------------------------------------
 
 
-def test_cases_of_the_sanitizer(device, monkeypatch):
-    """Their results are right. This run also compiles their kernels, so the sanitizer need not."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    from gpu.session import sanitize
+def sanitizer() -> ModuleType:
+    """benchmarks/gpu/session/sanitize.py. The benchmarks are programs, not a package that is installed."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("gpu.session.sanitize")
+    finally:
+        sys.path.remove(folder)
 
-    assert sanitize.main([]) == 0
+
+@pytest.mark.parametrize("case", sanitizer().CASES, ids=lambda case: f"{case.cost}-{case.dtype}-{case.N}x{case.M}")
+def test_cases_of_the_sanitizer(device, case):
+    """Their results are right. This run also compiles their kernels, so the sanitizer need not."""
+    assert sanitizer().run(case, BACKEND, device) < 1e-3

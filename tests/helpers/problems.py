@@ -67,8 +67,20 @@ def draw(
     return Batch(side(x_lengths), side(y_lengths), torch.tensor(x_lengths), torch.tensor(y_lengths))
 
 
-# Lengths for a GPU: items that several programs share, items of one point, and an empty item.
-RAGGED = [750, 1, 0, 300, 129], [128, 5, 7, 100, 128]
+def draw_cost(
+    x_lengths: Sequence[int], y_lengths: Sequence[int], *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random costs (B, N, M) from 0 to 1, and the lengths."""
+    size = len(x_lengths), max(x_lengths), max(y_lengths)
+    C = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return C.to(dtype), torch.tensor(x_lengths), torch.tensor(y_lengths)
+
+
+# For tests on a GPU. Triton compiles its kernels for each kind of problem, at about a second a kernel, so that tests share
+# these: lengths of items that several programs share, of one point and of none; and dimensions of one tile and of several,
+# neither of which fills the last. Both are multiples of 16, for which points are copied 16 bytes at a time.
+RAGGED = [300, 1, 0, 270, 129], [128, 5, 7, 100, 128]
+NARROW, WIDE = 48, 272
 
 
 def on(batch: Batch, device: torch.device) -> Batch:

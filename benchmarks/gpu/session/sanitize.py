@@ -50,7 +50,7 @@ def run(case: Case, backend: str, device: torch.device) -> float:
     """Compute all outputs of a solve and all gradients; return the largest error of values and of plans' marginals."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([case.N, 1, 0, case.N // 2]), torch.tensor([case.M - 1, 7, 5, case.M])
-    sizes = (4, case.N, 20), (4, case.M, 20)
+    sizes = (4, case.N, 48), (4, case.M, 48)
     points = [torch.randn(size, generator=generator).to(case.dtype) for size in sizes]
     weights = [torch.rand(size[:2], generator=generator).to(case.dtype) + 0.1 for size in sizes]
     given = torch.rand(4, case.N, case.M, generator=generator).to(case.dtype)
