@@ -54,6 +54,7 @@ COLUMNS = (
     "spills",
     "shared",
     *ACCESSES,
+    AT_ONCE,
     *LOOP,
 )
 
@@ -113,7 +114,7 @@ def table(found: list[dict[str, str]]) -> Iterator[str]:
     for row in found:
         if row["triton"] == version:
             by_key.setdefault(tuple(row[name] for name in key), {})[row["commit"]] = row
-    shown = ("registers", "spills", *ACCESSES, *LOOP[:2])
+    shown = ("registers", "spills", *ACCESSES, AT_ONCE, *LOOP[:2])
     yield f"Triton {version}, sm_{found[0]['arch']}; commit {commits[0]} -> commit {commits[-1]}."
     yield ""
     yield "| shape | kernel | " + " | ".join(name.replace("_", " ") for name in shown) + " |"
