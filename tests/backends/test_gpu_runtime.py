@@ -93,7 +93,7 @@ def test_nothing_waits_for_the_device(device, objective, no_synchronisation):
 
 
 def test_nothing_waits_with_packed_points_weights_and_regs(device, no_synchronisation):
-    packed = ragged(device).packed() | {"max_seqlen_x": 750, "max_seqlen_y": 128}
+    packed = ragged(device).packed() | {"max_seqlen_x": max(RAGGED[0]), "max_seqlen_y": max(RAGGED[1])}
     packed["reg"] = torch.full((len(RAGGED[0]),), 0.1, device=device)
     packed |= {"a": torch.rand(len(packed["x"]), device=device), "b": "norm", "backend": BACKEND}
     leaves = {side: packed[side].requires_grad_() for side in "xy"}
@@ -113,7 +113,7 @@ def test_nothing_waits_with_packed_points_weights_and_regs(device, no_synchronis
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cuda_graph_with_other_points_and_lengths(device, objective, dtype):
     first = ragged(device, dtype)
-    second = on(draw([700, 9, 4, 1, 0], [100, 50, 128, 100, 3], D=WIDE, dtype=dtype, seed=5), device)
+    second = on(draw([280, 9, 4, 1, 0], [100, 50, 128, 100, 3], D=WIDE, dtype=dtype, seed=5), device)
     fixed = first._replace(**{name: value.clone() for name, value in first._asdict().items()})
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -192,11 +192,16 @@ def test_device_guard(device, monkeypatch):
 # torch -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_compiler():
+    """torch compiles in this process alone: there is little to compile, and other workers use the cores."""
+    with importlib.import_module("torch._inductor.config").patch(compile_threads=1):
+        yield
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_without_graph_breaks(device, mode, monkeypatch):
+def test_compiled_without_graph_breaks(device, mode, one_compiler):
     torch._dynamo.reset()
-    # Without a pool of processes: there is little to compile, and other workers use the cores.
-    monkeypatch.setattr(importlib.import_module("torch._inductor.config"), "compile_threads", 1)
     layer, criterion = torch.nn.Linear(WIDE, WIDE, device=device), otalign.SinkhornLoss(backend=BACKEND)
     batch = on(draw(*RAGGED, D=WIDE, dtype=torch.float32, poison=0.0), device)
 
@@ -269,7 +274,7 @@ def peak(run):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_memory_of_a_loss(device, dtype):
     """The forward pass stores the costs once. The backward pass allocates gradients only, no plan."""
-    B, N, M, D = 8, 750, 130, WIDE
+    B, N, M, D = 8, 1000, 128, WIDE
     x, y = (torch.randn(B, n, D, device=device, dtype=dtype, requires_grad=True) for n in (N, M))
     torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend=BACKEND), (x, y))
     costs, vectors = 4 * B * N * M, 4 * 8 * B * (N + M)
