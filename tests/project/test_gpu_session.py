@@ -249,8 +249,7 @@ def test_limits(tmp_path):
     assert steps.SECONDS <= 600
     worth_most = [step for step in steps_of(tmp_path) if step.name in ("files", "doctor", "first", "tests", "times")]
     assert sum(step.seconds for step in worth_most) <= 0.75 * steps.SECONDS, "the others have time even if all are late"
-    first = [step for step in steps_of(tmp_path) if step.name in ("doctor", "first") and not step.waits]
-    assert sum(step.seconds for step in first) <= 60
+    assert all(step.seconds <= 60 for step in steps_of(tmp_path) if step.name == "first")
 
 
 def test_the_order_is_that_of_worth(tmp_path):
@@ -272,7 +271,7 @@ def test_the_order_is_that_of_worth(tmp_path):
         "long-tests: triton",
         "long-tests: cuda",
     ]
-    assert [step.label for step in steps_of(tmp_path, quick=True)] == labels[:9]
+    assert [step.label for step in steps_of(tmp_path, quick=True)] == [*labels[:5], *labels[6:9]]
     dry = [step.label for step in steps_of(tmp_path, dry=True)]
     assert dry == [label for label in labels if "cuda" not in label and label != "racecheck"]
     needs_no_build = {step.label for step in steps_of(tmp_path) if not step.waits}
@@ -336,10 +335,18 @@ def test_results_of_an_earlier_session_are_not_mixed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "left_out"), [("pass", False), ("sys.exit(3)", False), ("sys.exit(1)", True), ("time.sleep(60)", True)]
+    ("code", "left_out"),
+    [
+        ("pass", False),
+        ("sys.exit(3)", False),
+        ("sys.exit(1)", True),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("print('solving costs', flush=True); time.sleep(60)", True),
+        ("print('importing', flush=True); time.sleep(60)", False),
+    ],
 )
 def test_a_backend_that_does_not_end_is_left_out(session, step, code, left_out):
-    """Wrong results (3) are no reason to leave it out: the tests say more about them."""
+    """Wrong results (3) are no reason to leave it out: the tests say more about them. Nor is a slow start of Python."""
     told = "print(os.environ.get('OTALIGN_WITHOUT'))"
     found = session(
         step("first", code, 1, part="cuda", backends=("cuda",), first_look=True),
@@ -639,7 +646,7 @@ def test_a_benchmark_goes_on_with_what_has_no_row(tmp_path, monkeypatch):
     found = rows(tmp_path / "benchmark.csv")
     assert found[: len(first)] == first, "what was measured is not measured again"
     assert {row["match"] for row in found} == {"True"}
-    assert len(found) == len(late)
+    assert len(found) == len(late) == len({(row["shape"], row["dtype"], row["mode"]) for row in found})
     assert benchmark.main([*dry[:1], *dry[2:], "--first", "--providers", "FlashSinkhorn"]) == 0
     assert {row["provider"] for row in rows(tmp_path / "benchmark.csv")} == {"FlashSinkhorn"}, "without --append: anew"
 
