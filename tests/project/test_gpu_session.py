@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,8 +250,7 @@ def test_limits(tmp_path):
     assert steps.SECONDS <= 600
     worth_most = [step for step in steps_of(tmp_path) if step.name in ("files", "doctor", "first", "tests", "times")]
     assert sum(step.seconds for step in worth_most) <= 0.75 * steps.SECONDS, "the others have time even if all are late"
-    first = [step for step in steps_of(tmp_path) if step.name in ("doctor", "first") and not step.waits]
-    assert sum(step.seconds for step in first) <= 60
+    assert all(step.seconds <= 60 for step in steps_of(tmp_path) if step.name == "first")
 
 
 def test_the_order_is_that_of_worth(tmp_path):
@@ -272,7 +272,7 @@ def test_the_order_is_that_of_worth(tmp_path):
         "long-tests: triton",
         "long-tests: cuda",
     ]
-    assert [step.label for step in steps_of(tmp_path, quick=True)] == labels[:9]
+    assert [step.label for step in steps_of(tmp_path, quick=True)] == [*labels[:5], *labels[6:9]]
     dry = [step.label for step in steps_of(tmp_path, dry=True)]
     assert dry == [label for label in labels if "cuda" not in label and label != "racecheck"]
     needs_no_build = {step.label for step in steps_of(tmp_path) if not step.waits}
@@ -336,10 +336,18 @@ def test_results_of_an_earlier_session_are_not_mixed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "left_out"), [("pass", False), ("sys.exit(3)", False), ("sys.exit(1)", True), ("time.sleep(60)", True)]
+    ("code", "left_out"),
+    [
+        ("pass", False),
+        ("sys.exit(3)", False),
+        ("sys.exit(1)", True),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("print('solving costs', flush=True); time.sleep(60)", True),
+        ("print('importing', flush=True); time.sleep(60)", False),
+    ],
 )
 def test_a_backend_that_does_not_end_is_left_out(session, step, code, left_out):
-    """Wrong results (3) are no reason to leave it out: the tests say more about them."""
+    """Wrong results (3) are no reason to leave it out: the tests say more about them. Nor is a slow start of Python."""
     told = "print(os.environ.get('OTALIGN_WITHOUT'))"
     found = session(
         step("first", code, 1, part="cuda", backends=("cuda",), first_look=True),
@@ -362,11 +370,9 @@ def test_nothing_is_measured_without_any_backend(session, step):
 def test_every_step_leaves_out_the_same_backends(monkeypatch):
     from gpu import backends, providers
 
-    monkeypatch.setattr(
-        backends.otalign.backends if hasattr(backends, "otalign") else __import__("otalign").backends,
-        "available",
-        lambda: {"triton": None, "cuda": None, "cpu": None},
-    )
+    import otalign
+
+    monkeypatch.setattr(otalign.backends, "available", lambda: {"triton": None, "cuda": None, "cpu": None})
     monkeypatch.setenv("OTALIGN_WITHOUT", "cuda, cpu")
     assert backends.usable() == ["triton"]
     assert backends.reason_missing("cpu") == "OTALIGN_WITHOUT names it"
@@ -639,7 +645,7 @@ def test_a_benchmark_goes_on_with_what_has_no_row(tmp_path, monkeypatch):
     found = rows(tmp_path / "benchmark.csv")
     assert found[: len(first)] == first, "what was measured is not measured again"
     assert {row["match"] for row in found} == {"True"}
-    assert len(found) == len(late)
+    assert len(found) == len(late) == len({(row["shape"], row["dtype"], row["mode"]) for row in found})
     assert benchmark.main([*dry[:1], *dry[2:], "--first", "--providers", "FlashSinkhorn"]) == 0
     assert {row["provider"] for row in rows(tmp_path / "benchmark.csv")} == {"FlashSinkhorn"}, "without --append: anew"
 
@@ -668,18 +674,21 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import ctypes
 from gpu import benchmark, providers
 benchmark.PATIENCE_DRY, benchmark.STUCK = 0.5, 0.5
+missing = providers.PROVIDERS["FlashSinkhorn"]
 def hangs(task):
+    if task.tol:
+        return missing(task)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # another thread takes the signal
     ctypes.CDLL(None).sleep(300)
 providers.PROVIDERS["GeomLoss"] = hangs
 sys.exit(benchmark.main(["--dry", "--append", "--first", "--out", "out", "--providers", "GeomLoss", "FlashSinkhorn"]))"""
-    codes = [subprocess.run(python(code), cwd=tmp_path, timeout=120).returncode for _ in range(3)]
-    assert codes == [RESTART, RESTART, 0]
+    codes = [subprocess.run(python(code), cwd=tmp_path, timeout=120).returncode for _ in range(2)]
+    assert codes == [RESTART, 0]
     matches = {(row["shape"], row["provider"]): row["match"] for row in rows(tmp_path / "out" / "benchmark.csv")}
     assert matches == {
         ("small", "GeomLoss"): "failed: did not end within 1.0 s",
         ("small", "FlashSinkhorn"): "missing: flash-sinkhorn is not installed",
-        ("small, early exit", "GeomLoss"): "failed: did not end within 1.0 s",
+        ("small, early exit", "GeomLoss"): "missing: flash-sinkhorn is not installed",
         ("small, early exit", "FlashSinkhorn"): "missing: flash-sinkhorn is not installed",
     }
     assert (tmp_path / "out" / "targets.txt").exists()
@@ -739,7 +748,7 @@ def test_the_first_look_is_right_and_timed(tmp_path):
         assert "dry run" in row["device"]
 
 
-@pytest.mark.parametrize("wrong", ["loss", "gradient", "costs", "cost gradient", "fails", "fails everywhere"])
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "plan", "gradient of costs", "fails", "fails everywhere"])
 def test_the_first_look_finds_faults(tmp_path, monkeypatch, wrong):
     """A wrong result has no time, and the rest is looked at. A backend that solves nothing is left out (1)."""
     from gpu.session import first_look
@@ -752,13 +761,8 @@ def test_the_first_look_finds_faults(tmp_path, monkeypatch, wrong):
         if wrong.startswith("fails"):
             raise RuntimeError("on purpose")
         right = loss(*arguments, **options)
-        return (
-            right * 1.01
-            if wrong == "loss"
-            else right + 0.1 * (right - right.detach())
-            if wrong == "gradient"
-            else right
-        )
+        value, slope = 1 + 0.01 * (wrong == "loss"), 0.1 * (wrong == "gradient")
+        return value * right + slope * (right - right.detach())
 
     def spoilt_costs(C, *, backend, **options):
         if wrong == "fails everywhere":
@@ -766,24 +770,19 @@ def test_the_first_look_finds_faults(tmp_path, monkeypatch, wrong):
         result = solve_cost(C, backend=backend, **options)
         if backend == "reference":
             return result
-        if wrong == "costs":
-            return solve_cost(C, backend=backend, **options | {"reg": 0.11})
-        if wrong == "cost gradient":
-            return result._replace(value_linear=1.01 * result.value_linear)
-        return result
+        plan, cost = 1 + 0.01 * (wrong == "plan"), 1 + 0.01 * (wrong == "gradient of costs")
+        return SimpleNamespace(value_linear=cost * result.value_linear, plan=lambda: plan * result.plan())
 
     monkeypatch.setattr(otalign, "sinkhorn_loss", spoilt_loss)
     monkeypatch.setattr(otalign, "solve_cost", spoilt_costs)
     assert first_look.main(["cpu", "--dry", "--out", str(tmp_path)]) == (1 if wrong == "fails everywhere" else 3)
     found = {row["problem"]: row for row in rows(tmp_path / "first.csv")}
-    spoilt = {"cost gradient": ["costs"], "costs": ["costs"], "fails everywhere": ["costs", "loss"]}.get(
-        wrong, ["loss"]
-    )
+    places = {"plan": ["costs"], "gradient of costs": ["costs"], "fails everywhere": ["costs", "loss"]}
+    spoilt = places.get(wrong, ["loss"])
+    expected = "failed: RuntimeError: on purpose" if wrong.startswith("fails") else "False"
     for problem, row in found.items():
-        right = problem not in spoilt
-        assert (row["match"] == "True") == right, row
-        assert bool(row["median_us"]) == (right and problem == "loss")
-        assert row["match"].startswith("failed: RuntimeError: on purpose") == (not right and wrong.startswith("fails"))
+        assert row["match"] == (expected if problem in spoilt else "True")
+        assert bool(row["median_us"]) == (problem == "loss" and problem not in spoilt)
 
 
 def test_a_missing_backend_is_left_out(tmp_path, capsys):

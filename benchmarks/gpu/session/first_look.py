@@ -21,7 +21,7 @@ from common.accuracy import relative
 from common.shapes import Shape
 from gpu import backends, oracle
 from gpu.cases import FIXED, FIXED_DRY, LARGE, OUT_OF_TIME, REG, TYPES, Case, failed, make
-from gpu.exits import WRONG
+from gpu.exits import SOLVING, WRONG
 from gpu.rows import Row, Table
 from gpu.timing import Clock
 
@@ -100,6 +100,7 @@ def look(backend: str, device: torch.device, *, dry: bool, seconds: float) -> It
         if place >= NEEDED and time.monotonic() - start > seconds:
             yield about | {"match": OUT_OF_TIME}
             continue
+        print(SOLVING, *(f"{name} {value}" for name, value in about.items()), flush=True)
         try:
             found = solve()
         except Exception as error:
@@ -127,7 +128,9 @@ def main(arguments: list[str]) -> int:
     with Table(args.out / "first.csv", COLUMNS, keep=lambda row: True) as table:
         for row in look(args.backend, device, dry=args.dry, seconds=args.seconds):
             table.write(row | about)
-            print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
+            print(
+                *(f"{name} {row[name]}" for name in COLUMNS if name in row and name not in about), sep=", ", flush=True
+            )
             verdicts.append(row["match"])
     if not any(isinstance(verdict, bool) for verdict in verdicts):
         return 1  # not one problem was solved

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common import environment
 from gpu import backends
-from gpu.exits import WRONG
+from gpu.exits import SOLVING, WRONG
 from gpu.session.jobs import GRACE, TAIL, Job, Step
 from gpu.session.steps import QUICK, QUICK_SECONDS, SECONDS, SELECTABLE, Plan, python_path, steps
 
@@ -107,7 +107,7 @@ class Session:
             with job.log.open("rb") as own, (self.out / "log.txt").open("ab") as log:
                 shutil.copyfileobj(own, log)
             job.log.unlink()
-        if step.first_look and job.code not in (0, WRONG):
+        if step.first_look and shows_no_end(job):
             self.environment |= backends.without(self.environment, *step.backends)
         if step.refusals:
             self.optional.add(step.label)
@@ -152,6 +152,13 @@ def signals(session: Session) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def shows_no_end(job: Job) -> bool:
+    """Whether a backend cannot be used further. A first look that was stopped before it solved anything does not tell."""
+    if job.code is None:
+        return any(text.startswith(SOLVING) for text in job.output())
+    return job.code not in (0, WRONG)
 
 
 def line(entry: dict[str, object]) -> str:
