@@ -20,7 +20,7 @@ from common.tables import replace_block
 from otalign import backends
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 KINDS = ("strict", "relaxed", "adjoint")
 
 
@@ -123,8 +123,10 @@ def rows() -> Iterator[dict[str, object]]:
 
 def table(found: list[dict[str, object]]) -> Iterator[str]:
     """Registers of the iterations on every architecture, and the instructions of their loop on sm_90a."""
-    yield "| columns | rows in registers | warps | marginals | sm_80 | sm_90a | sm_100 | loop | multiply-adds |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| columns | rows in registers | warps | marginals | " + " | ".join(ARCHITECTURES) + " | loop | multiply-adds |"
+    )
+    yield "|---" * (6 + len(ARCHITECTURES)) + "|"
     by_kernel: dict[tuple[object, ...], dict[object, dict[str, object]]] = {}
     for row in found:
         if row["kernel"] != "adjoint":

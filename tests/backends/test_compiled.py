@@ -223,6 +223,19 @@ def test_item_strides_are_part_of_the_key(monkeypatch):
     assert len(set(keys["sinkhorn_kernel"])) == 1
 
 
+def test_table_of_accesses_is_made_from_the_committed_results(monkeypatch):
+    """The page shows what the report makes of benchmarks/results/accesses.csv, and 16-bit points have no narrow loads now."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from codegen import accesses
+
+    page = (accesses.ROOT / "docs/performance.md").read_text()
+    shown = page.split("<!-- accesses -->\n")[1].split("\n<!-- /accesses -->")[0]
+    rows = accesses.read()
+    assert shown == "\n".join(accesses.table(rows))
+    assert {row["triton"] for row in rows} >= {"3.6.0", "3.9.0"}
+    assert not any(int(row["loads_2"]) for row in rows if row["commit"] == rows[-1]["commit"])
+
+
 # Launches --------------------------------------------------------------------------------------------------------------
 
 
