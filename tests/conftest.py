@@ -14,6 +14,11 @@ from .helpers.combinations import covering
 
 collect_ignore = ["helpers/programs"]  # some import what only the tests that run them put on the path
 
+# macOS has no Triton. With this variable, and only with it, tests that need Triton are left out.
+WITHOUT_TRITON = "OTALIGN_WITHOUT_TRITON" in os.environ
+if WITHOUT_TRITON:
+    collect_ignore += ["backends/test_cuda.py", "backends/test_interpreter.py", "backends/test_triton.py"]
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -125,10 +130,16 @@ def mark_redundant_variants(variants: list[pytest.Item]) -> None:
 
 
 def never_applies(item: pytest.Item) -> bool:
-    """Whether the test is for CUDA with float64, which it refuses (another test checks that), or in a run without CUDA."""
+    """Whether the test is for CUDA with float64, which it refuses (another test checks that), or for what this run is without."""
+    if WITHOUT_TRITON and (runs_interpreter(item) or item.get_closest_marker("triton")):
+        return True
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     left_out = parameters.get("dtype") == torch.float64 or "OTALIGN_WITHOUT_CUDA" in os.environ
     return parameters.get("gpu_backend") == "cuda" and left_out
+
+
+def pytest_report_header() -> list[str]:
+    return ["OTALIGN_WITHOUT_TRITON: tests of the Triton and CUDA kernels are left out"] if WITHOUT_TRITON else []
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -141,7 +152,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(2)  # processes share the cores, but the tests need more than one thread
-    if config.option.markexpr != "gpu":
+    if config.option.markexpr != "gpu" and not WITHOUT_TRITON:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
         from .helpers.interpreter import make_quicker
 
