@@ -15,6 +15,12 @@ from .helpers.combinations import covering
 
 collect_ignore = ["helpers/programs"]  # some import what only the tests that run them put on the path
 
+# macOS has no Triton. With this variable, and only with it, tests that need Triton are left out.
+WITHOUT_TRITON = "OTALIGN_WITHOUT_TRITON" in os.environ
+if WITHOUT_TRITON:
+    needing_triton = ("availability", "compiled", "cuda", "interpreter", "placements", "rehearsal", "triton")
+    collect_ignore += [f"backends/test_{name}.py" for name in needing_triton]
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -138,7 +144,9 @@ def mark_redundant_variants(variants: list[pytest.Item]) -> None:
 
 
 def never_applies(item: pytest.Item) -> bool:
-    """Whether the test is for CUDA with float64, which it refuses (another test checks that), or for a backend left out."""
+    """Whether the test is for CUDA with float64, which it refuses (another test checks that), or for what is left out."""
+    if WITHOUT_TRITON and (runs_interpreter(item) or item.get_closest_marker("triton")):
+        return True
     parameters = parameters_of(item)
     backend = parameters.get("gpu_backend")
     left_out = backend in os.environ.get("OTALIGN_WITHOUT", "").split(",")
@@ -161,6 +169,10 @@ def selects_gpu_only(expression: str) -> bool:
     return not any(eval(expression, {"__builtins__": {}}, marks) for marks in unmarked)
 
 
+def pytest_report_header() -> list[str]:
+    return ["OTALIGN_WITHOUT_TRITON: tests of the Triton and CUDA kernels are left out"] if WITHOUT_TRITON else []
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process for each core that this process may use (taskset, containers), at most eight: more only use memory."""
@@ -171,7 +183,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(2)  # processes share the cores, but the tests need more than one thread
-    if not selects_gpu_only(config.option.markexpr):
+    if not selects_gpu_only(config.option.markexpr) and not WITHOUT_TRITON:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
         from .helpers.interpreter import make_quicker
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from otalign.triton_kernels import heuristics, runtime
 from torch import Tensor
 
 import otalign
@@ -22,7 +21,6 @@ from otalign import Prior
 
 from ..cuda_on_cpu.host_cuda import emulated
 from ..helpers import oracle
-from ..helpers.interpreter import together
 from ..helpers.problems import close
 
 INF = math.inf
@@ -318,8 +316,13 @@ def test_symmetric_problems(engine, massless, reg, rho):
     assert solution.n_iter.item() < 30
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
 def test_symmetric_problems_by_several_programs(monkeypatch, dtype):
+    from otalign.triton_kernels import heuristics, runtime
+
+    from ..helpers.interpreter import together
+
     monkeypatch.setattr(runtime, "processors", lambda device: 8)
     tile = heuristics.TileShape(width=32, groups=2, warps=1, min_programs=1, max_programs=16, max_before_hopper=16)
     monkeypatch.setattr(heuristics, "TILE_SHAPES", (tile,))
