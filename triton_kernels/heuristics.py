@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 MAX_PROGRAMS = 16  # that share an item: the exchange of column sums grows with them
 EXCHANGE_SIZES = (1, 4, MAX_PROGRAMS)  # the exchange is compiled for these upper bounds of the number of programs
-# Rows of a step of the exact passes, where the kernel matrix is in registers: the most that compile without a spill.
-EXACT_ROWS = 32
+# Rows, and entries, of a step of the exact passes, where the kernel matrix is in registers: more would spill.
+EXACT_ROWS, EXACT_ENTRIES = 32, 4096
 MAX_SIZE_Y = 32768  # longest y: a program holds whole rows
 
 
@@ -95,7 +95,8 @@ def launch_config(
                 fits = size_y <= tile.width and size_x <= programs * tile.rows
                 limit = tile.max_programs if generation >= 90 else tile.max_before_hopper
                 if fits and tile.min_programs <= programs <= limit:
-                    return _config(items, programs, processors, EXACT_ROWS, tile.width, tile.groups, tile.warps, 1)
+                    block_n = min(EXACT_ROWS, EXACT_ENTRIES // tile.width)
+                    return _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
             programs *= 2
     block_m = power_of_two(size_y, 32)
     if block_m > MAX_SIZE_Y:
