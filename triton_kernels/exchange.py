@@ -67,15 +67,16 @@ def sum_over_programs(
             tl.store(own_part + s * WIDTH + tl.arange(0, WIDTH), values[s])
         tl.store(own_part + 2 * BLOCK_M, scalar)
         barrier(group.counter, (epoch + 1) * group.programs)
-        exists = ranks < group.programs
-        scalars = tl.load(parts + ranks * STRIDE + 2 * BLOCK_M, mask=exists, other=0, cache_modifier=".cg")
+        scalars_at = parts + ranks * STRIDE + 2 * BLOCK_M
+        scalars = tl.load(scalars_at, mask=ranks < group.programs, other=0, cache_modifier=".cg")
         if MAX_PROGRAMS * WIDTH <= 8192:
             # All loads come before the first sum: a trip to the L2 cache takes longer than all the sums.
             loaded = ()
             for s in tl.static_range(len(values)):
                 for rank in tl.static_range(MAX_PROGRAMS):
                     at = parts + rank * STRIDE + s * WIDTH + tl.arange(0, WIDTH)
-                    loaded = loaded + (tl.load(at, mask=rank < group.programs, other=0, cache_modifier=".cg"),)
+                    exists = tl.full([WIDTH], rank, tl.int32) < group.programs
+                    loaded = loaded + (tl.load(at, mask=exists, other=0, cache_modifier=".cg"),)
             for s in tl.static_range(len(values)):
                 running = loaded[s * MAX_PROGRAMS]
                 for rank in tl.static_range(1, MAX_PROGRAMS):
