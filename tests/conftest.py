@@ -91,7 +91,7 @@ LONG = (
     "test_distributed",
     "test_trainers",
 )  # they start first, or one process would still run them when the others are done
-REHEARSAL = "test_rehearsal"  # `make test` runs one variant of each of its tests for each backend
+REHEARSAL = "test_rehearsal"  # `make test` runs one variant of each of its tests
 IN_PAIRS = ("test_cuda", "test_triton")  # their programs run concurrently, as fibers or threads, which takes long
 
 
@@ -101,12 +101,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
     costly: dict[str, list[pytest.Item]] = {}
-    rehearsed: dict[tuple[str, Any], pytest.Item] = {}
+    rehearsed: dict[str, pytest.Item] = {}
     for item in items:
         quick = item.path.stem in QUICK_WITH_TRITON or item.get_closest_marker("quick")
         if item.path.stem == REHEARSAL:
-            test = item.nodeid.partition("[")[0], parameters_of(item).get("gpu_backend")
-            if rehearsed.setdefault(test, item) is not item:
+            if rehearsed.setdefault(item.nodeid.partition("[")[0], item) is not item:
                 item.add_marker(pytest.mark.slow)
         elif runs_interpreter(item) and not quick:
             item.add_marker(pytest.mark.slow)

@@ -795,6 +795,7 @@ def test_a_missing_backend_is_left_out(tmp_path, capsys):
 # All together ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `make gpu DRY=1` as a whole
 def test_a_rehearsal_without_an_extension(tmp_path, cmake):
     """The build fails, and what needs no extension is looked at and kept."""
     command = [

@@ -1,4 +1,7 @@
-"""Prints, as JSON, how the Triton kernels of shape A read memory in their code for Hopper, by type of points and kernel."""
+"""Prints, as JSON, how the Triton kernels of shape A read memory in their code for Hopper, by type of points and kernel.
+
+"ada" has the kernels of 16-bit points, for chips with little shared memory, that need most of it.
+"""
 
 import json
 import re
@@ -8,14 +11,15 @@ from codegen import accesses, variants  # of the benchmarks
 
 POINTS = "cost_kernel COST=cosine|points_gradient_kernel COST=cosine.*IMPLICIT=False|barycentric"
 COSTS = "sinkhorn|adjoint|plan_kernel|assign"
-HOPPER = 90
+LARGE = "cost_kernel COST=cosine|points_gradient_kernel COST=cosine.*IMPLICIT=True"
+HOPPER, ADA = 90, 89
 
 
-def kernels(dtype: torch.dtype, which: str) -> dict[str, dict[str, object]]:
-    with variants.recording(HOPPER) as found:
-        variants.Problem(32, 750, 128, 1024, dtype, dtype).launch()
+def kernels(dtype: torch.dtype, which: str, arch: int = HOPPER, size_y: int = 128) -> dict[str, dict[str, object]]:
+    with variants.recording(arch) as found:
+        variants.Problem(32, 750, size_y, 1024, dtype, dtype).launch()
     chosen = [variant for variant in found if re.search(which, f"{variant.kernel} {variant.label()}")]
-    named = [(accesses.figures(variant, HOPPER), variant) for variant in chosen]
+    named = [(accesses.figures(variant, arch), variant) for variant in chosen]
     return {
         f"{figures['kernel']} {figures['side']}".strip(): {
             **figures,
@@ -28,6 +32,7 @@ def kernels(dtype: torch.dtype, which: str) -> dict[str, dict[str, object]]:
 
 def main() -> None:
     found = {"bf16": kernels(torch.bfloat16, POINTS), "fp32": kernels(torch.float32, f"{POINTS}|{COSTS}")}
+    found["ada"] = kernels(torch.bfloat16, LARGE, ADA, 60)
     print(json.dumps(found))
 
 
