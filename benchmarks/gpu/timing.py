@@ -147,3 +147,4 @@ def watched(seconds: float, stuck: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # a thread that Python stops at its end can abort the process

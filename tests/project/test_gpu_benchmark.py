@@ -6,6 +6,7 @@ import csv
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,14 @@ def test_results_are_added_by_device(tmp_path):
     (session / "benchmark.csv").write_text("device,median_us\nCPU (dry run): x,1.0\n")
     with pytest.raises(SystemExit, match="expected the rows of one GPU"):
         report.add(session, tmp_path / "results")
+
+
+def test_watched_blocks_leave_no_thread():
+    """A thread that is left when Python ends can abort a process whose results are complete."""
+    from gpu.timing import watched
+
+    before = threading.enumerate()
+    for _ in range(20):
+        with watched(60, lambda: None):
+            pass
+        assert threading.enumerate() == before
