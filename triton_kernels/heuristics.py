@@ -2,7 +2,7 @@
 
 Triton compiles a variant when it is first needed. So the heuristics choose from a short list, and sizes only pick from it.
 The list comes from the compilers' reports (docs/performance.md has the table): a kernel matrix that stays in registers
-takes about 96 of a thread's 255 registers, and Triton 3.9 compiles every tile in the list without a spill.
+takes about 96 of a thread's 255 registers, and Triton 3.9 compiles every tile in the list without a spill on NVIDIA chips.
 """
 
 import functools

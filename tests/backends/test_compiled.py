@@ -104,7 +104,7 @@ SHARED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
 def test_kernel_matrix_stays_in_registers(tmp_path, arch):
     """No variant that keeps the kernel matrix in registers spills, on any NVIDIA generation since Ampere."""
     rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", "sinkhorn.*GROUPS=[1-9]")
