@@ -87,13 +87,16 @@ def runs(contestant: Contestant, batch: Batch) -> dict[str, Callable[[], Run]]:
         kept = contestant.loss(x, y)
         return lambda: (kept.detach(), *gradients(kept))
 
-    def ready(plain: Call, capture: Callable[[], Call]) -> Run:
-        return Run(capture() if contestant.graph else plain, plain)
+    def ready(plain: Callable[[], Call], capture: Callable[[], Call]) -> Run:
+        # First the capture: a loss that is kept on the default stream would draw this stream into the capture.
+        call = capture() if contestant.graph else None
+        prepared = plain()
+        return Run(call or prepared, prepared)
 
     return {
-        "forward": lambda: ready(forward, lambda: captured(forward)),
-        "full": lambda: ready(full, lambda: captured(full)),
-        "backward": lambda: ready(backward(), lambda: captured_backward(lambda: contestant.loss(x, y), gradients)),
+        "forward": lambda: ready(lambda: forward, lambda: captured(forward)),
+        "full": lambda: ready(lambda: full, lambda: captured(full)),
+        "backward": lambda: ready(backward, lambda: captured_backward(lambda: contestant.loss(x, y), gradients)),
     }
 
 

@@ -157,7 +157,9 @@ def pytest(plan: Plan, marks: str, backend: str) -> list[str]:
     files = sorted((ROOT / "tests" / folder).glob(pattern))
     if not files:  # without a path pytest would run all tests
         raise FileNotFoundError(f"expected {pattern} in {ROOT / 'tests' / folder}, found none")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--durations=10"]
+    # pytest takes the folder of results for one of tests, and would look for its settings above both.
+    settings = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *settings, "--durations=10"]
     command += ["-m", marks.replace("gpu", "not gpu") if plan.dry else marks, "--continue-on-collection-errors"]
     command += ["-p", "gpu.session.live", "--live", str(plan.out / "tests.csv"), "--live-label", backend]
     if not plan.dry and installed(plan, "pytest_xdist", "xdist"):
