@@ -253,7 +253,7 @@ def test_mixed_precision_training(device):
 def test_auto_is_triton(device):
     assert backends.resolve("auto", device) == "triton"
     batch = ragged(device)
-    all_identical(step(batch, backend="auto"), step(batch))
+    all_identical(step(batch, backend="auto"), step(batch, backend="triton"))
     with pytest.raises(ValueError, match="takes tensors on the CPU"):
         step(batch, backend="cpu")
 
@@ -281,7 +281,9 @@ def test_memory_of_a_loss(device, dtype):
     forward, loss = peak(lambda: otalign.sinkhorn_loss(x, y, backend=BACKEND))
     assert forward <= costs + vectors + 2**20
     backward, _ = peak(lambda: torch.autograd.grad(loss, (x, y)))
-    assert backward <= x.nbytes + y.nbytes + vectors + 2**18
+    spare = 2 * 2**20  # torch may leave up to 1 MiB at the end of the block of each gradient
+    assert spare < costs
+    assert backward <= x.nbytes + y.nbytes + vectors + spare
 
 
 def test_memory_of_images(device):
