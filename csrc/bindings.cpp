@@ -79,7 +79,8 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("rho_x", &Options::rho_x)
       .def_readwrite("rho_y", &Options::rho_y)
       .def_readwrite("max_iter", &Options::max_iter)
-      .def_readwrite("tol", &Options::tol);
+      .def_readwrite("tol", &Options::tol)
+      .def_readwrite("accelerate", &Options::accelerate);
 
   py::class_<Side> side(module, "Side");
   side.def(py::init([] { return Side{}; }));

@@ -21,6 +21,7 @@ struct Options {
   double rho_x, rho_y;  // relaxation of the marginals, in the unit of the cost; infinite = strict
   int64_t max_iter;     // at least 1
   double tol;           // an item stops at this L1 error of the marginals; 0 = make all iterations
+  bool accelerate;      // Newton's steps in the place of many iterations (accelerate.h); not if tol = 0
 };
 
 // One side of the problem.

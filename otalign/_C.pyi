@@ -18,6 +18,7 @@ class Options:
     rho_y: float
     max_iter: int
     tol: float
+    accelerate: bool
 
 class Side:
     lengths: _Memory

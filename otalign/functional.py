@@ -36,6 +36,7 @@ def sinkhorn_loss(
     unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
+    accelerate: bool = True,
     objective: str = "value",
     reduction: str = "mean",
     backend: str = "auto",
@@ -71,8 +72,11 @@ def sinkhorn_loss(
         unbalanced: marginal relaxation: None (both marginals strict), `rho`, or `(rho_x, rho_y)`; each may be None or
             `inf` (strict). A tensor `(B,)` in place of a number gives each item its own relaxation: Python reads it (this
             waits for a GPU), and items of equal relaxation are solved together.
-        max_iter: largest number of iterations of an item. One iteration is a row and a column update.
-        tol: an item stops when its L1 marginal error is at most `tol`; 0 = always make `max_iter` iterations.
+        max_iter: largest number of iterations of an item: passes over its matrix, each with a row and a column update or
+            with as much work for a Newton step.
+        tol: an item stops when its L1 marginal error is at most `tol`; 0 = always make `max_iter` plain iterations.
+        accelerate: whether an item with many iterations ahead takes Newton steps in their place (on the CPU; a GPU
+            iterates plainly so far). False = alternating updates alone.
         objective: `"value"` = the regularised optimum, gradient `P`; `"plan_cost"` = <stop_gradient(P), C + B>;
             `"transport"` = <P, C + B> with its exact gradient; `"divergence"` = the debiased
             `v(x, y) - (v(x, x) + v(y, y)) / 2` (Feydy et al. 2019).
@@ -102,7 +106,7 @@ def sinkhorn_loss(
     loss, _, _ = solved_loss(
         SideInput(x, x_lengths, a, cu_seqlens_x, max_seqlen_x),
         SideInput(y, y_lengths, b, cu_seqlens_y, max_seqlen_y),
-        Options(cost, prior, reg, max_iter, tol),
+        Options(cost, prior, reg, max_iter, tol, accelerate),
         unbalanced,
         objective,
         reduction,
@@ -146,6 +150,7 @@ def solve(
     unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
+    accelerate: bool = True,
     init: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> OTResult:
@@ -163,7 +168,7 @@ def solve(
     problem = from_points(
         SideInput(x, x_lengths, a, cu_seqlens_x, max_seqlen_x),
         SideInput(y, y_lengths, b, cu_seqlens_y, max_seqlen_y),
-        Options(cost, prior, reg, max_iter, tol),
+        Options(cost, prior, reg, max_iter, tol, accelerate),
         unbalanced,
         init,
     )
@@ -182,6 +187,7 @@ def solve_cost(
     unbalanced: Unbalanced = None,
     max_iter: int = 200,
     tol: float = 1e-3,
+    accelerate: bool = True,
     init: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> OTResult:
@@ -199,7 +205,7 @@ def solve_cost(
                  [0.0000, 0.5000]]])
     """
     sides = SideInput(None, x_lengths, a), SideInput(None, y_lengths, b)
-    problem = from_cost(C, *sides, Options(GIVEN, prior, reg, max_iter, tol), unbalanced, init)
+    problem = from_cost(C, *sides, Options(GIVEN, prior, reg, max_iter, tol, accelerate), unbalanced, init)
     return _result(problem, backend)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, get_type_hints
 import torch
 from torch import Tensor
 
-from .checks import number, valid_or_nan, whole_number
+from .checks import flag, number, valid_or_nan, whole_number
 from .layout import debugging, expect_dense, mapped
 from .prior import Prior
 
@@ -36,9 +36,10 @@ class Options(NamedTuple):
     reg: float | Tensor  # for all items, or (B,) float64
     max_iter: int
     tol: float
+    accelerate: bool = True
 
     @property
-    def numbers(self) -> dict[str, int | float]:
+    def numbers(self) -> dict[str, Any]:
         """The options that every backend takes as plain numbers, by name."""
         return dict(zip(self._fields[3:], self[3:], strict=True))
 
@@ -99,7 +100,7 @@ def one_of(name: str, word: object, words: tuple[str, ...]) -> None:
 def checked_options(**options: Any) -> dict[str, Any]:
     """The options of a loss as its constructor keeps them: checked there, with the error messages of the call.
 
-    Any of `cost`, `prior`, `reg`, `unbalanced`, `max_iter`, `tol`, `objective`, `reduction` and `backend`.
+    Any of `cost`, `prior`, `reg`, `unbalanced`, `max_iter`, `tol`, `accelerate`, `objective`, `reduction` and `backend`.
     """
     return {name: _CHECKS[name](value) for name, value in options.items()}
 
@@ -237,6 +238,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "unbalanced": _kept_unbalanced,
     "max_iter": _max_iter,
     "tol": _tol,
+    "accelerate": lambda accelerate: flag("accelerate", accelerate),
     "objective": _word("objective", OBJECTIVES),
     "reduction": _word("reduction", REDUCTIONS),
     "backend": _word("backend", BACKENDS),

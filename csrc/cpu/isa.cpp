@@ -228,8 +228,8 @@ void fail(Item<T>& it) {
 
 template <class T>
 void solve(Item<T>& it, void* memory, Poll poll) {
-  Solver<T> solver(it, memory);
-  if (!solver.run(poll)) fail(it);
+  Solver<T> solver(it, memory, poll);
+  if (!solver.run()) fail(it);
 }
 
 template <class T>

@@ -83,6 +83,20 @@ struct Simd {
     return seen != 0;
 #endif
   }
+  // Bit k of the result tells lane k of a mask.
+  static OTALIGN_INLINE uint32_t bits(I mask) {
+#if OTALIGN_VECTOR_BYTES == 64
+    return sizeof(T) == 4 ? _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask))
+                          : _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+#elif OTALIGN_VECTOR_BYTES == 32
+    return sizeof(T) == 4 ? _mm256_movemask_ps(reinterpret_cast<__m256>(mask))
+                          : _mm256_movemask_pd(reinterpret_cast<__m256d>(mask));
+#else
+    uint32_t set = 0;
+    for (int k = 0; k < W; ++k) set |= static_cast<uint32_t>(mask[k] & 1) << k;
+    return set;
+#endif
+  }
   static OTALIGN_INLINE T sum(V v) {
     T lanes[W];
     store(lanes, v);

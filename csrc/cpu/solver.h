@@ -6,8 +6,11 @@
 #include <utility>
 
 #include "../absorb.h"
+#include "../accelerate.h"
 #include "entries.h"
 #include "isa.h"
+#include "mixing.h"
+#include "newton.h"
 #include "simd.h"
 
 namespace otalign::OTALIGN_ISA {
@@ -28,45 +31,76 @@ class Solver {
  public:
   static size_t scratch(int64_t n, int64_t m) {
     const int64_t own = small(n, m) ? n * aligned(m) : 0;
-    return (own + 6 * padded(n) + 8 * padded(m)) * sizeof(T) + (3 * n + 2 * m) * sizeof(double) + 24 * 64;
+    return (own + 6 * padded(n) + 10 * padded(m)) * sizeof(T) + (4 * n + 7 * m) * sizeof(double) + 28 * 64;
   }
 
-  Solver(Item<T>& item, void* memory) : it(item), n(item.n), m(item.m) {
+  Solver(Item<T>& item, void* memory, Poll poll) : it(item), n(item.n), m(item.m), pace(poll) {
     Arena arena{static_cast<char*>(memory)};
     stride = small(n, m) ? aligned(m) : m;
     K = small(n, m) ? arena.take<T>(n * stride) : item.K;
     for (T** vector : {&a, &rest_a, &over_root_a, &u, &u_next, &z}) *vector = arena.take<T>(padded(n));
-    for (T** vector : {&b, &root_b, &rest_b, &v, &w, &column, &top, &column_log}) *vector = arena.take<T>(padded(m));
-    for (double** vector : {&phi, &log_root_a, &next_log}) *vector = arena.take<double>(n);
-    for (double** vector : {&gamma, &log_root_b}) *vector = arena.take<double>(m);
+    for (T** vector : {&b, &root_b, &rest_b, &v, &w, &column, &top, &column_log, &v_next, &kept_v})
+      *vector = arena.take<T>(padded(m));
+    for (double** vector : {&phi, &log_root_a, &next_log, &base_row}) *vector = arena.take<double>(n);
+    for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base}) *vector = arena.take<double>(m);
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
-    damping_x = damping(it.reg, it.rho_x);
-    damping_y = damping(it.reg, it.rho_y);
+    set_reg(it.reg);
+    drop = Accelerate::drop(m);
+    may_accelerate = it.accelerate && it.tol > 0 && !it.symmetric;
+    balances = may_accelerate && !is_strict(it.rho_x) && !is_strict(it.rho_y) &&
+               damping_x * damping_y > Accelerate::kRelaxed;
     for (int64_t i = 0; i < n; ++i) a[i] = it.a ? it.a[i] : T(1) / n;
     for (int64_t j = 0; j < m; ++j) b[j] = it.b ? it.b[j] : T(1) / m;
   }
 
   // Returns false if there is no finite solution, or if the poll has stopped it.
-  bool run(Poll poll) {
+  bool run() {
     if (!weights_valid() || !begin()) return false;
     double error = 0;
-    int64_t n_iter = 0;
-    Pace pace(poll);
-    while (feasible) {
-      error = n_iter < it.max_iter && !it.symmetric ? sweep<true>(n_iter == 0) : sweep<false>(n_iter == 0);
-      if (!feasible || (n_iter > 0 && should_stop(error, it.tol, n_iter, it.max_iter))) break;
+    while (feasible && !stopped) {
+      error = passes < it.max_iter && !it.symmetric ? sweep<true>(passes == 0) : sweep<false>(passes == 0);
+      if (!feasible || (passes > 0 && should_stop(error, it.tol, passes, it.max_iter))) break;
+      if (may_accelerate && passes > 0 && !exact) accelerate(error);
       update();
-      ++n_iter;
-      if (pace.stops((exact ? 16 : 1) * n * m + 8192)) return false;
+      count_pass();
     }
-    if (!feasible || error != error) return false;
-    it.n_iter = static_cast<int32_t>(n_iter);
+    if (!feasible || stopped || error != error) return false;
+    it.n_iter = static_cast<int32_t>(passes);
     it.error = error + missing;
     finish();
     return std::isfinite(static_cast<T>(it.value)) && std::isfinite(static_cast<T>(it.linear));
   }
 
  private:
+  void set_reg(double value) {
+    reg = value;
+    damping_x = damping(reg, it.rho_x);
+    damping_y = damping(reg, it.rho_y);
+  }
+
+  // Whether so many passes remain besides those for the way back from the levels.
+  bool room(int64_t count) const { return left() >= Accelerate::kReserve + count; }
+  int64_t left() const { return it.max_iter - passes; }
+  void count_pass() {
+    ++passes;
+    stopped = stopped || pace.stops((exact ? 16 : 1) * n * m + 8192);
+  }
+
+  // Passes in the place of many plain iterations: accelerated.h.
+  Costs costs() const;
+  void accelerate(double error);
+  bool balance(double error);
+  bool pass();
+  Way mix();
+  bool mix_step(Mixing<T>& mixing, bool plain, bool bold);
+  bool take_back();
+  void descend(double error);
+  bool keep_exponents();
+  bool enter(double next_reg);
+  bool solve_level(bool last);
+  double direction();
+  bool move(double part);
+
   bool weights_valid() const {
     bool valid = true;
     for (int64_t i = 0; i < n; ++i) valid &= a[i] >= 0 && a[i] <= 2;
@@ -147,10 +181,11 @@ class Solver {
   }
 
   void build() {
-    const T inv_reg = static_cast<T>(1 / it.reg);
+    const T inv_reg = static_cast<T>(1 / reg);
     const V most = S::splat(Absorb<T>::kEntryRange);
     for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
-    V extreme{}, largest{};
+    V extreme{}, largest{}, widest{};
+    const V least = S::splat(-std::numeric_limits<T>::max());
     for (int64_t i = 0; i < n; ++i) {
       const T* cost = it.K + i * m;
       T* row = K + i * stride;
@@ -162,6 +197,7 @@ class Solver {
           const V t = density + (S::load(column + j) + half);
           extreme = S::select(inside, S::max(extreme, S::abs(t)), extreme);
           largest = S::select(inside, S::max(largest, t), largest);
+          widest = S::select(inside & (density > least), S::min(widest, density), widest);
           // A product with powers of two is not rounded, which matters if reg is large against the cost.
           S::store(row + j, make(t, exp<T>(density) * (S::load(root_b + j) * root), density < most), count);
         });
@@ -173,6 +209,7 @@ class Solver {
     }
     has_exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
     huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
+    spread = -S::smallest(widest);
   }
 
   // One pass over K, W rows at a time: row sums, from them u_next and the error of u, and (if Columns) the column sums
@@ -408,12 +445,13 @@ class Solver {
     });
   }
 
-  // Computes v and w from the column sums.
-  void update_columns() {
+  // Writes into v_next what the column sums make of v; `error` becomes sum_j b_j |v_j / v_next_j - 1|. Returns false if
+  // a sum leaves the range of floats.
+  bool next_columns(double& error) {
     bool in_range = true;
+    V apart{};
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
-      const V rest = S::load(rest_b + j);
-      const auto mass = inside & (rest > 0);
+      const auto mass = inside & (S::load(rest_b + j) > 0);
       const V sum = S::select(mass, S::load(column + j) / S::load(root_b + j), S::splat(1));
       V next = 1 / sum;
       if (damping_y != 1) {
@@ -424,10 +462,23 @@ class Solver {
       }
       in_range = in_range && !S::any(mass & ~(in_scaling_range(sum) & in_scaling_range(next)));
       next = S::select(mass, next, S::splat(1));
-      S::store(v + j, next, count);
-      S::store(w + j, rest * next, count);
+      apart += S::select(mass, S::load(b + j) * S::abs(S::load(v + j) / next - 1), V{});
+      S::store(v_next + j, next, count);
     });
-    if (in_range) return;
+    error = S::sum(apart);
+    return in_range;
+  }
+
+  // Computes v and w from the column sums.
+  void update_columns() {
+    double error;
+    if (next_columns(error)) {
+      for (int64_t j = 0; j < m; ++j) {
+        v[j] = v_next[j];
+        w[j] = rest_b[j] * v[j];
+      }
+      return;
+    }
     // A column sum leaves the range of floats: computes all of them exactly, and absorbs all potentials.
     has_exponents = true;
     exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
@@ -571,15 +622,39 @@ class Solver {
   double *phi, *gamma;              // (n,), (m,) absorbed potentials over reg
   double *log_root_a, *log_root_b;  // (n,), (m,) log r
   double* next_log;                 // (n,) log u_next after exact_rows
+  T* v_next;                        // (m,) the column update, see next_columns
+  double reg;                       // of the iterations: on levels above that of the item
   double damping_x, damping_y;
-  double missing = 0;  // weights of unreached points whose marginals are strict
+  Pace pace;
+  int64_t passes = 0;      // over K
+  double spread = 0;       // the largest difference of finite costs in a row, in nats
+  double missing = 0;      // weights of unreached points whose marginals are strict
+  bool stopped = false;    // by the poll
   bool feasible = true;
   bool massless_y = false;     // some point of y carries no mass
   bool has_exponents = false;  // K has entries that are stored as exponents
   bool huge = false;           // K has entries between points with mass that exceed the range of floats
   bool exact = false;          // the last sweep was made in the log domain
+
+  // Of accelerated.h.
+  bool may_accelerate;
+  bool balances;                      // both marginals are relaxed, by far more than reg
+  bool descended = false;             // the levels were used
+  bool lost = false;                  // there is no way on
+  double here = 0;                    // the error of v in the last pass
+  bool absorbed = false;              // the last pass had to change what v is relative to
+  T* kept_v;                          // (m,) see take_back
+  Outlook outlook{Accelerate::kFirst, Accelerate::kWindow};
+  Newton newton;
+  double drop = 0;                    // part of its row below which an entry is left out of Newton's system
+  int steps = 0;                      // of Newton's method at this level
+  double *goal;                       // (m,) g to start a level from; g / reg before a step
+  double *start, *solved, *earlier;   // (m,) g at the beginning, of the last level and of the level before
+  Array<T> exponents;                 // (n, aligned(m)) see keep_exponents
+  double *base, *base_row, base_reg;  // (m,), (n,) gamma, phi and reg of the exponents
 };
 
 }  // namespace otalign::OTALIGN_ISA
 
+#include "accelerated.h"
 #include "finish.h"

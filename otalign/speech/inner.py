@@ -28,7 +28,7 @@ class InnerAlignmentLoss(KeepsLast, nn.Module):
         layer_weights: weight of each layer in the sum, in the order of `layers` or by number; None = 1 / number of layers, so
             that the loss is the mean over the layers.
         detach_text: whether to stop the gradient at the text's states.
-        reg, cost, objective, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
+        reg, cost, objective, prior, unbalanced, max_iter, tol, accelerate, backend: as in `sinkhorn_loss`.
 
     Attributes:
         last: convergence of the last call, as `SinkhornLoss.last`: for each item the mean of its iterations over the layers
@@ -64,6 +64,7 @@ class InnerAlignmentLoss(KeepsLast, nn.Module):
         unbalanced: Unbalanced = None,
         max_iter: int = 200,
         tol: float = 1e-3,
+        accelerate: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -85,6 +86,7 @@ class InnerAlignmentLoss(KeepsLast, nn.Module):
             unbalanced=unbalanced,
             max_iter=max_iter,
             tol=tol,
+            accelerate=accelerate,
             backend=backend,
         )
 

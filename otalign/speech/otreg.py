@@ -99,7 +99,7 @@ class OTRegLoss(KeepsLast, nn.Module):
         warmup_steps: number of steps in which the weight then rises linearly to `weight`.
         count_calls: whether each call in training mode counts as a step; if not, `set_step` sets the step.
         detach_text: whether to stop the gradient at the text embeddings.
-        cost, prior, unbalanced, max_iter, tol, backend: as in `sinkhorn_loss`.
+        cost, prior, unbalanced, max_iter, tol, accelerate, backend: as in `sinkhorn_loss`.
 
     The schedule's step is a buffer, and so part of the state dict.
 
@@ -144,6 +144,7 @@ class OTRegLoss(KeepsLast, nn.Module):
         unbalanced: Unbalanced = None,
         max_iter: int = 200,
         tol: float = 1e-3,
+        accelerate: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -162,7 +163,8 @@ class OTRegLoss(KeepsLast, nn.Module):
         self.detach_plan, self.unique = flag("detach_plan", detach_plan), flag("unique", unique)
         self.count_calls, self.detach_text = flag("count_calls", count_calls), flag("detach_text", detach_text)
         self.options: dict[str, Any] = checked_options(
-            reg=reg, cost=cost, prior=prior, unbalanced=unbalanced, max_iter=max_iter, tol=tol, backend=backend
+            reg=reg, cost=cost, prior=prior, unbalanced=unbalanced, max_iter=max_iter, tol=tol,
+            accelerate=accelerate, backend=backend
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device_of_buffers()))
 
