@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "adjoint.h"
+#include "both_orders.h"
 #include "prior.h"
 #include "solver.h"
 
@@ -232,59 +233,13 @@ void solve_once(Item<T>& it, void* memory, Poll poll) {
   if (!solver.run()) fail(it);
 }
 
-// to = from^T, for a matrix (n, m).
-template <class T>
-void transpose(const T* from, int64_t n, int64_t m, T* to) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; ++j) to[j * n + i] = from[i * m + j];
-}
-
-// Without convergence a result depends on the side that is updated last. For so few entries, the other order is tried
-// as well, and the better result is taken: then it does not matter which side is called x.
-constexpr int64_t kBothOrders = 128;
-
 template <class T>
 void solve(Item<T>& it, void* memory, Poll poll) {
-  T cost[kBothOrders], other_plan[kBothOrders], other_vectors[4 * kBothOrders];
-  const bool both = it.accelerate && it.tol > 0 && !it.symmetric && !it.init && it.n * it.m <= kBothOrders;
-  if (both) transpose(it.K, it.n, it.m, cost);
-  solve_once(it, memory, poll);
-  if (!both || it.error <= it.tol) return;
-  Item<T> other = it;
-  other.n = it.m;
-  other.m = it.n;
-  other.K = cost;
-  other.a = it.b;
-  other.b = it.a;
-  other.rho_x = it.rho_y;
-  other.rho_y = it.rho_x;
-  other.f = other_vectors;
-  other.g = other_vectors + kBothOrders;
-  other.mass_x = other_vectors + 2 * kBothOrders;
-  other.mass_y = other_vectors + 3 * kBothOrders;
-  solve_once(other, memory, poll);
-  const bool tied = other.error == it.error, tied_twice = tied && other.linear == it.linear;
-  const bool better = other.error < it.error || it.error != it.error || (tied && other.linear < it.linear) ||
-                      (tied_twice && other.value < it.value);
-  if (!better) return;
-  transpose(other.K, it.m, it.n, other_plan);
-  for (int64_t k = 0; k < it.n * it.m; ++k) it.K[k] = other_plan[k];
-  double shift = 0;  // to the gauge of the results
-  if (is_strict(it.rho_x) && is_strict(it.rho_y))
-    for (int64_t j = 0; j < it.m; ++j)
-      if (other.mass_x[j] > 0) shift += (it.b ? it.b[j] : T(1) / it.m) * static_cast<double>(other.f[j]);
-  for (int64_t i = 0; i < it.n; ++i) {
-    it.f[i] = static_cast<T>(other.g[i] + (other.mass_y[i] > 0 ? shift : 0.0));
-    it.mass_x[i] = other.mass_y[i];
-  }
-  for (int64_t j = 0; j < it.m; ++j) {
-    it.g[j] = static_cast<T>(other.f[j] - (other.mass_x[j] > 0 ? shift : 0.0));
-    it.mass_y[j] = other.mass_x[j];
-  }
-  it.value = other.value;
-  it.linear = other.linear;
-  it.error = other.error;
-  it.n_iter = other.n_iter;
+  const auto once = [&](Item<T>& item) { solve_once(item, memory, poll); };
+  if (BothOrders<T>::few(it))
+    BothOrders<T>(it).solve(once);
+  else
+    once(it);
 }
 
 template <class T>
