@@ -69,7 +69,7 @@ struct Costs {
 
 struct Accelerate {
   static constexpr int kFirst = 5, kWindow = 3;  // plain passes before the first judgement, and for the rate
-  static constexpr double kAhead = 8;            // plain passes ahead that are worth leaving
+  static constexpr double kAhead = 3;            // plain passes ahead that are worth leaving
   static constexpr double kSpread = 60;          // nats between costs from which on only levels lead to the solution
 
   static constexpr double kRelaxed = 0.5;        // product of the dampings from which on constants are balanced
