@@ -95,6 +95,7 @@ struct Accelerate {
   static constexpr int kMostSteps = 6;       // that a level may take before the steps are short
   static constexpr double kTop = 12;         // nats between costs on the first level
   static constexpr double kClimb = 8;        // factor of reg from there to the next, if it is far away as well
+  static constexpr double kWorth = 0.8;      // part of the error that levels without an end have to reach
   static constexpr int64_t kReserve = 8;     // passes that remain for the way back
   static constexpr double kDrop = 1e-2, kLastDrop = 1e-3, kLeastDrop = 1e-5;
 

@@ -23,6 +23,7 @@ inline void Solver<T>::accelerate(double error) {
   double ahead = outlook.passes_to(it.tol);
   const double contraction = damping_x * damping_y;  // of a relaxed iteration, in the largest norm
   if (contraction < 1) ahead = std::fmin(ahead, std::log(error / it.tol) / -std::log(contraction));
+  if (shifted != 0 && undo_balance(error)) return;
   Way way = Accelerate::choose(ahead, descended ? 0.0 : spread, costs(), left());
   if (way == Way::plain || (balances && balance(error))) return;
   if (way == Way::mixing) way = mix();
@@ -44,14 +45,30 @@ inline bool Solver<T>::balance(double error) {
   if (!Accelerate::is_constant(rest, error)) return false;
   for (int64_t j = 0; j < m; ++j)
     if (b[j] > 0) sum_y += b[j] * std::exp(-reg / it.rho_y * (gamma[j] + std::log(static_cast<double>(v[j]))));
-  const double shift = Accelerate::shift(it.rho_x, it.rho_y, sum_x, sum_y) / reg;
+  shifted = Accelerate::shift(it.rho_x, it.rho_y, sum_x, sum_y) / reg;
+  before_shift = error;
+  shift(shifted);
+  return true;
+}
+
+// Takes the last shift back if the error has grown, and makes no other. It changes no entry of the plan, so that the
+// pass since then is not lost.
+template <class T>
+inline bool Solver<T>::undo_balance(double error) {
+  const double last = std::exchange(shifted, 0.0);
+  balances = error <= before_shift;
+  if (!balances) shift(-last);
+  return !balances;
+}
+
+template <class T>
+inline void Solver<T>::shift(double constant) {
   for (int64_t i = 0; i < n; ++i) {
-    phi[i] += shift;
+    phi[i] += constant;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
   }
-  for (int64_t j = 0; j < m; ++j) gamma[j] -= shift;
+  for (int64_t j = 0; j < m; ++j) gamma[j] -= constant;
   outlook.forget();
-  return true;
 }
 
 // One sweep at v, whose error becomes `here`. Returns false if floats cannot hold its results.
@@ -188,7 +205,7 @@ inline void Solver<T>::descend(double error) {
     set(goal, solved);
   }
   // Out of passes, or no way found: goes on from these potentials, or from the first if they are better.
-  if (lost || (enter(it.reg) && here <= error) || lost) return;
+  if (lost || (enter(it.reg) && here <= Accelerate::kWorth * error) || lost) return;
   set(goal, start);
   enter(it.reg);
 }

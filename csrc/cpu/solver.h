@@ -90,6 +90,8 @@ class Solver {
   Costs costs() const;
   void accelerate(double error);
   bool balance(double error);
+  bool undo_balance(double error);
+  void shift(double constant);
   bool pass();
   Way mix();
   bool mix_step(Mixing<T>& mixing, bool plain, bool bold);
@@ -639,6 +641,7 @@ class Solver {
   // Of accelerated.h.
   bool may_accelerate;
   bool balances;                      // both marginals are relaxed, by far more than reg
+  double shifted = 0, before_shift;   // the last shift of constants, 0 = none; the error before it
   bool descended = false;             // the levels were used
   bool lost = false;                  // there is no way on
   double here = 0;                    // the error of v in the last pass
