@@ -299,11 +299,14 @@ inline bool Solver<T>::solve_level(bool last) {
     bool taken = false;
     while (!taken && part > Accelerate::kShortest && room(1) && !lost) {
       taken = move(part) && pass() && Accelerate::accepts(here, before, part);
+      if (!taken && longest <= Accelerate::kNear && drop > Accelerate::kLeastDrop) break;
       if (!taken) part *= Accelerate::kShorter;
     }
     if (!taken) {
-      if (!lost) take_back();
-      return false;
+      if (lost || !take_back() || part != 1) return false;
+      drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);  // so short a step is wrong only for what was left out
+      longest = HUGE_VAL;
+      continue;
     }
     if (part == 1 && Accelerate::too_coarse(here, before, longest)) drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);
     if (part != 1) longest = HUGE_VAL;
