@@ -79,10 +79,7 @@ class BothOrders {
     it.n_iter = other.n_iter;
   }
 
-  // Does nothing if some point has no mass: the entries of such points are negative.
   void average(const Item<T>& other) {
-    for (int64_t k = 0; k < it.n * it.m; ++k)
-      if (!(it.K[k] >= 0 && other.K[k] >= 0)) return;
     for (int64_t i = 0; i < it.n; ++i) it.f[i] = (it.f[i] + other.g[i]) / 2;
     for (int64_t j = 0; j < it.m; ++j) {
       it.g[j] = (it.g[j] + other.f[j]) / 2;
@@ -95,23 +92,27 @@ class BothOrders {
       T sum = 0;
       for (int64_t j = 0; j < it.m; ++j) {
         T& entry = it.K[i * it.m + j];
-        entry = std::sqrt(entry * other.K[j * it.n + i]);
-        sum += entry;
-        it.mass_y[j] += entry;
-        if (entry > 0) linear += static_cast<double>(entry) * cost[i * it.m + j];
+        const T size = std::sqrt(entry * other.K[j * it.n + i]);
+        const bool carries_y = !it.b || it.b[j] > 0;
+        if (carries_y) sum += size;  // the entries of a point without mass have a weight of one
+        if (weight > 0) it.mass_y[j] += size;
+        if (weight > 0 && carries_y && size > 0) linear += static_cast<double>(size) * cost[i * it.m + j];
+        entry = entry < 0 ? -size : size;
       }
       it.f[i] = static_cast<T>(it.f[i] + shift);
-      it.mass_x[i] = sum / weight;
+      it.mass_x[i] = weight > 0 ? sum / weight : sum;
+      total_x += weight;
+      if (!(weight > 0)) continue;
       value += weight * dual_term(it.f[i], it.rho_x);
       mass += sum;
-      total_x += weight;
     }
     for (int64_t j = 0; j < it.m; ++j) {
       const T weight = it.b ? it.b[j] : T(1) / it.m;
       it.g[j] = static_cast<T>(it.g[j] - shift);
+      total_y += weight;
+      if (!(weight > 0)) continue;
       it.mass_y[j] /= weight;
       value += weight * dual_term(it.g[j], it.rho_y);
-      total_y += weight;
     }
     it.value = value - it.reg * (mass - total_x * total_y);
     it.linear = linear;

@@ -163,8 +163,14 @@ class OTRegLoss(KeepsLast, nn.Module):
         self.detach_plan, self.unique = flag("detach_plan", detach_plan), flag("unique", unique)
         self.count_calls, self.detach_text = flag("count_calls", count_calls), flag("detach_text", detach_text)
         self.options: dict[str, Any] = checked_options(
-            reg=reg, cost=cost, prior=prior, unbalanced=unbalanced, max_iter=max_iter, tol=tol,
-            accelerate=accelerate, backend=backend
+            reg=reg,
+            cost=cost,
+            prior=prior,
+            unbalanced=unbalanced,
+            max_iter=max_iter,
+            tol=tol,
+            accelerate=accelerate,
+            backend=backend,
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device_of_buffers()))
 

@@ -106,7 +106,7 @@ def test_norm_weights(backend, dtype):
 def test_reg_per_item(backend, dtype):
     batch = draw([7, 7, 7, 7], [5, 5, 5, 5], dtype=dtype)
     reg = torch.tensor([2.0, 0.5, 0.125, 0.0625], dtype=dtype)
-    result = otalign.solve(*batch, reg=reg, tol=1e-4, max_iter=1000, backend=backend)
+    result = otalign.solve(*batch, reg=reg, tol=1e-4, max_iter=1000, accelerate=False, backend=backend)
     for index, value in enumerate(reg.tolist()):
         item = Batch(*(part[index : index + 1] for part in batch))
         alone = reference(item, reg=value, tol=1e-4, max_iter=1000)
@@ -120,7 +120,7 @@ def test_reg_per_item(backend, dtype):
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean"])
 def test_stops_at_the_same_iteration(backend, cost, rho, tol):
     batch = draw([9, 4, 25], [6, 8, 14], D=12)
-    options = {"cost": cost, "unbalanced": rho, "reg": 0.05, "tol": tol, "max_iter": 3000}
+    options = {"cost": cost, "unbalanced": rho, "reg": 0.05, "tol": tol, "max_iter": 3000, "accelerate": False}
     result = otalign.solve(*batch, backend=backend, **options)
     agree(result, reference(batch, **options), 1e-9)
     assert result.converged.all()

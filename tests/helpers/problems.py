@@ -76,6 +76,17 @@ def draw_cost(
     return C.to(dtype), torch.tensor(x_lengths), torch.tensor(y_lengths)
 
 
+def spoken_costs(N: int, M: int, D: int = 64, *, seed: int = 0) -> Tensor:
+    """Cosine costs (N, M) of frames that speak tokens of random duration: each frame is its token plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(M, D, generator=generator, dtype=torch.float64)
+    durations = torch.rand(M, generator=generator, dtype=torch.float64) + 0.2
+    times = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    spoken = torch.searchsorted(durations.cumsum(0) / durations.sum(), times).clamp(max=M - 1)
+    frames = tokens[spoken] + 1.5 * torch.randn(N, D, generator=generator, dtype=torch.float64)
+    return 1 - torch.nn.functional.normalize(frames, dim=1) @ torch.nn.functional.normalize(tokens, dim=1).mT
+
+
 # For tests on a GPU. Triton compiles its kernels for each kind of problem, at about a second a kernel, so that tests share
 # these: lengths of items that several programs share, of one point and of none; and dimensions of one tile and of several,
 # neither of which fills the last. Both are multiples of 16, for which points are copied 16 bytes at a time.
@@ -94,6 +105,16 @@ def draw_weights(lengths: Tensor, size: int, *, zeros: bool = False, seed: int =
     if zeros:
         weights[:, 2::3] = 0
     return weights.masked_fill(torch.arange(size) >= lengths[:, None], math.nan)
+
+
+def on_threads(count: int, run: Callable[[], Any]) -> Any:
+    """What `run` returns with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)
 
 
 def leaf(tensor: Tensor) -> Tensor:
