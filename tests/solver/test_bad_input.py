@@ -139,6 +139,8 @@ def test_norm_weights_of_an_item_of_zeros():
         rejected(ValueError, "tol:", ">= 0", "-0.001", tol=-1e-3),
         rejected(ValueError, "tol:", "finite", "nan", tol=math.nan),
         rejected(TypeError, "tol:", "number", "NoneType", tol=None),
+        rejected(TypeError, "accelerate:", "True or False", "str", accelerate="newton"),
+        rejected(TypeError, "accelerate:", "True or False", "int", accelerate=1),
         rejected(TypeError, "prior:", "Prior", "str", prior="quadratic"),
     ],
 )
@@ -234,6 +236,7 @@ OPTIONS = [
     rejected(ValueError, "max_iter:", "at least 1", "0", max_iter=0),
     rejected(TypeError, "max_iter:", "int", "float", max_iter=1.5),
     rejected(ValueError, "tol:", ">= 0", "-1", tol=-1),
+    rejected(TypeError, "accelerate:", "True or False", "NoneType", accelerate=None),
     rejected(ValueError, "backend:", "triton", "'gpu'", backend="gpu"),
 ]
 
