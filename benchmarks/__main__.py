@@ -27,6 +27,9 @@ MEASUREMENTS = {
     ),
     "machine-code": Benchmark("codegen.machine_code", "What has nvcc made of the CUDA kernels? Needs no GPU."),
     "capture": Benchmark("methods.capture", "How much slower is a training step with an attached loss?"),
+    "warm-starts": Benchmark(
+        "methods.warm_starts", "How many passes would warm starts save in the trainings of the demo and of the study?"
+    ),
     "speech": Benchmark("methods.speech", "How fast is the alignment path score, against plain loops?"),
 }
 REPORTS = {

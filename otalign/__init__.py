@@ -11,6 +11,7 @@ from .layout import debug
 from .modules import SinkhornLoss
 from .prior import Prior
 from .result import OTResult
+from .warm_starts import WarmStarts
 
 try:
     __version__ = _version("otalign")
@@ -23,6 +24,7 @@ __all__ = [
     "OTResult",
     "Prior",
     "SinkhornLoss",
+    "WarmStarts",
     "attach",
     "debug",
     "integrations",

@@ -16,6 +16,7 @@ from .options import GIVEN, OBJECTIVES, REDUCTIONS, Options, Unbalanced, one_of
 from .prior import Prior
 from .problem import Problem, Side, SideInput, Solution, from_cost, from_points, is_start
 from .result import OTResult
+from .warm_starts import Ids, Visit, WarmStarts, visit_of
 
 
 def sinkhorn_loss(
@@ -123,12 +124,14 @@ def solved_loss(
     objective: str,
     reduction: str,
     backend: str,
+    warm_starts: WarmStarts | None = None,
+    ids: Ids | None = None,
 ) -> tuple[Tensor, Problem, Solution]:
     """`sinkhorn_loss`, together with the problem and its solution."""
     one_of("objective", objective, OBJECTIVES)
     one_of("reduction", reduction, REDUCTIONS)
     problem = from_points(x, y, options, unbalanced)
-    losses, solution = _objective(problem, objective, backend)
+    losses, solution = _objective(problem, objective, backend, visit_of(warm_starts, ids, problem.items))
     return _reduce(problem, losses, reduction), problem, solution
 
 
@@ -226,18 +229,38 @@ def item_losses(
     *,
     objective: str,
     backend: str = "auto",
+    warm_starts: WarmStarts | None = None,
+    ids: Ids | None = None,
     **options: Any,
 ) -> ItemLosses:
     """`sinkhorn_loss` of padded items, not reduced, for losses that report how well they were solved."""
     one_of("objective", objective, OBJECTIVES)
     x_side, y_side = SideInput(x, x_lengths, None), SideInput(y, y_lengths, b)
     problem = from_points(x_side, y_side, Options.pick(options), options["unbalanced"])
-    losses, solution = _objective(problem, objective, backend)
+    losses, solution = _objective(problem, objective, backend, visit_of(warm_starts, ids, problem.items))
     return ItemLosses(losses, solution.n_iter, solution.error)
 
 
-def _result(problem: Problem, backend: str) -> OTResult:
-    solution = _solve(problem, backend)
+def item_plans(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Lengths | None,
+    y_lengths: Lengths | None,
+    b: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    warm_starts: WarmStarts | None = None,
+    ids: Ids | None = None,
+    **options: Any,
+) -> OTResult:
+    """`solve` of padded items, for losses that are made of plans."""
+    x_side, y_side = SideInput(x, x_lengths, None), SideInput(y, y_lengths, b)
+    problem = from_points(x_side, y_side, Options.pick(options), options["unbalanced"])
+    return _result(problem, backend, visit_of(warm_starts, ids, problem.items))
+
+
+def _result(problem: Problem, backend: str, visit: Visit | None = None) -> OTResult:
+    solution = _solve_visited(problem, backend, visit)
     return OTResult(
         value=solution.value,
         value_linear=solution.value_linear,
@@ -248,6 +271,15 @@ def _result(problem: Problem, backend: str) -> OTResult:
         _problem=problem,
         _solution=solution,
     )
+
+
+def _solve_visited(problem: Problem, backend: str, visit: Visit | None) -> Solution:
+    """Solve a batch from the warm start of this visit, and keep the potentials for the next one; None = solve it from zero."""
+    if visit is None:
+        return _solve(problem, backend)
+    solution = _solve(visit.started(problem), backend)
+    visit.end(problem, solution)
+    return solution
 
 
 def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Solution:
@@ -264,15 +296,15 @@ def _solve(problem: Problem, backend: str, accepted: float | None = None) -> Sol
     return solution
 
 
-def _objective(problem: Problem, objective: str, backend: str) -> tuple[Tensor, Solution]:
-    """The loss of every item, `(B,)`, and the solution behind it."""
+def _objective(problem: Problem, objective: str, backend: str, visit: Visit | None) -> tuple[Tensor, Solution]:
+    """The loss of every item, `(B,)`, and the solution behind it. The divergence has no visit: its own start is better."""
     if objective == "plan_cost":
         x, y = (replace(side, weights=_constant(side.weights)) for side in (problem.x, problem.y))
-        solution = _solve(replace(problem, x=x, y=y), backend)
+        solution = _solve_visited(replace(problem, x=x, y=y), backend, visit)
         return solution.plan_cost(), solution
     if objective == "divergence":
         return _divergence(problem, backend)
-    solution = _solve(problem, backend)
+    solution = _solve_visited(problem, backend, visit)
     return (solution.value if objective == "value" else solution.value_linear), solution
 
 

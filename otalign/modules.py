@@ -12,12 +12,18 @@ from .layout import Lengths
 from .options import Options, Unbalanced, checked_options
 from .prior import Prior
 from .problem import SideInput
+from .warm_starts import Ids, WarmStarts, checked_store
 
 
 class SinkhornLoss(KeepsLast, nn.Module):
     """Optimal transport between padded or packed sequences as a loss; called like `torch.nn.CTCLoss`.
 
     The arguments are the keywords of `sinkhorn_loss`. The constructor checks them.
+
+    Args:
+        warm_starts: potentials by utterance, see `WarmStarts`; not with the divergence, which has a start of its own. In the
+            call, `ids` says which utterance each item is: strings, integers or tuples of these, one for each item, None for
+            an item that will not come back. Without `ids`, a call neither reads nor changes the store.
 
     Attributes:
         last: `n_iter`, `error` and `converged` of each item in the last call, `(B,)` each and detached; None before the
@@ -48,6 +54,7 @@ class SinkhornLoss(KeepsLast, nn.Module):
         objective: str = "value",
         reduction: str = "mean",
         backend: str = "auto",
+        warm_starts: WarmStarts | None = None,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = checked_options(
@@ -62,6 +69,9 @@ class SinkhornLoss(KeepsLast, nn.Module):
             reduction=reduction,
             backend=backend,
         )
+        self.warm_starts = checked_store(warm_starts)
+        if warm_starts is not None and objective == "divergence":
+            raise ValueError("warm_starts: the divergence has a start of its own; expected another objective")
 
     def forward(
         self,
@@ -76,6 +86,7 @@ class SinkhornLoss(KeepsLast, nn.Module):
         cu_seqlens_y: Lengths | None = None,
         max_seqlen_x: int | None = None,
         max_seqlen_y: int | None = None,
+        ids: Ids | None = None,
     ) -> Tensor:
         options = self.options
         loss, problem, solution = solved_loss(
@@ -86,6 +97,8 @@ class SinkhornLoss(KeepsLast, nn.Module):
             options["objective"],
             options["reduction"],
             options["backend"],
+            self.warm_starts,
+            ids,
         )
         self.keep_last(solution.n_iter, solution.error, problem.options.tol)
         return loss

@@ -19,6 +19,7 @@ from ..modules import SinkhornLoss
 from ..options import one_of
 from ..speech import InnerAlignmentLoss, OTRegLoss
 from ..speech._states import weighted_mean
+from ..warm_starts import Ids
 from .configuration import Placeholder, audio_token, expect_unwrapped, special_tokens
 from .hooks import Batch, Call, HookSet, Missing, hooks_on
 from .spans import SpanRules, Spans, cut_spans, text_states
@@ -41,6 +42,7 @@ def attach(
     accumulate: str = "tokens",
     on_missing: str = "warn",
     name: str = "otalign",
+    ids: str | Callable[[Batch], Ids] | None = None,
 ) -> Attachment:
     """Add a weighted alignment loss to the loss that `model` returns in training.
 
@@ -71,6 +73,8 @@ def attach(
             of all processes that train together.
         on_missing: how to handle a batch in training without labels, loss or transcript: `"warn"` once, `"raise"`, `"ignore"`.
         name: prefix of the keys of `metrics()`.
+        ids: which utterance each item is, for a loss with `warm_starts`: the name of an entry of the batch, which is taken out
+            before the model is called, or a function of the batch. One id for each item, see `WarmStarts`.
 
     Returns:
         An `Attachment`, with `metrics()`, `set_step(step)` and `remove()`.
@@ -94,6 +98,7 @@ def attach(
             raise TypeError(f"{argument}: expected a sequence of integers, got {given!r}")
     if states_from is not None and not isinstance(states_from, nn.Module):
         raise TypeError(f"states_from: expected a torch.nn.Module, got {type(states_from).__name__}")
+    _expect_ids(loss, ids)
     rules = _span_rules(model, audio_token_id, transcript, ignore_token_ids, speech_mask_fn)
     attachment = Attachment(
         loss=loss,
@@ -104,6 +109,7 @@ def attach(
         _rules=rules,
         _accumulate=accumulate,
         _on_missing=on_missing,
+        _ids=ids,
     )
     attachment._hooks.add(attachment, None if states_from is model else states_from)
     return attachment
@@ -154,6 +160,18 @@ def _expect_weight(weight: Any) -> None:
         raise ValueError(f"weight: expected a finite number >= 0, got {weight}")
 
 
+def _expect_ids(loss: nn.Module, ids: Any) -> None:
+    """Raise an error for ids without a store, or of another kind than `attach` says."""
+    if ids is None:
+        return
+    if not isinstance(ids, str) and not callable(ids):
+        raise TypeError(
+            f"ids: expected the name of an entry of the batch, or a function of it, got {type(ids).__name__}"
+        )
+    if getattr(loss, "warm_starts", None) is None:
+        raise ValueError(f"ids: they are for a loss with warm_starts=, got {type(loss).__name__} without")
+
+
 def _layers(loss: nn.Module, layers: Sequence[int] | None) -> list[int]:
     """Numbers of the layers to align: those given, else those of the loss, which must be able to take them."""
     wanted = list(layers) if layers is not None else list(getattr(loss, "layers", [0]))
@@ -187,6 +205,7 @@ class Attachment:
     _rules: SpanRules = field(repr=False)
     _accumulate: str = field(repr=False)
     _on_missing: str = field(repr=False)
+    _ids: str | Callable[[Batch], Ids] | None = field(default=None, repr=False)
     step: int = 0
     _step_is_set: bool = field(default=False, repr=False)  # by set_step; else calls are counted
     _warned_of_missing: bool = field(default=False, repr=False)
@@ -254,7 +273,7 @@ class Attachment:
         except Missing as lacking:
             self.skip(model, call, str(lacking))
             return None
-        losses = self._item_losses(spans)
+        losses = self._item_losses(spans, self._ids_of(call.batch))
         filled = (spans.speech_lengths > 0) & (spans.text_lengths > 0)
         shares = spans.label_counts if self._accumulate == "tokens" else torch.ones_like(spans.label_counts)
         shares = torch.where(filled, shares, 0).to(losses.loss.dtype)
@@ -289,17 +308,30 @@ class Attachment:
     def _detach_text(self) -> bool:
         return getattr(self.loss, "detach_text", True)
 
-    def _item_losses(self, spans: Spans) -> ItemLosses:
+    @property
+    def own_inputs(self) -> frozenset[str]:
+        """Entries of the batch that the model must not get."""
+        return frozenset({"transcript_ids"} | ({self._ids} if isinstance(self._ids, str) else set()))
+
+    def _ids_of(self, batch: Batch) -> Ids | None:
+        if not isinstance(self._ids, str):
+            return self._ids(batch) if self._ids is not None else None
+        if batch.get(self._ids) is None:
+            hint = "Trainer drops it unless remove_unused_columns=False"
+            raise ValueError(f"ids: expected {self._ids!r} in the batch, got {sorted(batch)} ({hint})")
+        return batch[self._ids]
+
+    def _item_losses(self, spans: Spans, ids: Ids | None) -> ItemLosses:
         """Loss, iterations and marginal error of each item, `(B,)`."""
         lengths = spans.speech_lengths, spans.text_lengths
         if isinstance(self.loss, InnerAlignmentLoss):
             return self.loss.items(spans.speech, spans.text, *lengths)
         x, y = spans.speech[self.layers[0]], spans.text[self.layers[0]]
         if isinstance(self.loss, OTRegLoss):
-            return self.loss.items(x, y, *lengths, spans.text_ids)
+            return self.loss.items(x, y, *lengths, spans.text_ids, ids)
         assert isinstance(self.loss, SinkhornLoss)
         options = {key: value for key, value in self.loss.options.items() if key != "reduction"}
-        return item_losses(x, y.detach(), *lengths, **options)
+        return item_losses(x, y.detach(), *lengths, warm_starts=self.loss.warm_starts, ids=ids, **options)
 
     def _normalizer(self, shares: Tensor, call: Call) -> Tensor | int:
         """Divisor of the weighted sum, a scalar. With it, gradients averaged over processes are those of the joined batch."""

@@ -38,6 +38,10 @@ class AttachedLoss(Protocol):
     loss: nn.Module
     layers: list[int]
 
+    @property
+    def own_inputs(self) -> frozenset[str]:
+        """Entries of the batch that the model must not get."""
+
     def loss_for(self, model: nn.Module, call: Call) -> Tensor | None:
         """The weighted alignment loss of this batch, a scalar; None if the batch lacks something."""
 
@@ -107,7 +111,8 @@ class HookSet:
         if getattr(model, "_is_replica", False):
             raise RuntimeError("DataParallel runs copies of a model that share its hooks; use DistributedDataParallel")
         batch = _by_name(model, args, kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key != "transcript_ids"}
+        own = frozenset[str]().union(*(attached.own_inputs for attached in self.attached))
+        kwargs = {key: value for key, value in kwargs.items() if key not in own}
         # generate() also runs in training mode; it passes a cache and no labels. Prefix tuning passes a cache with labels.
         generates = batch.get("past_key_values") is not None and batch.get("labels") is None
         trains = model.training and not generates and (torch.is_grad_enabled() or batch.get("labels") is not None)

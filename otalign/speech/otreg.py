@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..checks import flag, whole_number
 from ..convergence import KeepsLast
-from ..functional import ItemLosses, item_losses, solve
+from ..functional import ItemLosses, item_losses, item_plans
 from ..layout import Lengths, expect_dense, padded_segments
 from ..options import Unbalanced, checked_options, one_of
 from ..prior import Prior
+from ..warm_starts import Ids, WarmStarts, checked_store
 from ._states import clean, device_of_buffers, finite, inside, positive, products, sides, unit, weighted_mean
 
 FORMS = ("cost", "soft_target")
@@ -100,6 +101,7 @@ class OTRegLoss(KeepsLast, nn.Module):
         count_calls: whether each call in training mode counts as a step; if not, `set_step` sets the step.
         detach_text: whether to stop the gradient at the text embeddings.
         cost, prior, unbalanced, max_iter, tol, accelerate, backend: as in `sinkhorn_loss`.
+        warm_starts: potentials by utterance, as in `SinkhornLoss`. The call says by `ids` which utterance each item is.
 
     The schedule's step is a buffer, and so part of the state dict.
 
@@ -146,6 +148,7 @@ class OTRegLoss(KeepsLast, nn.Module):
         tol: float = 1e-3,
         accelerate: bool = True,
         backend: str = "auto",
+        warm_starts: WarmStarts | None = None,
     ) -> None:
         super().__init__()
         one_of("form", form, FORMS)
@@ -172,6 +175,7 @@ class OTRegLoss(KeepsLast, nn.Module):
             accelerate=accelerate,
             backend=backend,
         )
+        self.warm_starts = checked_store(warm_starts)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device_of_buffers()))
 
     def forward(
@@ -184,12 +188,13 @@ class OTRegLoss(KeepsLast, nn.Module):
         *,
         sample_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        ids: Ids | None = None,
     ) -> Tensor:
         n, m = sides(speech, text, speech_lengths, text_lengths)
         weight = self.current_weight()
         if self.training and self.count_calls:
             self.step += 1
-        losses = self.items(speech, text, n, m, text_ids).loss
+        losses = self.items(speech, text, n, m, text_ids, ids).loss
         loss = weighted_mean(losses, (n > 0) & (m > 0), sample_weight, normalizer)
         return weight.to(loss.device, loss.dtype) * loss
 
@@ -200,17 +205,19 @@ class OTRegLoss(KeepsLast, nn.Module):
         speech_lengths: Lengths | None = None,
         text_lengths: Lengths | None = None,
         text_ids: Tensor | None = None,
+        ids: Ids | None = None,
     ) -> ItemLosses:
         """Loss of each item without the schedule's weight, iterations, and marginal error: `(B,)` each."""
         n, m = sides(speech, text, speech_lengths, text_lengths)
         if self.detach_text:
             text = text.detach()
         text, m, weights = self._without_duplicates(text, m, text_ids, speech.dtype)
+        start: dict[str, Any] = {"warm_starts": self.warm_starts, "ids": ids}
         if self.form == "cost":
             objective = "plan_cost" if self.detach_plan else "transport"
-            losses = item_losses(speech, text, n, m, weights, objective=objective, **self.options)
+            losses = item_losses(speech, text, n, m, weights, objective=objective, **start, **self.options)
         else:
-            losses = self._soft_target(speech, text, n, m, weights)
+            losses = self._soft_target(speech, text, n, m, weights, start)
         self.keep_last(losses.n_iter, losses.error, self.options["tol"])
         return losses
 
@@ -233,9 +240,11 @@ class OTRegLoss(KeepsLast, nn.Module):
         # An empty item has no tokens to count. It gets ones, which nothing reads.
         return text, m, torch.where(counts.sum(1, keepdim=True) > 0, counts, 1).to(dtype)
 
-    def _soft_target(self, speech: Tensor, text: Tensor, n: Tensor, m: Tensor, weights: Tensor | None) -> ItemLosses:
+    def _soft_target(
+        self, speech: Tensor, text: Tensor, n: Tensor, m: Tensor, weights: Tensor | None, start: dict[str, Any]
+    ) -> ItemLosses:
         """Cross-entropy between the plan and the softmax of the cosines over the tokens."""
-        result = solve(speech, text, n, m, None, weights, **self.options)
+        result = item_plans(speech, text, n, m, weights, **start, **self.options)
         plan = result.plan()
         if self.detach_plan:
             plan = plan.detach()

@@ -292,3 +292,47 @@ def test_metrics_show_nan():
     case.batch["input_features"][0, 0, 0] = torch.nan
     assert case.model(**case.batch).loss.isnan()
     assert torch.tensor(handle.metrics()["otalign/loss"]).isnan()
+
+
+@pytest.mark.parametrize("criterion", [OTRegLoss, otalign.SinkhornLoss])
+def test_warm_starts(criterion):
+    """The ids come from an entry of the batch, which the model does not see, or from a function; loss and gradients stay."""
+    case = CASES["qwen2_audio"]()
+    options = {"tol": 1e-5, "max_iter": 2000, "accelerate": False}
+    handle = otalign.attach(case.model, criterion(**options), weight=0.3)
+    loss, expected = step(case)
+    cold = handle.metrics()["otalign/n_iter"]
+    handle.remove()
+
+    store = otalign.WarmStarts()
+    handle = otalign.attach(case.model, criterion(**options, warm_starts=store), weight=0.3, ids="utterance")
+    assert len(otalign.attach(case.model, OTRegLoss(), 0.0, name="other")._hooks.attached) == 2
+    for passes in (cold, 1):
+        found, gradients = step(case, utterance=["a", 2])
+        close(found, loss, 1e-5)
+        same_gradients(gradients, expected, 1e-3)
+        assert handle.metrics()["otalign/n_iter"] == pytest.approx(passes)
+    assert store.state_dict()["ids"] == ["a", 2]
+    with pytest.raises(ValueError, match=r"ids: expected 'utterance' in the batch, got .*remove_unused_columns=False"):
+        step(case)
+    with pytest.raises(ValueError, match="ids: expected 2, one for each item, got 1"):
+        step(case, utterance=["a"])
+    case.model.eval()
+    case.model(**case.batch, utterance=["b", "c"])
+    assert len(store) == 2
+    handle.remove()
+
+    by_function = lambda batch: batch["input_ids"][:, -1].tolist()  # noqa: E731
+    handle = otalign.attach(case.model.train(), criterion(**options, warm_starts=store), ids=by_function)
+    step(case)
+    assert store.state_dict()["ids"][-1] == int(case.batch["input_ids"][1, -1])
+
+
+def test_wrong_ids():
+    case = CASES["qwen2_audio"]()
+    with pytest.raises(ValueError, match="ids: they are for a loss with warm_starts=, got OTRegLoss without"):
+        otalign.attach(case.model, OTRegLoss(), ids="id")
+    with pytest.raises(
+        TypeError, match="ids: expected the name of an entry of the batch, or a function of it, got list"
+    ):
+        otalign.attach(case.model, OTRegLoss(warm_starts=otalign.WarmStarts()), ids=[1, 2])
