@@ -64,8 +64,9 @@ lint: $(READY)  ## ruff, mypy, clang-format, and the schema of workflows
 docs: $(READY)  ## the documentation as a site in out/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-bench: $(READY)  ## the table of times against the alternatives
+bench: $(READY)  ## the tables of times against the alternatives
 	$(PY) benchmarks cpu
+	$(PY) benchmarks small-reg
 
 # On a machine with a GPU its own Python is used, whose torch and Triton fit the driver; DRY=1 rehearses here, in the venv.
 gpu: $(if $(DRY),$(READY))  ## on a GPU: build, test, time, sanitize, within ten minutes; QUICK=1 in three; STEPS=first,tests; DRY=1 rehearses on the CPU

@@ -17,6 +17,9 @@ MEASUREMENTS = {
     "cpu": Benchmark(
         "cpu.compare", "How fast is a loss with gradients on a CPU, against POT, plain torch and the floor?"
     ),
+    "small-reg": Benchmark(
+        "cpu.small_reg", "How fast is a small reg on a CPU, against plain iterations and a Newton solver?"
+    ),
     "memory": Benchmark("cpu.memory", "How much memory does one loss with gradients need on a CPU?"),
     "gpu": Benchmark("gpu.benchmark", "How fast is a loss on a GPU, against its peers and the floor?"),
     "stages": Benchmark("gpu.stages", "Where does the time of a loss on a GPU go, launch by launch?"),
@@ -35,6 +38,9 @@ MEASUREMENTS = {
 REPORTS = {
     "cpu-table": Benchmark("cpu.report", "The README's table, from results/cpu.csv."),
     "cpu-plot": Benchmark("cpu.plot", "docs/figures/cpu.png, from results/cpu.csv."),
+    "small-reg-table": Benchmark(
+        "cpu.small_reg_report", "The tables and the plot of small reg, from results/small_reg.csv."
+    ),
     "gpu-table": Benchmark(
         "gpu.report", "The README's GPU table and its plot, from results/<device>/; adds a session."
     ),
