@@ -204,14 +204,16 @@ inline bool Solver<T>::keep_exponents() {
     base[j] = gamma[j];
     column[j] = static_cast<T>(log_root_b[j]);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    T* const kept = &exponents[i * aligned(m)];
-    const T half = static_cast<T>(log_root_a[i]);
-    base_row[i] = phi[i];
-    for_vectors<T>(m, [&](int64_t j, int count, auto) {
-      S::store(kept + j, exponent<T>(S::load(K + i * stride + j)) - (S::load(column + j) + half), count);
-    });
-  }
+  for_chunks([&](int64_t begin, int64_t end, Part&) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* const kept = &exponents[i * aligned(m)];
+      const T half = static_cast<T>(log_root_a[i]);
+      base_row[i] = phi[i];
+      for_vectors<T>(m, [&](int64_t j, int count, auto) {
+        S::store(kept + j, exponent<T>(S::load(K + i * stride + j)) - (S::load(column + j) + half), count);
+      });
+    }
+  });
   return true;
 }
 
@@ -220,7 +222,6 @@ inline bool Solver<T>::keep_exponents() {
 template <class T>
 inline bool Solver<T>::enter(double next_reg) {
   const double ratio = base_reg / next_reg;
-  const T scale = static_cast<T>(ratio);
   for (int64_t j = 0; j < m; ++j) {
     gamma[j] = b[j] > 0 ? goal[j] / next_reg : ratio * base[j];
     top[j] = static_cast<T>(gamma[j] - ratio * base[j]);
@@ -230,8 +231,20 @@ inline bool Solver<T>::enter(double next_reg) {
   }
   set_reg(next_reg);
   drop = Accelerate::drop(m);
+  for_chunks([&](int64_t begin, int64_t end, Part& part) { enter_rows(ratio, begin, end, part); });
+  has_exponents = huge = exact = false;
+  for_parts([&](const Part& part) { has_exponents |= part.exponents; });
+  count_pass();
+  if (!pass() || left() < 5) return here < HUGE_VAL;
+  update();
+  return pass();
+}
+
+template <class T>
+inline void Solver<T>::enter_rows(double ratio, int64_t begin, int64_t end, Part& part) {
+  const T scale = static_cast<T>(ratio);
   typename S::I outside{};
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const T* const kept = &exponents[i * aligned(m)];
     T* const row = K + i * stride;
     const T half = static_cast<T>(log_root_a[i]);
@@ -251,12 +264,7 @@ inline bool Solver<T>::enter(double next_reg) {
       S::store(row + j, k, count);
     });
   }
-  has_exponents = S::any(outside);
-  huge = exact = false;
-  count_pass();
-  if (!pass() || left() < 5) return here < HUGE_VAL;
-  update();
-  return pass();
+  part.exponents = S::any(outside);
 }
 
 // Newton's steps at this reg after a sweep, until the error is at most the tolerance at the `last` level, or until the

@@ -163,7 +163,8 @@ bool forward(const Problem& problem, Poll poll) {
                     norms + batch.most_m, stop))
       broken[task.item].store(true, std::memory_order_relaxed);
   });
-  team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
+  const auto chunks = [&](int64_t k) { return chunks_of(batch.n(items[k].item), batch.m(items[k].item)).count; };
+  team.share(items.size(), elements * kSolveWork, chunks, [&](int64_t k, int thread, Poll stop, Crew crew) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
     zero_unwritten(batch, it, b);
@@ -172,7 +173,7 @@ bool forward(const Problem& problem, Poll poll) {
                               ? build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr, stop)
                               : !broken[b].load(std::memory_order_relaxed);
       if (finite)
-        kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop);
+        kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop, crew);
       else
         kernels<T>().fail(it);
     }

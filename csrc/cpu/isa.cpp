@@ -227,8 +227,8 @@ void fail(Item<T>& it) {
 }
 
 template <class T>
-void solve_once(Item<T>& it, void* memory, Poll poll) {
-  Solver<T> solver(it, memory, poll);
+void solve_once(Item<T>& it, void* memory, Poll poll, Crew crew) {
+  Solver<T> solver(it, memory, poll, crew);
   if (!solver.run()) fail(it);
 }
 
@@ -244,11 +244,11 @@ void transpose(const T* from, int64_t n, int64_t m, T* to) {
 constexpr int64_t kBothOrders = 128;
 
 template <class T>
-void solve(Item<T>& it, void* memory, Poll poll) {
+void solve(Item<T>& it, void* memory, Poll poll, Crew crew) {
   T cost[kBothOrders], other_plan[kBothOrders], other_vectors[4 * kBothOrders];
   const bool both = it.accelerate && it.tol > 0 && !it.symmetric && !it.init && it.n * it.m <= kBothOrders;
   if (both) transpose(it.K, it.n, it.m, cost);
-  solve_once(it, memory, poll);
+  solve_once(it, memory, poll, crew);
   if (!both || it.error <= it.tol) return;
   Item<T> other = it;
   other.n = it.m;
@@ -262,7 +262,7 @@ void solve(Item<T>& it, void* memory, Poll poll) {
   other.g = other_vectors + kBothOrders;
   other.mass_x = other_vectors + 2 * kBothOrders;
   other.mass_y = other_vectors + 3 * kBothOrders;
-  solve_once(other, memory, poll);
+  solve_once(other, memory, poll, crew);
   const bool tied = other.error == it.error, tied_twice = tied && other.linear == it.linear;
   const bool better = other.error < it.error || it.error != it.error || (tied && other.linear < it.linear) ||
                       (tied_twice && other.value < it.value);

@@ -31,10 +31,12 @@ class Solver {
  public:
   static size_t scratch(int64_t n, int64_t m) {
     const int64_t own = small(n, m) ? n * aligned(m) : 0;
-    return (own + 6 * padded(n) + 10 * padded(m)) * sizeof(T) + (4 * n + 7 * m) * sizeof(double) + 28 * 64;
+    const int64_t partial = chunks_of(n, m).count - 1;
+    return (own + 6 * padded(n) + (10 + partial) * padded(m)) * sizeof(T) + (4 * n + 7 * m) * sizeof(double) + 29 * 64;
   }
 
-  Solver(Item<T>& item, void* memory, Poll poll) : it(item), n(item.n), m(item.m), pace(poll) {
+  Solver(Item<T>& item, void* memory, Poll poll, Crew crew)
+      : it(item), n(item.n), m(item.m), chunks(chunks_of(n, m)), crew(crew), pace(poll) {
     Arena arena{static_cast<char*>(memory)};
     stride = small(n, m) ? aligned(m) : m;
     K = small(n, m) ? arena.take<T>(n * stride) : item.K;
@@ -43,6 +45,7 @@ class Solver {
       *vector = arena.take<T>(padded(m));
     for (double** vector : {&phi, &log_root_a, &next_log, &base_row}) *vector = arena.take<double>(n);
     for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base}) *vector = arena.take<double>(m);
+    partial = arena.take<T>((chunks.count - 1) * padded(m));
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     set_reg(it.reg);
     drop = Accelerate::drop(m);
@@ -72,6 +75,47 @@ class Solver {
   }
 
  private:
+  // What the rows of a chunk leave behind.
+  struct alignas(64) Part {
+    double error;                              // of u
+    double spread;                             // see `spread`
+    double mass, linear;                       // sums over the plan
+    bool again, exact, exponents, huge, infeasible;  // they need another sweep; the others set what is called so
+  };
+
+  // Calls task(begin, end, part) for the rows of each chunk, with a part that is zero. Tasks of different chunks run at
+  // the same time; they write to different rows, and to sums of their own. Behind the last number of a row, hardware
+  // vectors may read the next row, which another task may be writing; these lanes are never used.
+  template <class F>
+  void for_chunks(const F& task) {
+    struct Job {
+      Solver* solver;
+      const F* task;
+      void run(int64_t chunk) const {
+        const int64_t begin = chunk * solver->chunks.rows, end = begin + solver->chunks.rows;
+        solver->parts[chunk] = {};
+        (*task)(begin, end < solver->n ? end : solver->n, solver->parts[chunk]);
+      }
+    } job{this, &task};
+    if (chunks.count == 1) return job.run(0);
+    crew.run(chunks.count, [](void* context, int64_t chunk) { static_cast<Job*>(context)->run(chunk); }, &job);
+  }
+  template <class F>
+  void for_parts(const F& use) const {
+    for (int64_t k = 0; k < chunks.count; ++k) use(parts[k]);
+  }
+
+  // Where the rows from `begin` on, a chunk, write a vector (padded(m),): the first chunk into `all`.
+  T* sums_of(int64_t begin, T* all) const {
+    const int64_t chunk = begin / chunks.rows;
+    return chunk == 0 ? all : partial + (chunk - 1) * padded(m);
+  }
+  // Adds the sums of the other chunks to those of the first.
+  void add_sums(T* all) const {
+    for (int64_t k = 0; k + 1 < chunks.count; ++k)
+      for (int64_t j = 0; j < m; j += W) S::store(all + j, S::load(all + j) + S::load(partial + k * padded(m) + j));
+  }
+
   void set_reg(double value) {
     reg = value;
     damping_x = damping(reg, it.rho_x);
@@ -97,6 +141,7 @@ class Solver {
   void descend(double error);
   bool keep_exponents();
   bool enter(double next_reg);
+  void enter_rows(double ratio, int64_t begin, int64_t end, Part& part);
   bool solve_level(bool last);
   double direction();
   bool move(double part);
@@ -116,8 +161,11 @@ class Solver {
       top[j] = it.init ? it.init[j] : T(0);
       if (!std::isfinite(gamma[j])) return false;
     }
+    for_chunks([&](int64_t begin, int64_t end, Part&) {
+      for (int64_t i = begin; i < end; ++i) z[i] = lowest_cost(i);
+    });
     for (int64_t i = 0; i < n; ++i) {
-      const T lowest = lowest_cost(i);
+      const T lowest = z[i];
       const bool reached = lowest < T(HUGE_VAL);
       if (!reached) take_out(a[i], it.rho_x);
       phi[i] = reached && !it.symmetric ? lowest / it.reg : 0.0;
@@ -181,12 +229,21 @@ class Solver {
   }
 
   void build() {
+    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
+    for_chunks([&](int64_t begin, int64_t end, Part& part) { build_rows(begin, end, part); });
+    for_parts([&](const Part& part) {
+      has_exponents |= part.exponents;
+      huge |= part.huge;
+      spread = std::fmax(spread, part.spread);
+    });
+  }
+
+  void build_rows(int64_t begin, int64_t end, Part& part) {
     const T inv_reg = static_cast<T>(1 / reg);
     const V most = S::splat(Absorb<T>::kEntryRange);
-    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
     V extreme{}, largest{}, widest{};
     const V least = S::splat(-std::numeric_limits<T>::max());
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const T* cost = it.K + i * m;
       T* row = K + i * stride;
       const T lowest = static_cast<T>(phi[i] * it.reg), half = static_cast<T>(log_root_a[i]);
@@ -207,9 +264,9 @@ class Solver {
       else  // no exponent is positive
         exponents([&](V t, V product, auto) { return S::select(t < -most, t, product); });
     }
-    has_exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
-    huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
-    spread = -S::smallest(widest);
+    part.exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
+    part.huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
+    part.spread = -S::smallest(widest);
   }
 
   // One pass over K, W rows at a time: row sums, from them u_next and the error of u, and (if Columns) the column sums
@@ -229,27 +286,56 @@ class Solver {
   template <bool Columns>
   double sweep_fast(bool first) {
     const int64_t vectors = (m + W - 1) / W;
-    if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow)
-      return sweep_vectors(static_cast<int>(vectors), first, std::make_integer_sequence<int, kNarrow>());
-    return has_exponents ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
+    if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow) {
+      const SweepChunk narrow = narrow_sweep(static_cast<int>(vectors), std::make_integer_sequence<int, kNarrow>());
+      if (sweep_chunks<Columns>(narrow, first)) return swept.error;
+    }
+    if (!has_exponents) {
+      if (sweep_chunks<Columns>(&Solver::sweep_rows<Columns, false>, first)) return swept.error;
+      has_exponents = true;  // absorbing may make entries that leave the range of floats
+    }
+    sweep_chunks<Columns>(&Solver::sweep_rows<Columns, true>, first);
+    return swept.error;
+  }
+
+  // Sweeps rows [begin, end), and writes their column sums.
+  using SweepChunk = void (Solver::*)(int64_t begin, int64_t end, bool first, T* sums, Part& part);
+
+  // Returns false if the rows need another sweep.
+  template <bool Columns>
+  bool sweep_chunks(SweepChunk sweep, bool first) {
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      (this->*sweep)(begin, end, first, Columns ? sums_of(begin, column) : nullptr, part);
+    });
+    swept = {};
+    for_parts([&](const Part& part) {
+      swept.error += part.error;
+      swept.again |= part.again;
+      exact |= part.exact;
+      huge |= part.huge;
+      feasible &= !part.infeasible;
+    });
+    if (swept.again) return false;
+    if (Columns) add_sums(column);
+    return true;
   }
 
   template <int... N>
-  double sweep_vectors(int vectors, bool first, std::integer_sequence<int, N...>) {
-    static constexpr double (Solver::* table[])(bool) = {&Solver::sweep_narrow<N + 1>...};
-    return (this->*table[vectors - 1])(first);
+  static SweepChunk narrow_sweep(int vectors, std::integer_sequence<int, N...>) {
+    static constexpr SweepChunk table[] = {&Solver::sweep_narrow<N + 1>...};
+    return table[vectors - 1];
   }
 
   // The same, four rows at a time, for a strict marginal and rows of N hardware vectors, whose column sums stay in
   // registers.
   template <int N>
-  double sweep_narrow(bool first) {
+  void sweep_narrow(int64_t begin, int64_t end, bool, T* column_sums, Part& part) {
     using Four = typename S::Four;
     if constexpr (W >= 4) {
       V sums_j[N] = {};
       Four least = Four{} + 1, most = least;
-      for (int64_t i = 0; i < n; i += 4) {
-        const int64_t last = n - i - 1;
+      for (int64_t i = begin; i < end; i += 4) {
+        const int64_t last = end - i - 1;
         const T* const row = K + i * stride;
         const T* const rows[4] = {row, row + (last < 1 ? 0 : stride), row + (last < 2 ? 0 : 2 * stride),
                                   row + (last < 3 ? 0 : 3 * stride)};
@@ -271,13 +357,14 @@ class Solver {
           for (int k = 0; k < 4; ++k) sums_j[v] += S::load(rows[k] + v * W) * weight[k];
       }
       for (int k = 0; k < 4; ++k)
-        if (!(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh)) return sweep_rows<true, false>(first);
-      for (int v = 0; v < N; ++v) S::store(column + v * W, sums_j[v]);
+        part.again |= !(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh);
+      if (part.again) return;
+      for (int v = 0; v < N; ++v) S::store(column_sums + v * W, sums_j[v]);
       V error{};
-      for (int64_t i = 0; i < n; i += W) error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
-      return S::sum(error);
+      for (int64_t i = begin; i < end; i += W)
+        error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
+      part.error = S::sum(error);
     }
-    return sweep_rows<true, false>(first);
   }
   static OTALIGN_INLINE typename S::Four load_four(const T* p) {
     return *reinterpret_cast<const typename S::UnalignedFour*>(p);
@@ -290,12 +377,12 @@ class Solver {
   }
 
   template <bool Columns, bool HasExponents>
-  double sweep_rows(bool first) {
+  void sweep_rows(int64_t begin, int64_t end, bool first, T* column_sums, Part& part) {
     if (Columns)
-      for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
+      for (int64_t j = 0; j < padded(m); ++j) column_sums[j] = 0;
     V error{};
-    for (int64_t i = 0; i < n; i += W) {
-      const int count = n - i < W ? static_cast<int>(n - i) : W;
+    for (int64_t i = begin; i < end; i += W) {
+      const int count = end - i < W ? static_cast<int>(end - i) : W;
       const T* rows[W];
       for (int k = 0; k < W; ++k) rows[k] = K + (i + (k < count ? k : 0)) * stride;
       V sums[W] = {};
@@ -320,15 +407,15 @@ class Solver {
       if (__builtin_expect(S::any(~in_range), 0)) {
         // A relaxed row may grow by any factor until the columns follow, so both are updated together.
         if (damping_x != 1 || it.symmetric) {
-          exact = true;
-          return 0;
+          part.exact = true;
+          return;
         }
         if (!HasExponents && Columns) {
-          has_exponents = true;  // absorbing may make entries that leave the range of floats
-          return sweep_rows<Columns, true>(first);
+          part.again = true;
+          return;
         }
         for (int k = 0; k < count; ++k)
-          if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio);
+          if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio, part);
       }
       error += S::load(a + i) * S::abs(ratio - 1);
       S::store(u_next + i, next);
@@ -336,16 +423,16 @@ class Solver {
       alignas(64) T weight[W];
       S::store(weight, S::load(rest_a + i) * next);
       for (int64_t j = 0; j < m; j += W) {
-        V even = S::load(column + j), odd{};
+        V even = S::load(column_sums + j), odd{};
 #pragma GCC unroll 16
         for (int k = 0; k < W; k += 2) {
           even += factor<HasExponents>(rows[k] + j) * weight[k];
           odd += factor<HasExponents>(rows[k + 1] + j) * weight[k + 1];
         }
-        S::store(column + j, even + odd);
+        S::store(column_sums + j, even + odd);
       }
     }
-    return S::sum(error);
+    part.error = S::sum(error);
   }
 
   static OTALIGN_INLINE auto in_scaling_range(V x) {
@@ -395,31 +482,37 @@ class Solver {
 
   // The row update in the log domain, into next_log; returns the error of u.
   double exact_rows(bool first) {
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!(a[i] > 0)) continue;
+        const double log_sum = log_row_sum(i) - log_root_a[i];
+        part.infeasible |= !std::isfinite(log_sum);
+        next_log[i] = next_of(i, log_sum);
+        if (!first) part.error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
+      }
+    });
     double error = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(a[i] > 0)) continue;
-      const double log_sum = log_row_sum(i) - log_root_a[i];
-      feasible = feasible && std::isfinite(log_sum);
-      next_log[i] = next_of(i, log_sum);
-      if (!first) error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
-    }
+    for_parts([&](const Part& part) {
+      error += part.error;
+      feasible &= !part.infeasible;
+    });
     return error;
   }
 
   // The row in a lane of those from `row` on, whose sum leaves the range of floats: computes its next scaling and its
   // ratio exactly and, if `absorb`, absorbs its potential into K.
-  void rescue_row(int64_t row, int lane, bool absorb, bool first, V& next, V& ratio) {
+  void rescue_row(int64_t row, int lane, bool absorb, bool first, V& next, V& ratio, Part& part) {
     const int64_t i = row + lane;
     const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
-      feasible = false;
+      part.infeasible = true;
       return;
     }
     const double next_log = next_of(i, log_sum), old_log = std::log(static_cast<double>(u[i]));
     ratio[lane] = first ? T(1) : static_cast<T>(ratio_of(i, log_sum, next_log));
     if (!absorb) return;
     const V shift = S::splat(static_cast<T>(next_log)), factor = S::splat(static_cast<T>(std::exp(next_log)));
-    grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
+    part.huge |= grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     next[lane] = 1;
@@ -431,18 +524,31 @@ class Solver {
     V factor, shift;  // factor = exp(shift), if a float can hold it
   };
 
-  // Lets the exponents of a row of K grow by growth(j). Sets `huge` if an entry between points with mass now exceeds
+  // Lets the exponents of a row of K grow by growth(j). Returns whether an entry between points with mass now exceeds
   // the range of floats.
   template <class F>
-  void grow_row(int64_t i, F growth) {
+  bool grow_row(int64_t i, F growth) {
     T* row = K + i * stride;
     const bool counts = a[i] > 0;
+    bool exceeds = false;
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const Growth by = growth(j);
       const V k = grown<T>(S::load(row + j), by.factor, by.shift);
-      if (counts) huge |= S::any(inside & (S::load(rest_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
+      if (counts) exceeds |= S::any(inside & (S::load(rest_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
       S::store(row + j, k, count);
     });
+    return exceeds;
+  }
+
+  // The same for all rows, by grow(i), unless there is no solution; it may exceed no range before.
+  template <class F>
+  void grow_rows(F grow) {
+    huge = false;
+    if (!feasible) return;
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      for (int64_t i = begin; i < end; ++i) part.huge |= grow(i);
+    });
+    for_parts([&](const Part& part) { huge |= part.huge; });
   }
 
   // Writes into v_next what the column sums make of v; `error` becomes sum_j b_j |v_j / v_next_j - 1|. Returns false if
@@ -483,9 +589,9 @@ class Solver {
     has_exponents = true;
     exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
     absorb_columns();
-    huge = false;
-    for (int64_t i = 0; i < n && feasible; ++i)
-      grow_row(i, [&](int64_t j) { return Growth{S::load(column_log + j), S::load(top + j)}; });
+    grow_rows([&](int64_t i) {
+      return grow_row(i, [&](int64_t j) { return Growth{S::load(column_log + j), S::load(top + j)}; });
+    });
   }
 
   // Both updates in the log domain: the rows from next_log, then the columns.
@@ -493,17 +599,16 @@ class Solver {
     has_exponents = true;
     exact_columns([&](int64_t i) { return next_log[i]; });
     absorb_columns();
-    huge = false;
-    for (int64_t i = 0; i < n && feasible; ++i) {
+    grow_rows([&](int64_t i) {
       const T shift = a[i] > 0 ? static_cast<T>(next_log[i]) : T(0);
       if (a[i] > 0) phi[i] += next_log[i];
       z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
       u[i] = 1;
-      grow_row(i, [&](int64_t j) {
+      return grow_row(i, [&](int64_t j) {
         const V both = S::load(top + j) + shift;
         return Growth{exp<T>(both), both};
       });
-    }
+    });
   }
 
   // f <- (f + T f) / 2 for both sides at once.
@@ -516,7 +621,6 @@ class Solver {
       return;
     }
     has_exponents = true;
-    huge = false;
     for (int64_t i = 0; i < n; ++i) {
       const double shift = a[i] > 0 ? 0.5 * (std::log(static_cast<double>(u[i])) + next_log[i]) : 0.0;
       top[i] = static_cast<T>(shift);
@@ -525,34 +629,42 @@ class Solver {
       u[i] = v[i] = 1;
       w[i] = rest_b[i];
     }
-    for (int64_t i = 0; i < n && feasible; ++i)
-      grow_row(i, [&](int64_t j) {
+    grow_rows([&](int64_t i) {
+      return grow_row(i, [&](int64_t j) {
         const V both = S::load(top + j) + top[i];
         return Growth{exp<T>(both), both};
       });
+    });
   }
 
   // column_log_j = log sum_i K_ij a_i u_i / (r_i r_j), where log u_i = log_u(i).
   template <class F>
   void exact_columns(F log_u) {
-    for (int64_t j = 0; j < m; ++j) {
-      top[j] = T(-HUGE_VAL);
-      column_log[j] = 0;
-    }
-    const auto terms = [&](auto use) {
-      for (int64_t i = 0; i < n; ++i) {
+    const auto terms = [&](int64_t begin, int64_t end, auto use) {
+      for (int64_t i = begin; i < end; ++i) {
         if (!(a[i] > 0)) continue;
         const T weight = static_cast<T>(std::log(static_cast<double>(rest_a[i])) + log_u(i));
         const T* row = K + i * stride;
         for_vectors<T>(m, [&](int64_t j, int count, auto) { use(j, count, exponent<T>(S::load(row + j)) + weight); });
       }
     };
-    terms([&](int64_t j, int count, V t) { S::store(top + j, S::max(S::load(top + j), t), count); });
-    terms([&](int64_t j, int count, V t) {
-      const V largest = S::load(top + j);
-      const V scaled = S::select(largest > S::splat(T(-HUGE_VAL)), exp<T>(t - largest), V{});
-      S::store(column_log + j, S::load(column_log + j) + scaled, count);
+    for_chunks([&](int64_t begin, int64_t end, Part&) {
+      T* const most = sums_of(begin, top);
+      for (int64_t j = 0; j < m; ++j) most[j] = T(-HUGE_VAL);
+      terms(begin, end, [&](int64_t j, int count, V t) { S::store(most + j, S::max(S::load(most + j), t), count); });
     });
+    for (int64_t k = 0; k + 1 < chunks.count; ++k)
+      for (int64_t j = 0; j < m; ++j) top[j] = partial[k * padded(m) + j] > top[j] ? partial[k * padded(m) + j] : top[j];
+    for_chunks([&](int64_t begin, int64_t end, Part&) {
+      T* const sums = sums_of(begin, column_log);
+      for (int64_t j = 0; j < padded(m); ++j) sums[j] = 0;
+      terms(begin, end, [&](int64_t j, int count, V t) {
+        const V largest = S::load(top + j);
+        const V scaled = S::select(largest > S::splat(T(-HUGE_VAL)), exp<T>(t - largest), V{});
+        S::store(sums + j, S::load(sums + j) + scaled, count);
+      });
+    });
+    add_sums(column_log);
     for (int64_t j = 0; j < m; ++j)
       column_log[j] = top[j] > T(-HUGE_VAL)
                           ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - log_root_b[j])
@@ -576,13 +688,10 @@ class Solver {
   }
   double next_of_column(int64_t j) const { return -(1 - damping_y) * gamma[j] - damping_y * column_log[j]; }
 
-  struct Sums {
-    double mass = 0, linear = 0;
-  };
   // The results of the solve: finish.h.
   void finish();
   void finish_columns();
-  void finish_row(int64_t i, Sums& sums);
+  void finish_row(int64_t i, T* column_sums, Part& part);
   void finish_massless_row(int64_t i);
 
   // The exponent of a power of two near the root of a weight; 0 for points that carry no mass.
@@ -608,6 +717,11 @@ class Solver {
 
   Item<T>& it;
   const int64_t n, m;
+  const Chunks chunks;
+  const Crew crew;
+  Part parts[kMostChunks];          // of the last for_chunks
+  Part swept;                       // all parts of the last sweep
+  T* partial;                       // (chunks.count - 1, padded(m)) see sums_of
   int64_t stride;                   // elements from one row of K to the next
   T* K;                             // (n, m)
   T *a, *b;                         // (n,), (m,) weights; 0 also for unreached points
