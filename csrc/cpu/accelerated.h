@@ -233,7 +233,7 @@ inline bool Solver<T>::enter(double next_reg) {
   drop = Accelerate::drop(m);
   for_chunks([&](int64_t begin, int64_t end, Part& part) { enter_rows(ratio, begin, end, part); });
   has_exponents = huge = exact = false;
-  for_parts([&](const Part& part) { has_exponents |= part.exponents; });
+  findings();
   count_pass();
   if (!pass() || left() < 5) return here < HUGE_VAL;
   update();
@@ -264,7 +264,7 @@ inline void Solver<T>::enter_rows(double ratio, int64_t begin, int64_t end, Part
       S::store(row + j, k, count);
     });
   }
-  part.exponents = S::any(outside);
+  if (S::any(outside)) part.found |= kExponents;
 }
 
 // Newton's steps at this reg after a sweep, until the error is at most the tolerance at the `last` level, or until the

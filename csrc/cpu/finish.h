@@ -10,7 +10,8 @@ template <class T>
 inline void Solver<T>::finish() {
   finish_columns();
   for_chunks([&](int64_t begin, int64_t end, Part& part) {
-    T* const column_sums = sums_of(begin, column);
+    T* const column_sums = sums_of(part, column);
+    part.mass = part.linear = 0;
     for (int64_t j = 0; j < padded(m); ++j) column_sums[j] = 0;
     for (int64_t i = begin; i < end; ++i) {
       if (a[i] > 0)
@@ -18,11 +19,6 @@ inline void Solver<T>::finish() {
       else
         finish_massless_row(i);
     }
-  });
-  double mass = 0, linear = 0;
-  for_parts([&](const Part& part) {
-    mass += part.mass;
-    linear += part.linear;
   });
   add_sums(column);
   const bool balanced = damping_x == 1 && damping_y == 1 && !it.symmetric;
@@ -49,8 +45,8 @@ inline void Solver<T>::finish() {
     total_b += weight;
     it.g[j] = it.symmetric ? it.f[j] : static_cast<T>(g);
   }
-  it.value = value - it.reg * (mass - total_a * total_b);  // the product is one up to rounding
-  it.linear = linear;
+  it.value = value - it.reg * (sum_of(&Part::mass) - total_a * total_b);  // the product is one up to rounding
+  it.linear = sum_of(&Part::linear);
 }
 
 // Computes the potentials of columns without mass from those of the rows. `top` becomes gamma times reg, and column_log

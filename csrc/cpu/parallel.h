@@ -204,6 +204,10 @@ class Team {
 
   int threads() const { return threads_; }
   bool stopped() const { return stop_.load(std::memory_order_relaxed); }
+  // Tells whether the team is to stop, on any thread.
+  Poll stopping() {
+    return {[](void* self) { return static_cast<const Team*>(self)->stopped(); }, this};
+  }
 
   // Calls task(k, thread, poll) for each k. `work` is in multiply-adds. Little work does not pay for a second thread, which
   // may have to be woken.

@@ -46,6 +46,7 @@ class Solver {
     for (double** vector : {&phi, &log_root_a, &next_log, &base_row}) *vector = arena.take<double>(n);
     for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base}) *vector = arena.take<double>(m);
     partial = arena.take<T>((chunks.count - 1) * padded(m));
+    for (int64_t k = 0; k < chunks.count; ++k) parts[k].found = 0;
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     set_reg(it.reg);
     drop = Accelerate::drop(m);
@@ -75,17 +76,18 @@ class Solver {
   }
 
  private:
+  // What rows can find out, as bits: they need another sweep; the others set the member that is called so.
+  enum Finding : uint32_t { kAgain = 1, kExact = 2, kExponents = 4, kHuge = 8, kInfeasible = 16 };
+
   // What the rows of a chunk leave behind.
   struct alignas(64) Part {
-    double error;                              // of u
-    double spread;                             // see `spread`
-    double mass, linear;                       // sums over the plan
-    bool again, exact, exponents, huge, infeasible;  // they need another sweep; the others set what is called so
+    double error, spread, mass, linear;  // of u; see `spread`; sums over the plan
+    uint32_t found;
   };
 
-  // Calls task(begin, end, part) for the rows of each chunk, with a part that is zero. Tasks of different chunks run at
-  // the same time; they write to different rows, and to sums of their own. Behind the last number of a row, hardware
-  // vectors may read the next row, which another task may be writing; these lanes are never used.
+  // Calls task(begin, end, part) for the rows of each chunk. Tasks of different chunks run at the same time; they write to
+  // different rows, and to sums of their own. Behind the last number of a row, hardware vectors may read the next row,
+  // which another task may be writing; these lanes are never used.
   template <class F>
   void for_chunks(const F& task) {
     struct Job {
@@ -93,22 +95,35 @@ class Solver {
       const F* task;
       void run(int64_t chunk) const {
         const int64_t begin = chunk * solver->chunks.rows, end = begin + solver->chunks.rows;
-        solver->parts[chunk] = {};
         (*task)(begin, end < solver->n ? end : solver->n, solver->parts[chunk]);
       }
     } job{this, &task};
     if (chunks.count == 1) return job.run(0);
     crew.run(chunks.count, [](void* context, int64_t chunk) { static_cast<Job*>(context)->run(chunk); }, &job);
   }
-  template <class F>
-  void for_parts(const F& use) const {
-    for (int64_t k = 0; k < chunks.count; ++k) use(parts[k]);
+  // The sum of what the chunks have left there.
+  double sum_of(double Part::* number) const {
+    double sum = parts[0].*number;
+    for (int64_t k = 1; k < chunks.count; ++k) sum += parts[k].*number;
+    return sum;
+  }
+  // All findings, which are forgotten with that.
+  uint32_t findings() {
+    uint32_t found = 0;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      found |= parts[k].found;
+      parts[k].found = 0;
+    }
+    exact |= (found & kExact) != 0;
+    has_exponents |= (found & kExponents) != 0;
+    huge |= (found & kHuge) != 0;
+    feasible &= !(found & kInfeasible);
+    return found;
   }
 
-  // Where the rows from `begin` on, a chunk, write a vector (padded(m),): the first chunk into `all`.
-  T* sums_of(int64_t begin, T* all) const {
-    const int64_t chunk = begin / chunks.rows;
-    return chunk == 0 ? all : partial + (chunk - 1) * padded(m);
+  // Where a chunk writes a vector (padded(m),): the first into `all`.
+  T* sums_of(const Part& part, T* all) const {
+    return &part == parts ? all : partial + (&part - parts - 1) * padded(m);
   }
   // Adds the sums of the other chunks to those of the first.
   void add_sums(T* all) const {
@@ -231,11 +246,8 @@ class Solver {
   void build() {
     for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
     for_chunks([&](int64_t begin, int64_t end, Part& part) { build_rows(begin, end, part); });
-    for_parts([&](const Part& part) {
-      has_exponents |= part.exponents;
-      huge |= part.huge;
-      spread = std::fmax(spread, part.spread);
-    });
+    findings();
+    for (int64_t k = 0; k < chunks.count; ++k) spread = std::fmax(spread, parts[k].spread);
   }
 
   void build_rows(int64_t begin, int64_t end, Part& part) {
@@ -264,8 +276,8 @@ class Solver {
       else  // no exponent is positive
         exponents([&](V t, V product, auto) { return S::select(t < -most, t, product); });
     }
-    part.exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
-    part.huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
+    if (S::any(extreme > S::splat(Absorb<T>::kEntryRange))) part.found |= kExponents;
+    if (it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange))) part.found |= kHuge;
     part.spread = -S::smallest(widest);
   }
 
@@ -288,34 +300,26 @@ class Solver {
     const int64_t vectors = (m + W - 1) / W;
     if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow) {
       const SweepChunk narrow = narrow_sweep(static_cast<int>(vectors), std::make_integer_sequence<int, kNarrow>());
-      if (sweep_chunks<Columns>(narrow, first)) return swept.error;
+      if (sweep_chunks<Columns>(narrow, first)) return sum_of(&Part::error);
     }
     if (!has_exponents) {
-      if (sweep_chunks<Columns>(&Solver::sweep_rows<Columns, false>, first)) return swept.error;
+      if (sweep_chunks<Columns>(&Solver::sweep_rows<Columns, false>, first)) return sum_of(&Part::error);
       has_exponents = true;  // absorbing may make entries that leave the range of floats
     }
     sweep_chunks<Columns>(&Solver::sweep_rows<Columns, true>, first);
-    return swept.error;
+    return sum_of(&Part::error);
   }
 
-  // Sweeps rows [begin, end), and writes their column sums.
-  using SweepChunk = void (Solver::*)(int64_t begin, int64_t end, bool first, T* sums, Part& part);
+  // Sweeps rows [begin, end), and writes their column sums. Returns the error of u.
+  using SweepChunk = double (Solver::*)(int64_t begin, int64_t end, bool first, T* sums, Part& part);
 
   // Returns false if the rows need another sweep.
   template <bool Columns>
   bool sweep_chunks(SweepChunk sweep, bool first) {
     for_chunks([&](int64_t begin, int64_t end, Part& part) {
-      (this->*sweep)(begin, end, first, Columns ? sums_of(begin, column) : nullptr, part);
+      part.error = (this->*sweep)(begin, end, first, Columns ? sums_of(part, column) : nullptr, part);
     });
-    swept = {};
-    for_parts([&](const Part& part) {
-      swept.error += part.error;
-      swept.again |= part.again;
-      exact |= part.exact;
-      huge |= part.huge;
-      feasible &= !part.infeasible;
-    });
-    if (swept.again) return false;
+    if (findings() & kAgain) return false;
     if (Columns) add_sums(column);
     return true;
   }
@@ -329,7 +333,7 @@ class Solver {
   // The same, four rows at a time, for a strict marginal and rows of N hardware vectors, whose column sums stay in
   // registers.
   template <int N>
-  void sweep_narrow(int64_t begin, int64_t end, bool, T* column_sums, Part& part) {
+  double sweep_narrow(int64_t begin, int64_t end, bool, T* column_sums, Part& part) {
     using Four = typename S::Four;
     if constexpr (W >= 4) {
       V sums_j[N] = {};
@@ -357,14 +361,17 @@ class Solver {
           for (int k = 0; k < 4; ++k) sums_j[v] += S::load(rows[k] + v * W) * weight[k];
       }
       for (int k = 0; k < 4; ++k)
-        part.again |= !(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh);
-      if (part.again) return;
+        if (!(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh)) {
+          part.found = kAgain;
+          return 0;
+        }
       for (int v = 0; v < N; ++v) S::store(column_sums + v * W, sums_j[v]);
       V error{};
       for (int64_t i = begin; i < end; i += W)
         error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
-      part.error = S::sum(error);
+      return S::sum(error);
     }
+    return 0;
   }
   static OTALIGN_INLINE typename S::Four load_four(const T* p) {
     return *reinterpret_cast<const typename S::UnalignedFour*>(p);
@@ -377,7 +384,7 @@ class Solver {
   }
 
   template <bool Columns, bool HasExponents>
-  void sweep_rows(int64_t begin, int64_t end, bool first, T* column_sums, Part& part) {
+  double sweep_rows(int64_t begin, int64_t end, bool first, T* column_sums, Part& part) {
     if (Columns)
       for (int64_t j = 0; j < padded(m); ++j) column_sums[j] = 0;
     V error{};
@@ -407,12 +414,12 @@ class Solver {
       if (__builtin_expect(S::any(~in_range), 0)) {
         // A relaxed row may grow by any factor until the columns follow, so both are updated together.
         if (damping_x != 1 || it.symmetric) {
-          part.exact = true;
-          return;
+          part.found |= kExact;
+          return 0;
         }
         if (!HasExponents && Columns) {
-          part.again = true;
-          return;
+          part.found |= kAgain;
+          return 0;
         }
         for (int k = 0; k < count; ++k)
           if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio, part);
@@ -432,7 +439,7 @@ class Solver {
         S::store(column_sums + j, even + odd);
       }
     }
-    part.error = S::sum(error);
+    return S::sum(error);
   }
 
   static OTALIGN_INLINE auto in_scaling_range(V x) {
@@ -483,20 +490,17 @@ class Solver {
   // The row update in the log domain, into next_log; returns the error of u.
   double exact_rows(bool first) {
     for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      part.error = 0;
       for (int64_t i = begin; i < end; ++i) {
         if (!(a[i] > 0)) continue;
         const double log_sum = log_row_sum(i) - log_root_a[i];
-        part.infeasible |= !std::isfinite(log_sum);
+        if (!std::isfinite(log_sum)) part.found |= kInfeasible;
         next_log[i] = next_of(i, log_sum);
         if (!first) part.error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
       }
     });
-    double error = 0;
-    for_parts([&](const Part& part) {
-      error += part.error;
-      feasible &= !part.infeasible;
-    });
-    return error;
+    findings();
+    return sum_of(&Part::error);
   }
 
   // The row in a lane of those from `row` on, whose sum leaves the range of floats: computes its next scaling and its
@@ -505,14 +509,14 @@ class Solver {
     const int64_t i = row + lane;
     const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
-      part.infeasible = true;
+      part.found |= kInfeasible;
       return;
     }
     const double next_log = next_of(i, log_sum), old_log = std::log(static_cast<double>(u[i]));
     ratio[lane] = first ? T(1) : static_cast<T>(ratio_of(i, log_sum, next_log));
     if (!absorb) return;
     const V shift = S::splat(static_cast<T>(next_log)), factor = S::splat(static_cast<T>(std::exp(next_log)));
-    part.huge |= grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
+    if (grow_row(i, [&](int64_t) { return Growth{factor, shift}; })) part.found |= kHuge;
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     next[lane] = 1;
@@ -546,9 +550,10 @@ class Solver {
     huge = false;
     if (!feasible) return;
     for_chunks([&](int64_t begin, int64_t end, Part& part) {
-      for (int64_t i = begin; i < end; ++i) part.huge |= grow(i);
+      for (int64_t i = begin; i < end; ++i)
+        if (grow(i)) part.found |= kHuge;
     });
-    for_parts([&](const Part& part) { huge |= part.huge; });
+    findings();
   }
 
   // Writes into v_next what the column sums make of v; `error` becomes sum_j b_j |v_j / v_next_j - 1|. Returns false if
@@ -648,15 +653,15 @@ class Solver {
         for_vectors<T>(m, [&](int64_t j, int count, auto) { use(j, count, exponent<T>(S::load(row + j)) + weight); });
       }
     };
-    for_chunks([&](int64_t begin, int64_t end, Part&) {
-      T* const most = sums_of(begin, top);
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      T* const most = sums_of(part, top);
       for (int64_t j = 0; j < m; ++j) most[j] = T(-HUGE_VAL);
       terms(begin, end, [&](int64_t j, int count, V t) { S::store(most + j, S::max(S::load(most + j), t), count); });
     });
     for (int64_t k = 0; k + 1 < chunks.count; ++k)
       for (int64_t j = 0; j < m; ++j) top[j] = partial[k * padded(m) + j] > top[j] ? partial[k * padded(m) + j] : top[j];
-    for_chunks([&](int64_t begin, int64_t end, Part&) {
-      T* const sums = sums_of(begin, column_log);
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      T* const sums = sums_of(part, column_log);
       for (int64_t j = 0; j < padded(m); ++j) sums[j] = 0;
       terms(begin, end, [&](int64_t j, int count, V t) {
         const V largest = S::load(top + j);
@@ -720,7 +725,6 @@ class Solver {
   const Chunks chunks;
   const Crew crew;
   Part parts[kMostChunks];          // of the last for_chunks
-  Part swept;                       // all parts of the last sweep
   T* partial;                       // (chunks.count - 1, padded(m)) see sums_of
   int64_t stride;                   // elements from one row of K to the next
   T* K;                             // (n, m)
