@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -64,16 +66,30 @@ class Scratch {
   std::vector<Buffer> buffers_;
 };
 
-// How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, longer and longer,
-// because its core may be another thread's only one. (A thread that yields its core again and again can keep it.)
+// How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, because its core may
+// be the only one of the thread that it waits for. Naps become longer until spinning has been enough once: on a core for
+// two threads it never is, since the other thread makes no progress meanwhile. (A thread that yields its core again and
+// again can keep it.)
 class Wait {
  public:
-  void once() {
+  // To be called again and again; returns for how long to nap now, mostly zero.
+  std::chrono::nanoseconds step() {
     const auto now = std::chrono::steady_clock::now();
     if (begin_ == Time{}) begin_ = now;
-    if (now - begin_ < std::chrono::microseconds(20)) return pause();
-    std::this_thread::sleep_for(nap_);
+    if (now - begin_ < std::chrono::microseconds(20)) {
+      pause();
+      return {};
+    }
+    const auto nap = nap_;
     nap_ = std::min<std::chrono::nanoseconds>(2 * nap_, std::chrono::milliseconds(1));
+    begin_ = Time{};
+    napped_ = true;
+    return nap;
+  }
+  // The wait is over.
+  void end() {
+    if (!napped_) nap_ = kNap;
+    napped_ = false;
     begin_ = Time{};
   }
 
@@ -86,8 +102,10 @@ class Wait {
     asm volatile("yield");
 #endif
   }
+  static constexpr std::chrono::nanoseconds kNap = std::chrono::microseconds(50);
   Time begin_{};
-  std::chrono::nanoseconds nap_ = std::chrono::microseconds(50);
+  std::chrono::nanoseconds nap_ = kNap;
+  bool napped_ = false;
 };
 
 // An item that threads without one of their own can work on. Its leader, the thread that solves it, makes jobs of some
@@ -105,7 +123,13 @@ class Shared {
     chunks_ = chunks;
     open_.store(true, std::memory_order_release);
   }
-  void close() { open_.store(false, std::memory_order_release); }
+  void close() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_.store(false, std::memory_order_release);
+    }
+    closed_.notify_all();
+  }
   Crew crew() { return {&run_job, this}; }
 
   // The helper's side. The chunks for each thread if one more joins; 0 if none is wanted.
@@ -123,12 +147,15 @@ class Shared {
     while (open_.load(std::memory_order_acquire) && !stops()) {
       const uint32_t job = job_.load(std::memory_order_acquire);
       if (job == last) {
-        wait.once();
+        const auto nap = wait.step();
+        if (nap.count() == 0) continue;
+        std::unique_lock<std::mutex> lock(mutex_);
+        closed_.wait_for(lock, nap, [&] { return !open_.load(std::memory_order_relaxed); });
         continue;
       }
       last = job;
+      wait.end();
       work(job, seat);
-      wait = {};
     }
     helpers_.fetch_sub(1, std::memory_order_relaxed);
   }
@@ -168,7 +195,7 @@ class Shared {
     }
     job_.store(job, std::memory_order_release);
     work(job, 0);
-    for (Wait wait; done_.load(std::memory_order_acquire) < count;) wait.once();
+    for (Wait wait; done_.load(std::memory_order_acquire) < count;) std::this_thread::sleep_for(wait.step());
   }
 
   void work(uint32_t job, int seat) {
@@ -194,6 +221,8 @@ class Shared {
   alignas(kLine) std::atomic<uint32_t> job_{0};
   alignas(kLine) std::atomic<int64_t> done_{0};
   Line lines_[kRanges];
+  std::mutex mutex_;  // of `closed_`, which ends the naps of helpers
+  std::condition_variable closed_;
 };
 
 // Runs tasks in parallel, in their order, until the caller's poll returns true. If a task throws, `run` throws the same
@@ -230,7 +259,7 @@ class Team {
     const int team = static_cast<int>(std::max(1.0, std::min<double>(threads_, useful)));
     const bool shares = team > 1 && large > 0;
     const std::unique_ptr<Shared[]> shared(shares ? new Shared[team] : nullptr);  // by thread
-    std::atomic<int64_t> next{0}, open{shares ? large : 0};
+    std::atomic<int64_t> next{0}, unopened{shares ? large : 0};
     std::atomic<int> finished{0};
 #pragma omp parallel num_threads(team)
     {
@@ -243,18 +272,22 @@ class Team {
       Seat seat{this, thread == 0};
       for (int64_t k = next++; k < tasks && !should_stop(&seat); k = next++) {
         Shared* const own = shares && chunks(k) > 1 ? &shared[thread] : nullptr;
-        if (own) own->open(chunks(k));
+        if (own) {
+          own->open(chunks(k));
+          unopened.fetch_sub(1, std::memory_order_release);
+        }
         attempt([&](Poll poll) { task(k, thread, poll, own ? own->crew() : Crew{}); }, Poll{&poll_stop, &seat});
-        if (!own) continue;
-        own->close();
-        open.fetch_sub(1, std::memory_order_relaxed);
+        if (own) own->close();
       }
-      for (Wait wait; open.load(std::memory_order_relaxed) > 0 && !should_stop(&seat);) {
+      for (Wait wait; shares && !should_stop(&seat);) {
+        const bool all_open = unopened.load(std::memory_order_acquire) == 0;
         Shared* const neediest = choose(shared.get(), team);
         if (neediest)
           neediest->help([&] { return should_stop(&seat); });
+        else if (all_open)
+          break;
         else
-          wait.once();
+          std::this_thread::sleep_for(wait.step());
       }
       finished.fetch_add(1, std::memory_order_release);
       if (seat.caller) wait_for(finished, members, seat);
