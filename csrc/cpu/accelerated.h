@@ -217,8 +217,8 @@ inline bool Solver<T>::keep_exponents() {
   return true;
 }
 
-// Makes the iterations go on with `next_reg` from the potentials g = goal, in the unit of the cost: one pass over K, and
-// a sweep, an update and a sweep.
+// Makes the iterations go on with `next_reg` from the potentials g = goal, in the unit of the cost: one pass over K,
+// and a sweep, an update and a sweep.
 template <class T>
 inline bool Solver<T>::enter(double next_reg) {
   const double ratio = base_reg / next_reg;
@@ -268,8 +268,8 @@ inline void Solver<T>::enter_rows(double ratio, int64_t begin, int64_t end, Part
 }
 
 // Newton's steps at this reg after a sweep, until the error is at most the tolerance at the `last` level, or until the
-// steps have become short. Returns false where they are long or many; at v is then the plain update of the last that was
-// good.
+// steps have become short. Returns false where they are long or many; at v is then the plain update of the last that
+// was good.
 template <class T>
 inline bool Solver<T>::solve_level(bool last) {
   const double enough = std::fmax(it.tol, sizeof(T) == 4 ? 2e-6 : 1e-13);
@@ -296,14 +296,15 @@ inline bool Solver<T>::solve_level(bool last) {
       if (!lost) take_back();
       return false;
     }
-    if (part == 1 && Accelerate::too_coarse(here, before, longest)) drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);
+    if (part == 1 && Accelerate::too_coarse(here, before, longest))
+      drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);
     if (part != 1) longest = HUGE_VAL;
   }
   return last ? here <= enough : longest <= Accelerate::kNear;
 }
 
-// Newton's step of g / reg from the plan after a sweep, in one pass over K. Returns its length in nats, infinite if there
-// is none.
+// Newton's step of g / reg from the plan after a sweep, in one pass over K. Returns its length in nats, infinite if
+// there is none.
 template <class T>
 inline double Solver<T>::direction() {
   newton.clear();

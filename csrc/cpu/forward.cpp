@@ -94,8 +94,8 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
                            const_cast<T*>(it.distance));
 }
 
-// The whole of an item's given cost, by a crew; false if any is not finite. Helpers may not call the poll of the leader, and
-// call that of their own.
+// The whole of an item's given cost, by a crew; false if any is not finite. Helpers may not call the poll of the
+// leader, and call that of their own.
 template <class T>
 bool build_given(const Batch<T>& batch, const Item<T>& it, int64_t b, Poll poll, Poll of_helpers, Crew crew) {
   struct Job {

@@ -66,10 +66,10 @@ class Scratch {
   std::vector<Buffer> buffers_;
 };
 
-// How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, because its core may
-// be the only one of the thread that it waits for. Naps become longer until spinning has been enough once: on a core for
-// two threads it never is, since the other thread makes no progress meanwhile. (A thread that yields its core again and
-// again can keep it.)
+// How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, because its core
+// may be the only one of the thread that it waits for. Naps become longer until spinning has been enough once: on a
+// core for two threads it never is, since the other thread makes no progress meanwhile. (A thread that yields its core
+// again and again can keep it.)
 class Wait {
  public:
   // To be called again and again; returns for how long to nap now, mostly zero.
@@ -109,13 +109,13 @@ class Wait {
 };
 
 // An item that threads without one of their own can work on. Its leader, the thread that solves it, makes jobs of some
-// chunks each; helpers join and work on them. The leader works on every chunk that no other thread has begun, so it never
-// waits for a thread that does not run, except in the middle of a chunk.
+// chunks each; helpers join and work on them. The leader works on every chunk that no other thread has begun, so it
+// never waits for a thread that does not run, except in the middle of a chunk.
 //
-// The chunks of a job are divided into ranges, one for each thread, so that a thread meets the rows of the last job in its
-// cache again; a thread that is done with its range goes on with the others. The state of a range is one number with that
-// of its job, so that a late thread cannot take a chunk of the next job for one of the last: while it holds a chunk of a
-// job, the job is not over, and its fields stay.
+// The chunks of a job are divided into ranges, one for each thread, so that a thread meets the rows of the last job in
+// its cache again; a thread that is done with its range goes on with the others. The state of a range is one number
+// with that of its job, so that a late thread cannot take a chunk of the next job for one of the last: while it holds a
+// chunk of a job, the job is not over, and its fields stay.
 class Shared {
  public:
   // The leader's side. There are no helpers before `open`, and none join after `close`.
@@ -190,7 +190,8 @@ class Shared {
     done_.store(0, std::memory_order_relaxed);
     ranges_.store(static_cast<int>(ranges), std::memory_order_relaxed);
     for (int64_t r = 0; r < ranges; ++r) {
-      const auto begin = static_cast<uint16_t>(count * r / ranges), end = static_cast<uint16_t>(count * (r + 1) / ranges);
+      const auto begin = static_cast<uint16_t>(count * r / ranges),
+                 end = static_cast<uint16_t>(count * (r + 1) / ranges);
       lines_[r].left.store({job, begin, end}, std::memory_order_release);
     }
     job_.store(job, std::memory_order_release);
@@ -238,8 +239,8 @@ class Team {
     return {[](void* self) { return static_cast<const Team*>(self)->stopped(); }, this};
   }
 
-  // Calls task(k, thread, poll) for each k. `work` is in multiply-adds. Little work does not pay for a second thread, which
-  // may have to be woken.
+  // Calls task(k, thread, poll) for each k. `work` is in multiply-adds. Little work does not pay for a second thread,
+  // which may have to be woken.
   template <class F>
   void run(int64_t tasks, double work, const F& task) {
     const auto one = [](int64_t) -> int64_t { return 1; };

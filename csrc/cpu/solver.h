@@ -44,15 +44,16 @@ class Solver {
     for (T** vector : {&b, &root_b, &rest_b, &v, &w, &column, &top, &column_log, &v_next, &kept_v})
       *vector = arena.take<T>(padded(m));
     for (double** vector : {&phi, &log_root_a, &next_log, &base_row}) *vector = arena.take<double>(n);
-    for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base}) *vector = arena.take<double>(m);
+    for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base})
+      *vector = arena.take<double>(m);
     partial = arena.take<T>((chunks.count - 1) * padded(m));
     for (int64_t k = 0; k < chunks.count; ++k) parts[k].found = 0;
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     set_reg(it.reg);
     drop = Accelerate::drop(m);
     may_accelerate = it.accelerate && it.tol > 0 && !it.symmetric;
-    balances = may_accelerate && !is_strict(it.rho_x) && !is_strict(it.rho_y) &&
-               damping_x * damping_y > Accelerate::kRelaxed;
+    balances =
+        may_accelerate && !is_strict(it.rho_x) && !is_strict(it.rho_y) && damping_x * damping_y > Accelerate::kRelaxed;
     for (int64_t i = 0; i < n; ++i) a[i] = it.a ? it.a[i] : T(1) / n;
     for (int64_t j = 0; j < m; ++j) b[j] = it.b ? it.b[j] : T(1) / m;
   }
@@ -85,9 +86,9 @@ class Solver {
     uint32_t found;
   };
 
-  // Calls task(begin, end, part) for the rows of each chunk. Tasks of different chunks run at the same time; they write to
-  // different rows, and to sums of their own. Behind the last number of a row, hardware vectors may read the next row,
-  // which another task may be writing; these lanes are never used.
+  // Calls task(begin, end, part) for the rows of each chunk. Tasks of different chunks run at the same time; they write
+  // to different rows, and to sums of their own. Behind the last number of a row, hardware vectors may read the next
+  // row, which another task may be writing; these lanes are never used.
   template <class F>
   void for_chunks(const F& task) {
     struct Job {
@@ -659,7 +660,8 @@ class Solver {
       terms(begin, end, [&](int64_t j, int count, V t) { S::store(most + j, S::max(S::load(most + j), t), count); });
     });
     for (int64_t k = 0; k + 1 < chunks.count; ++k)
-      for (int64_t j = 0; j < m; ++j) top[j] = partial[k * padded(m) + j] > top[j] ? partial[k * padded(m) + j] : top[j];
+      for (int64_t j = 0; j < m; ++j)
+        top[j] = partial[k * padded(m) + j] > top[j] ? partial[k * padded(m) + j] : top[j];
     for_chunks([&](int64_t begin, int64_t end, Part& part) {
       T* const sums = sums_of(part, column_log);
       for (int64_t j = 0; j < padded(m); ++j) sums[j] = 0;
@@ -744,10 +746,10 @@ class Solver {
   double reg;                       // of the iterations: on levels above that of the item
   double damping_x, damping_y;
   Pace pace;
-  int64_t passes = 0;      // over K
-  double spread = 0;       // the largest difference of finite costs in a row, in nats
-  double missing = 0;      // weights of unreached points whose marginals are strict
-  bool stopped = false;    // by the poll
+  int64_t passes = 0;    // over K
+  double spread = 0;     // the largest difference of finite costs in a row, in nats
+  double missing = 0;    // weights of unreached points whose marginals are strict
+  bool stopped = false;  // by the poll
   bool feasible = true;
   bool massless_y = false;     // some point of y carries no mass
   bool has_exponents = false;  // K has entries that are stored as exponents
@@ -756,17 +758,17 @@ class Solver {
 
   // Of accelerated.h.
   bool may_accelerate;
-  bool balances;                      // both marginals are relaxed, by far more than reg
-  bool descended = false;             // the levels were used
-  bool lost = false;                  // there is no way on
-  double here = 0;                    // the error of v in the last pass
-  bool absorbed = false;              // the last pass had to change what v is relative to
-  T* kept_v;                          // (m,) see take_back
+  bool balances;           // both marginals are relaxed, by far more than reg
+  bool descended = false;  // the levels were used
+  bool lost = false;       // there is no way on
+  double here = 0;         // the error of v in the last pass
+  bool absorbed = false;   // the last pass had to change what v is relative to
+  T* kept_v;               // (m,) see take_back
   Outlook outlook{Accelerate::kFirst, Accelerate::kWindow};
   Newton newton;
   double drop = 0;                    // part of its row below which an entry is left out of Newton's system
   int steps = 0;                      // of Newton's method at this level
-  double *goal;                       // (m,) g to start a level from; g / reg before a step
+  double* goal;                       // (m,) g to start a level from; g / reg before a step
   double *start, *solved, *earlier;   // (m,) g at the beginning, of the last level and of the level before
   Array<T> exponents;                 // (n, aligned(m)) see keep_exponents
   double *base, *base_row, base_reg;  // (m,), (n,) gamma, phi and reg of the exponents
