@@ -43,7 +43,8 @@ test-all: $(READY)  ## every test that needs no GPU, the engine's under sanitize
 	$(PY) tests/plant_faults.py
 
 # The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
-sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan
+sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan; its shared items under ThreadSanitizer
+	tests/backends/engine/races.sh $(CXX)
 	rm -rf build/sanitize
 	OTALIGN_BUILD_CUDA=0 CMAKE_ARGS=-DOTALIGN_SANITIZE=address,undefined \
 	  $(PIP) install -q --no-deps --target build/sanitize .

@@ -221,23 +221,24 @@ inline bool Solver<T>::keep_exponents() {
     base[j] = gamma[j];
     column[j] = static_cast<T>(log_root_b[j]);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    T* const kept = &exponents[i * aligned(m)];
-    const T half = static_cast<T>(log_root_a[i]);
-    base_row[i] = phi[i];
-    for_vectors<T>(m, [&](int64_t j, int count, auto) {
-      S::store(kept + j, exponent<T>(S::load(K + i * stride + j)) - (S::load(column + j) + half), count);
-    });
-  }
+  for_chunks([&](int64_t begin, int64_t end, Part&) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* const kept = &exponents[i * aligned(m)];
+      const T half = static_cast<T>(log_root_a[i]);
+      base_row[i] = phi[i];
+      for_vectors<T>(m, [&](int64_t j, int count, auto) {
+        S::store(kept + j, exponent<T>(S::load(K + i * stride + j)) - (S::load(column + j) + half), count);
+      });
+    }
+  });
   return true;
 }
 
-// Makes the iterations go on with `next_reg` from the potentials g = goal, in the unit of the cost: one pass over K, and
-// a sweep, an update and a sweep.
+// Makes the iterations go on with `next_reg` from the potentials g = goal, in the unit of the cost: one pass over K,
+// and a sweep, an update and a sweep.
 template <class T>
 inline bool Solver<T>::enter(double next_reg) {
   const double ratio = base_reg / next_reg;
-  const T scale = static_cast<T>(ratio);
   for (int64_t j = 0; j < m; ++j) {
     gamma[j] = b[j] > 0 ? goal[j] / next_reg : ratio * base[j];
     top[j] = static_cast<T>(gamma[j] - ratio * base[j]);
@@ -247,8 +248,20 @@ inline bool Solver<T>::enter(double next_reg) {
   }
   set_reg(next_reg);
   drop = Accelerate::drop(m);
+  for_chunks([&](int64_t begin, int64_t end, Part& part) { enter_rows(ratio, begin, end, part); });
+  has_exponents = huge = exact = false;
+  findings();
+  count_pass();
+  if (!pass() || left() < 5) return here < HUGE_VAL;
+  update();
+  return pass();
+}
+
+template <class T>
+inline void Solver<T>::enter_rows(double ratio, int64_t begin, int64_t end, Part& part) {
+  const T scale = static_cast<T>(ratio);
   typename S::I outside{};
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const T* const kept = &exponents[i * aligned(m)];
     T* const row = K + i * stride;
     const T half = static_cast<T>(log_root_a[i]);
@@ -268,17 +281,12 @@ inline bool Solver<T>::enter(double next_reg) {
       S::store(row + j, k, count);
     });
   }
-  has_exponents = S::any(outside);
-  huge = exact = false;
-  count_pass();
-  if (!pass() || left() < 5) return here < HUGE_VAL;
-  update();
-  return pass();
+  if (S::any(outside)) part.found |= kExponents;
 }
 
 // Newton's steps at this reg after a sweep, until the error is at most the tolerance at the `last` level, or until the
-// steps have become short. Returns false where they are long or many; at v is then the plain update of the last that was
-// good.
+// steps have become short. Returns false where they are long or many; at v is then the plain update of the last that
+// was good.
 template <class T>
 inline bool Solver<T>::solve_level(bool last) {
   const double enough = std::fmax(it.tol, sizeof(T) == 4 ? 2e-6 : 1e-13);
@@ -308,14 +316,15 @@ inline bool Solver<T>::solve_level(bool last) {
       longest = HUGE_VAL;
       continue;
     }
-    if (part == 1 && Accelerate::too_coarse(here, before, longest)) drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);
+    if (part == 1 && Accelerate::too_coarse(here, before, longest))
+      drop = std::fmax(0.1 * drop, Accelerate::kLeastDrop);
     if (part != 1) longest = HUGE_VAL;
   }
   return last ? here <= enough : longest <= Accelerate::kNear;
 }
 
-// Newton's step of g / reg from the plan after a sweep, in one pass over K. Returns its length in nats, infinite if there
-// is none.
+// Newton's step of g / reg from the plan after a sweep, in one pass over K. Returns its length in nats, infinite if
+// there is none.
 template <class T>
 inline double Solver<T>::direction() {
   newton.clear();

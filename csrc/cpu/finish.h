@@ -9,13 +9,18 @@ namespace otalign::OTALIGN_ISA {
 template <class T>
 inline void Solver<T>::finish() {
   finish_columns();
-  Sums sums;
-  for (int64_t i = 0; i < n; ++i) {
-    if (a[i] > 0)
-      finish_row(i, sums);
-    else
-      finish_massless_row(i);
-  }
+  for_chunks([&](int64_t begin, int64_t end, Part& part) {
+    T* const column_sums = sums_of(part, column);
+    part.mass = part.linear = 0;
+    for (int64_t j = 0; j < padded(m); ++j) column_sums[j] = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (a[i] > 0)
+        finish_row(i, column_sums, part);
+      else
+        finish_massless_row(i);
+    }
+  });
+  add_sums(column);
   const bool balanced = damping_x == 1 && damping_y == 1 && !it.symmetric;
   double shift = 0, value = 0, total_a = 0, total_b = 0;
   for (int64_t j = 0; j < m; ++j) {
@@ -40,8 +45,8 @@ inline void Solver<T>::finish() {
     total_b += weight;
     it.g[j] = it.symmetric ? it.f[j] : static_cast<T>(g);
   }
-  it.value = value - it.reg * (sums.mass - total_a * total_b);  // the product is one up to rounding
-  it.linear = sums.linear;
+  it.value = value - it.reg * (sum_of(&Part::mass) - total_a * total_b);  // the product is one up to rounding
+  it.linear = sum_of(&Part::linear);
 }
 
 // Computes the potentials of columns without mass from those of the rows. `top` becomes gamma times reg, and column_log
@@ -51,7 +56,6 @@ inline void Solver<T>::finish_columns() {
   if (massless_y) exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
   for (int64_t j = 0; j < m; ++j) {
     top[j] = static_cast<T>(it.reg * gamma[j]);
-    column[j] = 0;
     if (b[j] > 0) continue;
     const bool reached = column_log[j] > T(-HUGE_VAL);
     const double next = reached ? next_of_column(j) : unreached_potential(it.rho_y) / it.reg - gamma[j];
@@ -62,7 +66,7 @@ inline void Solver<T>::finish_columns() {
 }
 
 template <class T>
-inline void Solver<T>::finish_row(int64_t i, Sums& sums) {
+inline void Solver<T>::finish_row(int64_t i, T* column_sums, Part& part) {
   const T* row = K + i * stride;
   T* plan = it.K + i * m;
   const T reg = static_cast<T>(it.reg), weight = rest_a[i] * u[i], log_weight = std::log(weight);
@@ -76,7 +80,7 @@ inline void Solver<T>::finish_row(int64_t i, Sums& sums) {
     const V C = S::load(top + j) + potential - reg * log<T>(S::select(held, density, S::splat(1)));
     sum += kept * wj;
     cost += S::select(inside & held & (p > 0), p * C, V{});
-    S::store(column + j, S::load(column + j) + weight * kept, count);
+    S::store(column_sums + j, S::load(column_sums + j) + weight * kept, count);
     V stored = p;
     if (massless_y) {  // Negative = zero mass; its magnitude is dP/dweight. Clamp at 0 to read the plan.
       const V with_one = exp<T>(exponent<T>(k) + log_weight + S::load(column_log + j));
@@ -85,8 +89,8 @@ inline void Solver<T>::finish_row(int64_t i, Sums& sums) {
     S::store(plan + j, stored, count);
   });
   it.mass_x[i] = u[i] * S::sum(sum) * over_root_a[i];
-  sums.linear += S::sum(cost);
-  sums.mass += static_cast<double>(a[i]) * it.mass_x[i];
+  part.linear += S::sum(cost);
+  part.mass += static_cast<double>(a[i]) * it.mass_x[i];
 }
 
 // A row without mass: computes its potential from those of the columns, and stores minus its plan with a weight of one.

@@ -94,6 +94,31 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
                            const_cast<T*>(it.distance));
 }
 
+// The whole of an item's given cost, by a crew; false if any is not finite. Helpers may not call the poll of the
+// leader, and call that of their own.
+template <class T>
+bool build_given(const Batch<T>& batch, const Item<T>& it, int64_t b, Poll poll, Poll of_helpers, Crew crew) {
+  struct Job {
+    const Batch<T>& batch;
+    const Item<T>& it;
+    int64_t item, rows;
+    Poll poll, of_helpers;
+    std::thread::id leader;
+    std::atomic<bool> finite{true};
+  };
+  const Chunks chunks = chunks_of(it.n, it.m);
+  Job job{batch, it, b, chunks.rows, poll, of_helpers, std::this_thread::get_id()};
+  const auto build = [](void* context, int64_t chunk) {
+    Job& job = *static_cast<Job*>(context);
+    const int64_t begin = chunk * job.rows, end = std::min(job.it.n, begin + job.rows);
+    const Poll poll = std::this_thread::get_id() == job.leader ? job.poll : job.of_helpers;
+    if (!build_cost<T>(job.batch, job.it, {job.item, begin, end, 0}, nullptr, nullptr, nullptr, nullptr, poll))
+      job.finite.store(false, std::memory_order_relaxed);
+  };
+  crew.run(chunks.count, build, &job);
+  return job.finite;
+}
+
 // The tasks of the cost: rows of each item, longest first.
 template <class T>
 std::vector<Task> cost_tasks(const Batch<T>& batch) {
@@ -163,16 +188,16 @@ bool forward(const Problem& problem, Poll poll) {
                     norms + batch.most_m, stop))
       broken[task.item].store(true, std::memory_order_relaxed);
   });
-  team.run(items.size(), elements * kSolveWork, [&](int64_t k, int thread, Poll stop) {
+  const auto chunks = [&](int64_t k) { return chunks_of(batch.n(items[k].item), batch.m(items[k].item)).count; };
+  team.share(items.size(), elements * kSolveWork, chunks, [&](int64_t k, int thread, Poll stop, Crew crew) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
     zero_unwritten(batch, it, b);
     if (!batch.empty(b)) {
-      const bool finite = p.cost == Cost::given
-                              ? build_cost<T>(batch, it, {b, 0, it.n, 0}, nullptr, nullptr, nullptr, nullptr, stop)
-                              : !broken[b].load(std::memory_order_relaxed);
+      const bool finite = p.cost == Cost::given ? build_given<T>(batch, it, b, stop, team.stopping(), crew)
+                                                : !broken[b].load(std::memory_order_relaxed);
       if (finite)
-        kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop);
+        kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop, crew);
       else
         kernels<T>().fail(it);
     }

@@ -228,14 +228,14 @@ void fail(Item<T>& it) {
 }
 
 template <class T>
-void solve_once(Item<T>& it, void* memory, Poll poll) {
-  Solver<T> solver(it, memory, poll);
+void solve_once(Item<T>& it, void* memory, Poll poll, Crew crew) {
+  Solver<T> solver(it, memory, poll, crew);
   if (!solver.run()) fail(it);
 }
 
 template <class T>
-void solve(Item<T>& it, void* memory, Poll poll) {
-  const auto once = [&](Item<T>& item) { solve_once(item, memory, poll); };
+void solve(Item<T>& it, void* memory, Poll poll, Crew crew) {
+  const auto once = [&](Item<T>& item) { solve_once(item, memory, poll, crew); };
   if (BothOrders<T>::few(it))
     BothOrders<T>(it).solve(once);
   else

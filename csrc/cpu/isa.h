@@ -65,6 +65,36 @@ struct Poll {
   bool operator()() const { return function && function(context); }
 };
 
+// The rows of a long item are cut into chunks, which several threads can work on. A sum over rows is made chunk by
+// chunk, and the sums of the chunks are added in their order, by however many threads. So the chunks may depend on the
+// item's sizes alone.
+struct Chunks {
+  int64_t rows, count;  // rows of a chunk (the last may have fewer); how many there are
+};
+constexpr int64_t kMostChunks = 64;
+constexpr Chunks chunks_of(int64_t n, int64_t m) {
+  constexpr int64_t kEntries = 1 << 14,
+                    kRows = 64;      // of a chunk, at least: an iteration of it takes a microsecond or two
+  constexpr int64_t kMultiple = 16;  // whole hardware vectors, and whole cache lines
+  int64_t pieces = 1;
+  while (2 * pieces <= kMostChunks && 2 * pieces * kRows <= n && 2 * pieces * kEntries <= n * m) pieces *= 2;
+  if (pieces <= 2) return {n, 1};
+  const int64_t rows = (n + pieces * kMultiple - 1) / (pieces * kMultiple) * kMultiple;
+  return {rows, (n + rows - 1) / rows};
+}
+
+// Threads that work on the chunks of an item. They run task(context, chunk) once for each chunk in [0, count), at the
+// same time and in any order; everything written before can be read in a task, and everything written there afterwards.
+struct Crew {
+  using Task = void (*)(void* context, int64_t chunk);
+  void (*function)(void*, int64_t count, Task task, void* context);  // null: the calling thread alone
+  void* self;
+  void run(int64_t count, Task task, void* context) const {
+    if (function) return function(self, count, task, context);
+    for (int64_t chunk = 0; chunk < count; ++chunk) task(context, chunk);
+  }
+};
+
 // Calls a poll once for so many numbers of work that the call costs next to nothing.
 class Pace {
  public:
@@ -102,7 +132,8 @@ struct Kernels {
   bool (*cost)(Item<T>& item, int64_t begin, int64_t end, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
                int64_t dim, T* distance);
 
-  void (*solve)(Item<T>& item, void* scratch, Poll poll);
+  // Only the calling thread calls the poll. The crew gets work for chunks_of(item.n, item.m).
+  void (*solve)(Item<T>& item, void* scratch, Poll poll, Crew crew);
   void (*fail)(Item<T>& item);  // sets all results to NaN
 
   void (*reverse)(const Item<T>& item, Reverse<T>& reverse, void* scratch, Poll poll);

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -64,6 +66,166 @@ class Scratch {
   std::vector<Buffer> buffers_;
 };
 
+// How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, because its core
+// may be the only one of the thread that it waits for. Naps become longer until spinning has been enough once: on a
+// core for two threads it never is, since the other thread makes no progress meanwhile. (A thread that yields its core
+// again and again can keep it.)
+class Wait {
+ public:
+  // To be called again and again; returns for how long to nap now, mostly zero.
+  std::chrono::nanoseconds step() {
+    const auto now = std::chrono::steady_clock::now();
+    if (begin_ == Time{}) begin_ = now;
+    if (now - begin_ < std::chrono::microseconds(20)) {
+      pause();
+      return {};
+    }
+    const auto nap = nap_;
+    nap_ = std::min<std::chrono::nanoseconds>(2 * nap_, std::chrono::milliseconds(1));
+    begin_ = Time{};
+    napped_ = true;
+    return nap;
+  }
+  // The wait is over.
+  void end() {
+    if (!napped_) nap_ = kNap;
+    napped_ = false;
+    begin_ = Time{};
+  }
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+  static constexpr std::chrono::nanoseconds kNap = std::chrono::microseconds(50);
+  Time begin_{};
+  std::chrono::nanoseconds nap_ = kNap;
+  bool napped_ = false;
+};
+
+// An item that threads without one of their own can work on. Its leader, the thread that solves it, makes jobs of some
+// chunks each; helpers join and work on them. The leader works on every chunk that no other thread has begun, so it
+// never waits for a thread that does not run, except in the middle of a chunk.
+//
+// The chunks of a job are divided into ranges, one for each thread, so that a thread meets the rows of the last job in
+// its cache again; a thread that is done with its range goes on with the others. The state of a range is one number
+// with that of its job, so that a late thread cannot take a chunk of the next job for one of the last: while it holds a
+// chunk of a job, the job is not over, and its fields stay.
+class Shared {
+ public:
+  // The leader's side. There are no helpers before `open`, and none join after `close`.
+  void open(int64_t chunks) {
+    chunks_ = chunks;
+    open_.store(true, std::memory_order_release);
+  }
+  void close() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_.store(false, std::memory_order_release);
+    }
+    closed_.notify_all();
+  }
+  Crew crew() { return {&run_job, this}; }
+
+  // The helper's side. The chunks for each thread if one more joins; 0 if none is wanted.
+  double wants() const {
+    if (!open_.load(std::memory_order_acquire)) return 0;
+    const int threads = helpers_.load(std::memory_order_relaxed) + 2;
+    return threads <= chunks_ ? static_cast<double>(chunks_) / threads : 0.0;
+  }
+  // Works on the leader's jobs until there are no more. Calls `stops` from time to time: true = go.
+  template <class F>
+  void help(const F& stops) {
+    const int seat = helpers_.fetch_add(1, std::memory_order_relaxed) + 1;
+    uint32_t last = 0;
+    Wait wait;
+    while (open_.load(std::memory_order_acquire) && !stops()) {
+      const uint32_t job = job_.load(std::memory_order_acquire);
+      if (job == last) {
+        const auto nap = wait.step();
+        if (nap.count() == 0) continue;
+        std::unique_lock<std::mutex> lock(mutex_);
+        closed_.wait_for(lock, nap, [&] { return !open_.load(std::memory_order_relaxed); });
+        continue;
+      }
+      last = job;
+      wait.end();
+      work(job, seat);
+    }
+    helpers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kRanges = 16;
+
+  // What is left of a range: chunks [next, end) of a job.
+  struct Range {
+    uint32_t job;
+    uint16_t next, end;
+  };
+  struct alignas(kLine) Line {
+    std::atomic<Range> left{Range{0, 0, 0}};
+  };
+  static_assert(sizeof(Range) == 8 && std::atomic<Range>::is_always_lock_free);
+
+  static void run_job(void* self, int64_t count, Crew::Task task, void* context) {
+    static_cast<Shared*>(self)->run_job(count, task, context);
+  }
+
+  void run_job(int64_t count, Crew::Task task, void* context) {
+    const int64_t threads = 1 + helpers_.load(std::memory_order_relaxed);
+    if (threads == 1) {
+      for (int64_t chunk = 0; chunk < count; ++chunk) task(context, chunk);
+      return;
+    }
+    const int64_t ranges = std::min<int64_t>({threads, count, kRanges});
+    const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+    task_ = task;
+    context_ = context;
+    done_.store(0, std::memory_order_relaxed);
+    ranges_.store(static_cast<int>(ranges), std::memory_order_relaxed);
+    for (int64_t r = 0; r < ranges; ++r) {
+      const auto begin = static_cast<uint16_t>(count * r / ranges),
+                 end = static_cast<uint16_t>(count * (r + 1) / ranges);
+      lines_[r].left.store({job, begin, end}, std::memory_order_release);
+    }
+    job_.store(job, std::memory_order_release);
+    work(job, 0);
+    for (Wait wait; done_.load(std::memory_order_acquire) < count;) std::this_thread::sleep_for(wait.step());
+  }
+
+  void work(uint32_t job, int seat) {
+    const int ranges = ranges_.load(std::memory_order_relaxed);
+    for (int r = 0; r < ranges; ++r) {
+      std::atomic<Range>& range = lines_[(seat + r) % ranges].left;
+      Range left = range.load(std::memory_order_acquire);
+      while (left.job == job && left.next < left.end) {
+        const Range rest{job, static_cast<uint16_t>(left.next + 1), left.end};
+        if (!range.compare_exchange_weak(left, rest, std::memory_order_acquire)) continue;
+        task_(context_, left.next);
+        done_.fetch_add(1, std::memory_order_release);
+        left = range.load(std::memory_order_acquire);
+      }
+    }
+  }
+
+  int64_t chunks_ = 0;
+  Crew::Task task_ = nullptr;  // of the job, like its context
+  void* context_ = nullptr;
+  alignas(kLine) std::atomic<bool> open_{false};
+  std::atomic<int> helpers_{0}, ranges_{1};
+  alignas(kLine) std::atomic<uint32_t> job_{0};
+  alignas(kLine) std::atomic<int64_t> done_{0};
+  Line lines_[kRanges];
+  std::mutex mutex_;  // of `closed_`, which ends the naps of helpers
+  std::condition_variable closed_;
+};
+
 // Runs tasks in parallel, in their order, until the caller's poll returns true. If a task throws, `run` throws the same
 // exception after all tasks have ended: no exception may leave a parallel region.
 class Team {
@@ -72,13 +234,33 @@ class Team {
 
   int threads() const { return threads_; }
   bool stopped() const { return stop_.load(std::memory_order_relaxed); }
+  // Tells whether the team is to stop, on any thread.
+  Poll stopping() {
+    return {[](void* self) { return static_cast<const Team*>(self)->stopped(); }, this};
+  }
 
-  // `work` is in multiply-adds. Little work does not pay for a second thread, which may have to be woken.
+  // Calls task(k, thread, poll) for each k. `work` is in multiply-adds. Little work does not pay for a second thread,
+  // which may have to be woken.
   template <class F>
   void run(int64_t tasks, double work, const F& task) {
-    const double useful = std::min(static_cast<double>(tasks), work / kThreadWork);
+    const auto one = [](int64_t) -> int64_t { return 1; };
+    share(tasks, work, one, [&](int64_t k, int thread, Poll poll, Crew) { task(k, thread, poll); });
+  }
+
+  // Calls task(k, thread, poll, crew) for each k, which has chunks(k) chunks. Threads that find no more tasks help with
+  // those that have several.
+  template <class C, class F>
+  void share(int64_t tasks, double work, const C& chunks, const F& task) {
+    int64_t pieces = 0, large = 0;
+    for (int64_t k = 0; k < tasks; ++k) {
+      pieces += chunks(k);
+      large += chunks(k) > 1;
+    }
+    const double useful = std::min(static_cast<double>(pieces), work / kThreadWork);
     const int team = static_cast<int>(std::max(1.0, std::min<double>(threads_, useful)));
-    std::atomic<int64_t> next{0};
+    const bool shares = team > 1 && large > 0;
+    const std::unique_ptr<Shared[]> shared(shares ? new Shared[team] : nullptr);  // by thread
+    std::atomic<int64_t> next{0}, unopened{shares ? large : 0};
     std::atomic<int> finished{0};
 #pragma omp parallel num_threads(team)
     {
@@ -89,8 +271,25 @@ class Team {
       const int thread = 0, members = 1;
 #endif
       Seat seat{this, thread == 0};
-      for (int64_t k = next++; k < tasks && !should_stop(&seat); k = next++)
-        attempt(task, k, thread, Poll{&poll_stop, &seat});
+      for (int64_t k = next++; k < tasks && !should_stop(&seat); k = next++) {
+        Shared* const own = shares && chunks(k) > 1 ? &shared[thread] : nullptr;
+        if (own) {
+          own->open(chunks(k));
+          unopened.fetch_sub(1, std::memory_order_release);
+        }
+        attempt([&](Poll poll) { task(k, thread, poll, own ? own->crew() : Crew{}); }, Poll{&poll_stop, &seat});
+        if (own) own->close();
+      }
+      for (Wait wait; shares && !should_stop(&seat);) {
+        const bool all_open = unopened.load(std::memory_order_acquire) == 0;
+        Shared* const neediest = choose(shared.get(), team);
+        if (neediest)
+          neediest->help([&] { return should_stop(&seat); });
+        else if (all_open)
+          break;
+        else
+          std::this_thread::sleep_for(wait.step());
+      }
       finished.fetch_add(1, std::memory_order_release);
       if (seat.caller) wait_for(finished, members, seat);
     }
@@ -105,13 +304,26 @@ class Team {
   };
 
   template <class F>
-  void attempt(const F& task, int64_t k, int thread, Poll poll) noexcept {
+  void attempt(const F& task, Poll poll) noexcept {
     try {
-      task(k, thread, poll);
+      task(poll);
     } catch (...) {
       if (!failed_.exchange(true)) failure_ = std::current_exception();
       stop_.store(true, std::memory_order_relaxed);
     }
+  }
+
+  // Where a helper saves most; null if none is wanted.
+  static Shared* choose(Shared* shared, int count) {
+    Shared* best = nullptr;
+    double most = 0;
+    for (int k = 0; k < count; ++k) {
+      const double wants = shared[k].wants();
+      if (wants <= most) continue;
+      most = wants;
+      best = &shared[k];
+    }
+    return best;
   }
 
   // Only the calling thread can call the poll, so it does not sleep in the barrier while others work. Each of its naps

@@ -31,10 +31,12 @@ class Solver {
  public:
   static size_t scratch(int64_t n, int64_t m) {
     const int64_t own = small(n, m) ? n * aligned(m) : 0;
-    return (own + 6 * padded(n) + 10 * padded(m)) * sizeof(T) + (4 * n + 7 * m) * sizeof(double) + 28 * 64;
+    const int64_t partial = chunks_of(n, m).count - 1;
+    return (own + 6 * padded(n) + (10 + partial) * padded(m)) * sizeof(T) + (4 * n + 7 * m) * sizeof(double) + 29 * 64;
   }
 
-  Solver(Item<T>& item, void* memory, Poll poll) : it(item), n(item.n), m(item.m), pace(poll) {
+  Solver(Item<T>& item, void* memory, Poll poll, Crew crew)
+      : it(item), n(item.n), m(item.m), chunks(chunks_of(n, m)), crew(crew), pace(poll) {
     Arena arena{static_cast<char*>(memory)};
     stride = small(n, m) ? aligned(m) : m;
     K = small(n, m) ? arena.take<T>(n * stride) : item.K;
@@ -42,13 +44,16 @@ class Solver {
     for (T** vector : {&b, &root_b, &rest_b, &v, &w, &column, &top, &column_log, &v_next, &kept_v})
       *vector = arena.take<T>(padded(m));
     for (double** vector : {&phi, &log_root_a, &next_log, &base_row}) *vector = arena.take<double>(n);
-    for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base}) *vector = arena.take<double>(m);
+    for (double** vector : {&gamma, &log_root_b, &goal, &solved, &earlier, &start, &base})
+      *vector = arena.take<double>(m);
+    partial = arena.take<T>((chunks.count - 1) * padded(m));
+    for (int64_t k = 0; k < chunks.count; ++k) parts[k].found = 0;
     for (int64_t i = 0; i < padded(n); ++i) u[i] = u_next[i] = 1;
     set_reg(it.reg);
     drop = Accelerate::drop(m);
     may_accelerate = it.accelerate && it.tol > 0 && !it.symmetric;
-    balances = may_accelerate && !is_strict(it.rho_x) && !is_strict(it.rho_y) &&
-               damping_x * damping_y > Accelerate::kRelaxed;
+    balances =
+        may_accelerate && !is_strict(it.rho_x) && !is_strict(it.rho_y) && damping_x * damping_y > Accelerate::kRelaxed;
     for (int64_t i = 0; i < n; ++i) a[i] = it.a ? it.a[i] : T(1) / n;
     for (int64_t j = 0; j < m; ++j) b[j] = it.b ? it.b[j] : T(1) / m;
   }
@@ -72,6 +77,61 @@ class Solver {
   }
 
  private:
+  // What rows can find out, as bits: they need another sweep; the others set the member that is called so.
+  enum Finding : uint32_t { kAgain = 1, kExact = 2, kExponents = 4, kHuge = 8, kInfeasible = 16 };
+
+  // What the rows of a chunk leave behind.
+  struct alignas(64) Part {
+    double error, spread, mass, linear;  // of u; see `spread`; sums over the plan
+    uint32_t found;
+  };
+
+  // Calls task(begin, end, part) for the rows of each chunk. Tasks of different chunks run at the same time; they write
+  // to different rows, and to sums of their own. Behind the last number of a row, hardware vectors may read the next
+  // row, which another task may be writing; these lanes are never used.
+  template <class F>
+  void for_chunks(const F& task) {
+    struct Job {
+      Solver* solver;
+      const F* task;
+      void run(int64_t chunk) const {
+        const int64_t begin = chunk * solver->chunks.rows, end = begin + solver->chunks.rows;
+        (*task)(begin, end < solver->n ? end : solver->n, solver->parts[chunk]);
+      }
+    } job{this, &task};
+    if (chunks.count == 1) return job.run(0);
+    crew.run(chunks.count, [](void* context, int64_t chunk) { static_cast<Job*>(context)->run(chunk); }, &job);
+  }
+  // The sum of what the chunks have left there.
+  double sum_of(double Part::* number) const {
+    double sum = parts[0].*number;
+    for (int64_t k = 1; k < chunks.count; ++k) sum += parts[k].*number;
+    return sum;
+  }
+  // All findings, which are forgotten with that.
+  uint32_t findings() {
+    uint32_t found = 0;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      found |= parts[k].found;
+      parts[k].found = 0;
+    }
+    exact |= (found & kExact) != 0;
+    has_exponents |= (found & kExponents) != 0;
+    huge |= (found & kHuge) != 0;
+    feasible &= !(found & kInfeasible);
+    return found;
+  }
+
+  // Where a chunk writes a vector (padded(m),): the first into `all`.
+  T* sums_of(const Part& part, T* all) const {
+    return &part == parts ? all : partial + (&part - parts - 1) * padded(m);
+  }
+  // Adds the sums of the other chunks to those of the first.
+  void add_sums(T* all) const {
+    for (int64_t k = 0; k + 1 < chunks.count; ++k)
+      for (int64_t j = 0; j < m; j += W) S::store(all + j, S::load(all + j) + S::load(partial + k * padded(m) + j));
+  }
+
   void set_reg(double value) {
     reg = value;
     damping_x = damping(reg, it.rho_x);
@@ -99,6 +159,7 @@ class Solver {
   void descend(double error);
   bool keep_exponents();
   bool enter(double next_reg);
+  void enter_rows(double ratio, int64_t begin, int64_t end, Part& part);
   bool solve_level(bool last);
   double direction();
   bool move(double part);
@@ -118,8 +179,11 @@ class Solver {
       top[j] = it.init ? it.init[j] : T(0);
       if (!std::isfinite(gamma[j])) return false;
     }
+    for_chunks([&](int64_t begin, int64_t end, Part&) {
+      for (int64_t i = begin; i < end; ++i) z[i] = lowest_cost(i);
+    });
     for (int64_t i = 0; i < n; ++i) {
-      const T lowest = lowest_cost(i);
+      const T lowest = z[i];
       const bool reached = lowest < T(HUGE_VAL);
       if (!reached) take_out(a[i], it.rho_x);
       phi[i] = reached && !it.symmetric ? lowest / it.reg : 0.0;
@@ -183,12 +247,18 @@ class Solver {
   }
 
   void build() {
+    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
+    for_chunks([&](int64_t begin, int64_t end, Part& part) { build_rows(begin, end, part); });
+    findings();
+    for (int64_t k = 0; k < chunks.count; ++k) spread = std::fmax(spread, parts[k].spread);
+  }
+
+  void build_rows(int64_t begin, int64_t end, Part& part) {
     const T inv_reg = static_cast<T>(1 / reg);
     const V most = S::splat(Absorb<T>::kEntryRange);
-    for (int64_t j = 0; j < m; ++j) column[j] = static_cast<T>(log_root_b[j]);
     V extreme{}, largest{}, widest{};
     const V least = S::splat(-std::numeric_limits<T>::max());
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const T* cost = it.K + i * m;
       T* row = K + i * stride;
       const T lowest = static_cast<T>(phi[i] * it.reg), half = static_cast<T>(log_root_a[i]);
@@ -209,9 +279,9 @@ class Solver {
       else  // no exponent is positive
         exponents([&](V t, V product, auto) { return S::select(t < -most, t, product); });
     }
-    has_exponents = S::any(extreme > S::splat(Absorb<T>::kEntryRange));
-    huge = it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange));
-    spread = -S::smallest(widest);
+    if (S::any(extreme > S::splat(Absorb<T>::kEntryRange))) part.found |= kExponents;
+    if (it.symmetric && S::any(largest > S::splat(Absorb<T>::kEntryRange))) part.found |= kHuge;
+    part.spread = -S::smallest(widest);
   }
 
   // One pass over K, W rows at a time: row sums, from them u_next and the error of u, and (if Columns) the column sums
@@ -231,27 +301,48 @@ class Solver {
   template <bool Columns>
   double sweep_fast(bool first) {
     const int64_t vectors = (m + W - 1) / W;
-    if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow)
-      return sweep_vectors(static_cast<int>(vectors), first, std::make_integer_sequence<int, kNarrow>());
-    return has_exponents ? sweep_rows<Columns, true>(first) : sweep_rows<Columns, false>(first);
+    if (Columns && !has_exponents && damping_x == 1 && W >= 4 && vectors <= kNarrow) {
+      const SweepChunk narrow = narrow_sweep(static_cast<int>(vectors), std::make_integer_sequence<int, kNarrow>());
+      if (sweep_chunks<Columns>(narrow, first)) return sum_of(&Part::error);
+    }
+    if (!has_exponents) {
+      if (sweep_chunks<Columns>(&Solver::sweep_rows<Columns, false>, first)) return sum_of(&Part::error);
+      has_exponents = true;  // absorbing may make entries that leave the range of floats
+    }
+    sweep_chunks<Columns>(&Solver::sweep_rows<Columns, true>, first);
+    return sum_of(&Part::error);
+  }
+
+  // Sweeps rows [begin, end), and writes their column sums. Returns the error of u.
+  using SweepChunk = double (Solver::*)(int64_t begin, int64_t end, bool first, T* sums, Part& part);
+
+  // Returns false if the rows need another sweep.
+  template <bool Columns>
+  bool sweep_chunks(SweepChunk sweep, bool first) {
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      part.error = (this->*sweep)(begin, end, first, Columns ? sums_of(part, column) : nullptr, part);
+    });
+    if (findings() & kAgain) return false;
+    if (Columns) add_sums(column);
+    return true;
   }
 
   template <int... N>
-  double sweep_vectors(int vectors, bool first, std::integer_sequence<int, N...>) {
-    static constexpr double (Solver::* table[])(bool) = {&Solver::sweep_narrow<N + 1>...};
-    return (this->*table[vectors - 1])(first);
+  static SweepChunk narrow_sweep(int vectors, std::integer_sequence<int, N...>) {
+    static constexpr SweepChunk table[] = {&Solver::sweep_narrow<N + 1>...};
+    return table[vectors - 1];
   }
 
   // The same, four rows at a time, for a strict marginal and rows of N hardware vectors, whose column sums stay in
   // registers.
   template <int N>
-  double sweep_narrow(bool first) {
+  double sweep_narrow(int64_t begin, int64_t end, bool, T* column_sums, Part& part) {
     using Four = typename S::Four;
     if constexpr (W >= 4) {
       V sums_j[N] = {};
       Four least = Four{} + 1, most = least;
-      for (int64_t i = 0; i < n; i += 4) {
-        const int64_t last = n - i - 1;
+      for (int64_t i = begin; i < end; i += 4) {
+        const int64_t last = end - i - 1;
         const T* const row = K + i * stride;
         const T* const rows[4] = {row, row + (last < 1 ? 0 : stride), row + (last < 2 ? 0 : 2 * stride),
                                   row + (last < 3 ? 0 : 3 * stride)};
@@ -273,13 +364,17 @@ class Solver {
           for (int k = 0; k < 4; ++k) sums_j[v] += S::load(rows[k] + v * W) * weight[k];
       }
       for (int k = 0; k < 4; ++k)
-        if (!(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh)) return sweep_rows<true, false>(first);
-      for (int v = 0; v < N; ++v) S::store(column + v * W, sums_j[v]);
+        if (!(least[k] >= Absorb<T>::kLow && most[k] <= Absorb<T>::kHigh)) {
+          part.found = kAgain;
+          return 0;
+        }
+      for (int v = 0; v < N; ++v) S::store(column_sums + v * W, sums_j[v]);
       V error{};
-      for (int64_t i = 0; i < n; i += W) error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
+      for (int64_t i = begin; i < end; i += W)
+        error += S::load(a + i) * S::abs(S::load(u + i) / S::load(u_next + i) - 1);
       return S::sum(error);
     }
-    return sweep_rows<true, false>(first);
+    return 0;
   }
   static OTALIGN_INLINE typename S::Four load_four(const T* p) {
     return *reinterpret_cast<const typename S::UnalignedFour*>(p);
@@ -292,12 +387,12 @@ class Solver {
   }
 
   template <bool Columns, bool HasExponents>
-  double sweep_rows(bool first) {
+  double sweep_rows(int64_t begin, int64_t end, bool first, T* column_sums, Part& part) {
     if (Columns)
-      for (int64_t j = 0; j < padded(m); ++j) column[j] = 0;
+      for (int64_t j = 0; j < padded(m); ++j) column_sums[j] = 0;
     V error{};
-    for (int64_t i = 0; i < n; i += W) {
-      const int count = n - i < W ? static_cast<int>(n - i) : W;
+    for (int64_t i = begin; i < end; i += W) {
+      const int count = end - i < W ? static_cast<int>(end - i) : W;
       const T* rows[W];
       for (int k = 0; k < W; ++k) rows[k] = K + (i + (k < count ? k : 0)) * stride;
       V sums[W] = {};
@@ -322,15 +417,15 @@ class Solver {
       if (__builtin_expect(S::any(~in_range), 0)) {
         // A relaxed row may grow by any factor until the columns follow, so both are updated together.
         if (damping_x != 1 || it.symmetric) {
-          exact = true;
+          part.found |= kExact;
           return 0;
         }
         if (!HasExponents && Columns) {
-          has_exponents = true;  // absorbing may make entries that leave the range of floats
-          return sweep_rows<Columns, true>(first);
+          part.found |= kAgain;
+          return 0;
         }
         for (int k = 0; k < count; ++k)
-          if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio);
+          if (!in_range[k]) rescue_row(i, k, Columns, first, next, ratio, part);
       }
       error += S::load(a + i) * S::abs(ratio - 1);
       S::store(u_next + i, next);
@@ -338,13 +433,13 @@ class Solver {
       alignas(64) T weight[W];
       S::store(weight, S::load(rest_a + i) * next);
       for (int64_t j = 0; j < m; j += W) {
-        V even = S::load(column + j), odd{};
+        V even = S::load(column_sums + j), odd{};
 #pragma GCC unroll 16
         for (int k = 0; k < W; k += 2) {
           even += factor<HasExponents>(rows[k] + j) * weight[k];
           odd += factor<HasExponents>(rows[k + 1] + j) * weight[k + 1];
         }
-        S::store(column + j, even + odd);
+        S::store(column_sums + j, even + odd);
       }
     }
     return S::sum(error);
@@ -397,31 +492,34 @@ class Solver {
 
   // The row update in the log domain, into next_log; returns the error of u.
   double exact_rows(bool first) {
-    double error = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(a[i] > 0)) continue;
-      const double log_sum = log_row_sum(i) - log_root_a[i];
-      feasible = feasible && std::isfinite(log_sum);
-      next_log[i] = next_of(i, log_sum);
-      if (!first) error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
-    }
-    return error;
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      part.error = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        if (!(a[i] > 0)) continue;
+        const double log_sum = log_row_sum(i) - log_root_a[i];
+        if (!std::isfinite(log_sum)) part.found |= kInfeasible;
+        next_log[i] = next_of(i, log_sum);
+        if (!first) part.error += a[i] * std::fabs(ratio_of(i, log_sum, next_log[i]) - 1);
+      }
+    });
+    findings();
+    return sum_of(&Part::error);
   }
 
   // The row in a lane of those from `row` on, whose sum leaves the range of floats: computes its next scaling and its
   // ratio exactly and, if `absorb`, absorbs its potential into K.
-  void rescue_row(int64_t row, int lane, bool absorb, bool first, V& next, V& ratio) {
+  void rescue_row(int64_t row, int lane, bool absorb, bool first, V& next, V& ratio, Part& part) {
     const int64_t i = row + lane;
     const double log_sum = log_row_sum(i) - log_root_a[i];
     if (!std::isfinite(log_sum)) {
-      feasible = false;
+      part.found |= kInfeasible;
       return;
     }
     const double next_log = next_of(i, log_sum), old_log = std::log(static_cast<double>(u[i]));
     ratio[lane] = first ? T(1) : static_cast<T>(ratio_of(i, log_sum, next_log));
     if (!absorb) return;
     const V shift = S::splat(static_cast<T>(next_log)), factor = S::splat(static_cast<T>(std::exp(next_log)));
-    grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
+    if (grow_row(i, [&](int64_t) { return Growth{factor, shift}; })) part.found |= kHuge;
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     next[lane] = 1;
@@ -433,18 +531,32 @@ class Solver {
     V factor, shift;  // factor = exp(shift), if a float can hold it
   };
 
-  // Lets the exponents of a row of K grow by growth(j). Sets `huge` if an entry between points with mass now exceeds
+  // Lets the exponents of a row of K grow by growth(j). Returns whether an entry between points with mass now exceeds
   // the range of floats.
   template <class F>
-  void grow_row(int64_t i, F growth) {
+  bool grow_row(int64_t i, F growth) {
     T* row = K + i * stride;
     const bool counts = a[i] > 0;
+    bool exceeds = false;
     for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
       const Growth by = growth(j);
       const V k = grown<T>(S::load(row + j), by.factor, by.shift);
-      if (counts) huge |= S::any(inside & (S::load(rest_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
+      if (counts) exceeds |= S::any(inside & (S::load(rest_b + j) > 0) & (k < 0) & (k > S::splat(-1)));
       S::store(row + j, k, count);
     });
+    return exceeds;
+  }
+
+  // The same for all rows, by grow(i), unless there is no solution; it may exceed no range before.
+  template <class F>
+  void grow_rows(F grow) {
+    huge = false;
+    if (!feasible) return;
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      for (int64_t i = begin; i < end; ++i)
+        if (grow(i)) part.found |= kHuge;
+    });
+    findings();
   }
 
   // Writes into v_next what the column sums make of v; `error` becomes sum_j b_j |v_j / v_next_j - 1|. Returns false if
@@ -485,9 +597,9 @@ class Solver {
     has_exponents = true;
     exact_columns([&](int64_t i) { return std::log(static_cast<double>(u[i])); });
     absorb_columns();
-    huge = false;
-    for (int64_t i = 0; i < n && feasible; ++i)
-      grow_row(i, [&](int64_t j) { return Growth{S::load(column_log + j), S::load(top + j)}; });
+    grow_rows([&](int64_t i) {
+      return grow_row(i, [&](int64_t j) { return Growth{S::load(column_log + j), S::load(top + j)}; });
+    });
   }
 
   // Both updates in the log domain: the rows from next_log, then the columns.
@@ -495,17 +607,16 @@ class Solver {
     has_exponents = true;
     exact_columns([&](int64_t i) { return next_log[i]; });
     absorb_columns();
-    huge = false;
-    for (int64_t i = 0; i < n && feasible; ++i) {
+    grow_rows([&](int64_t i) {
       const T shift = a[i] > 0 ? static_cast<T>(next_log[i]) : T(0);
       if (a[i] > 0) phi[i] += next_log[i];
       z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
       u[i] = 1;
-      grow_row(i, [&](int64_t j) {
+      return grow_row(i, [&](int64_t j) {
         const V both = S::load(top + j) + shift;
         return Growth{exp<T>(both), both};
       });
-    }
+    });
   }
 
   // f <- (f + T f) / 2 for both sides at once.
@@ -518,7 +629,6 @@ class Solver {
       return;
     }
     has_exponents = true;
-    huge = false;
     for (int64_t i = 0; i < n; ++i) {
       const double shift = a[i] > 0 ? 0.5 * (std::log(static_cast<double>(u[i])) + next_log[i]) : 0.0;
       top[i] = static_cast<T>(shift);
@@ -527,34 +637,43 @@ class Solver {
       u[i] = v[i] = 1;
       w[i] = rest_b[i];
     }
-    for (int64_t i = 0; i < n && feasible; ++i)
-      grow_row(i, [&](int64_t j) {
+    grow_rows([&](int64_t i) {
+      return grow_row(i, [&](int64_t j) {
         const V both = S::load(top + j) + top[i];
         return Growth{exp<T>(both), both};
       });
+    });
   }
 
   // column_log_j = log sum_i K_ij a_i u_i / (r_i r_j), where log u_i = log_u(i).
   template <class F>
   void exact_columns(F log_u) {
-    for (int64_t j = 0; j < m; ++j) {
-      top[j] = T(-HUGE_VAL);
-      column_log[j] = 0;
-    }
-    const auto terms = [&](auto use) {
-      for (int64_t i = 0; i < n; ++i) {
+    const auto terms = [&](int64_t begin, int64_t end, auto use) {
+      for (int64_t i = begin; i < end; ++i) {
         if (!(a[i] > 0)) continue;
         const T weight = static_cast<T>(std::log(static_cast<double>(rest_a[i])) + log_u(i));
         const T* row = K + i * stride;
         for_vectors<T>(m, [&](int64_t j, int count, auto) { use(j, count, exponent<T>(S::load(row + j)) + weight); });
       }
     };
-    terms([&](int64_t j, int count, V t) { S::store(top + j, S::max(S::load(top + j), t), count); });
-    terms([&](int64_t j, int count, V t) {
-      const V largest = S::load(top + j);
-      const V scaled = S::select(largest > S::splat(T(-HUGE_VAL)), exp<T>(t - largest), V{});
-      S::store(column_log + j, S::load(column_log + j) + scaled, count);
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      T* const most = sums_of(part, top);
+      for (int64_t j = 0; j < m; ++j) most[j] = T(-HUGE_VAL);
+      terms(begin, end, [&](int64_t j, int count, V t) { S::store(most + j, S::max(S::load(most + j), t), count); });
     });
+    for (int64_t k = 0; k + 1 < chunks.count; ++k)
+      for (int64_t j = 0; j < m; ++j)
+        top[j] = partial[k * padded(m) + j] > top[j] ? partial[k * padded(m) + j] : top[j];
+    for_chunks([&](int64_t begin, int64_t end, Part& part) {
+      T* const sums = sums_of(part, column_log);
+      for (int64_t j = 0; j < padded(m); ++j) sums[j] = 0;
+      terms(begin, end, [&](int64_t j, int count, V t) {
+        const V largest = S::load(top + j);
+        const V scaled = S::select(largest > S::splat(T(-HUGE_VAL)), exp<T>(t - largest), V{});
+        S::store(sums + j, S::load(sums + j) + scaled, count);
+      });
+    });
+    add_sums(column_log);
     for (int64_t j = 0; j < m; ++j)
       column_log[j] = top[j] > T(-HUGE_VAL)
                           ? static_cast<T>(top[j] + std::log(static_cast<double>(column_log[j])) - log_root_b[j])
@@ -578,13 +697,10 @@ class Solver {
   }
   double next_of_column(int64_t j) const { return -(1 - damping_y) * gamma[j] - damping_y * column_log[j]; }
 
-  struct Sums {
-    double mass = 0, linear = 0;
-  };
   // The results of the solve: finish.h.
   void finish();
   void finish_columns();
-  void finish_row(int64_t i, Sums& sums);
+  void finish_row(int64_t i, T* column_sums, Part& part);
   void finish_massless_row(int64_t i);
 
   // The exponent of a power of two near the root of a weight; 0 for points that carry no mass.
@@ -610,6 +726,10 @@ class Solver {
 
   Item<T>& it;
   const int64_t n, m;
+  const Chunks chunks;
+  const Crew crew;
+  Part parts[kMostChunks];          // of the last for_chunks
+  T* partial;                       // (chunks.count - 1, padded(m)) see sums_of
   int64_t stride;                   // elements from one row of K to the next
   T* K;                             // (n, m)
   T *a, *b;                         // (n,), (m,) weights; 0 also for unreached points
@@ -628,10 +748,10 @@ class Solver {
   double reg;                       // of the iterations: on levels above that of the item
   double damping_x, damping_y;
   Pace pace;
-  int64_t passes = 0;      // over K
-  double spread = 0;       // the largest difference of finite costs in a row, in nats
-  double missing = 0;      // weights of unreached points whose marginals are strict
-  bool stopped = false;    // by the poll
+  int64_t passes = 0;    // over K
+  double spread = 0;     // the largest difference of finite costs in a row, in nats
+  double missing = 0;    // weights of unreached points whose marginals are strict
+  bool stopped = false;  // by the poll
   bool feasible = true;
   bool massless_y = false;     // some point of y carries no mass
   bool has_exponents = false;  // K has entries that are stored as exponents
@@ -651,7 +771,7 @@ class Solver {
   Newton newton;
   double drop = 0;                    // part of its row below which an entry is left out of Newton's system
   int steps = 0;                      // of Newton's method at this level
-  double *goal;                       // (m,) g to start a level from; g / reg before a step
+  double* goal;                       // (m,) g to start a level from; g / reg before a step
   double *start, *solved, *earlier;   // (m,) g at the beginning, of the last level and of the level before
   Array<T> exponents;                 // (n, aligned(m)) see keep_exponents
   double *base, *base_row, base_reg;  // (m,), (n,) gamma, phi and reg of the exponents

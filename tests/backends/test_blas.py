@@ -125,3 +125,4 @@ def test_the_engine_without_python():
     done = subprocess.run(["bash", script, compiler], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "baseline: all agree" in done.stdout
+    assert "baseline, shared items: all agree" in done.stdout

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tests/backends/engine/run.sh COMPILER [EMULATOR...]: builds tests/backends/engine/check.cpp and runs it with every instruction set.
+# tests/backends/engine/run.sh COMPILER [EMULATOR...]: builds tests/backends/engine/check.cpp and threads.cpp, and runs them with every
+# instruction set.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 compiler=$1
@@ -26,6 +27,11 @@ for isa in avx2 avx512; do
 done
 "$compiler" "${flags[@]}" "${have[@]}" tests/backends/engine/check.cpp csrc/cpu/{blas,dispatch,forward,backward}.cpp \
   "${libraries[@]}" -o "$out/check"
+"$compiler" "${flags[@]}" -pthread "${have[@]}" tests/backends/engine/threads.cpp csrc/cpu/{blas,dispatch}.cpp \
+  "${libraries[@]}" -o "$out/threads"
 for isa in baseline avx2 avx512; do
-  if [[ -n ${isas[$isa]+set} ]]; then OTALIGN_SIMD=$isa "$@" "$out/check"; fi
+  if [[ -n ${isas[$isa]+set} ]]; then
+    OTALIGN_SIMD=$isa "$@" "$out/check"
+    OTALIGN_SIMD=$isa "$@" "$out/threads"
+  fi
 done
