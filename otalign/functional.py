@@ -300,7 +300,7 @@ def _objective(problem: Problem, objective: str, backend: str, visit: Visit | No
     """The loss of every item, `(B,)`, and the solution behind it. The divergence has no visit: its own start is better."""
     if objective == "plan_cost":
         x, y = (replace(side, weights=_constant(side.weights)) for side in (problem.x, problem.y))
-        solution = _solve_visited(replace(problem, x=x, y=y), backend, visit)
+        solution = _solve_visited(replace(problem, x=x, y=y, fixed_plan=True), backend, visit)
         return solution.plan_cost(), solution
     if objective == "divergence":
         return _divergence(problem, backend)
@@ -325,11 +325,14 @@ def _divergence(problem: Problem, backend: str) -> tuple[Tensor, Solution]:
 def _self_term(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """The value of a symmetric problem, `(B,)`, and its potential.
 
-    The plan is symmetric, so both sides have the same gradient: one is computed, and counts twice.
+    The plan is symmetric, so both sides have the same gradient: a compiled backend computes one, which counts twice.
     """
     options = problem.options
     # Averaged updates converge fast, and their error is the error of the gradient where x and y are the same points.
     tol = max(options.tol * 1e-3, 4 * torch.finfo(problem.dtype).eps) if options.tol > 0 else 0.0
+    if backends.resolve(backend, problem.device) == "reference":  # in plain torch both sides have their own gradients
+        solution = _solve(replace(problem, options=options._replace(tol=tol)), backend, accepted=options.tol)
+        return solution.value, solution.g
     y = problem.y
     fixed = Side(_constant(y.points), y.segments, _constant(y.weights), y.rho)
     solution = _solve(replace(problem, y=fixed, options=options._replace(tol=tol)), backend, accepted=options.tol)

@@ -51,6 +51,7 @@ class Problem:
     dtype: torch.dtype  # what is computed in: float64 for float64 input, else float32
     init: Tensor | None = None  # g to start from, in the layout of y and in `dtype`
     symmetric: bool = False  # both sides are the same points with the same weights: f = g
+    fixed_plan: bool = False  # the value's gradient holds the plan constant, also where it is differentiated again
 
     @property
     def items(self) -> int:

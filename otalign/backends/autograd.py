@@ -115,10 +115,17 @@ class Operator:
         self.inputs = self.outputs = 0  # how many of the first arguments, and of the first results, have gradients
         self.kept = slice(0)
         self.backward: Callable[..., Sequence[Tensor | None]] | None = None
+        self.composed: Callable[..., Sequence[Tensor | None]] | None = None
         self.transformed: Any = None
 
     def set_gradient(
-        self, backward: Callable[..., Sequence[Tensor | None]], *, inputs: int, outputs: int, kept: slice = slice(0)
+        self,
+        backward: Callable[..., Sequence[Tensor | None]],
+        *,
+        inputs: int,
+        outputs: int,
+        kept: slice = slice(0),
+        composed: Callable[..., Sequence[Tensor | None]] | None = None,
     ) -> None:
         """Give the operator gradients by its first `inputs` arguments, from those by its first `outputs` results.
 
@@ -126,7 +133,9 @@ class Operator:
             backward: called with the arguments, the results that are `kept`, the incoming gradients (None where there
                 are none) and, for each of the inputs, whether its gradient is wanted; returns a tensor for each.
             kept: the results that the backward pass reads.
+            composed: called in the place of `backward` where the gradients will be differentiated again, in eager mode.
         """
+        self.composed = composed
         self.backward, self.inputs, self.outputs, self.kept = backward, inputs, outputs, kept
         self._register(self.derivative, self.keep)
 
@@ -193,7 +202,17 @@ class Operator:
             return [None] * self.inputs
         assert self.backward is not None
         wanted = list(ctx.needs_input_grad[: self.inputs])
-        found = self.backward(*self.restore(ctx), incoming, wanted)
+        arguments, saved = self.restore(ctx)
+        if self.composed is None or not _differentiates_again(arguments):
+            found = self.backward(arguments, saved, incoming, wanted)
+        else:
+            with torch.no_grad():
+                numbers = self.backward(arguments, saved, incoming, wanted)
+            graph = self.composed(arguments, saved, incoming, wanted)
+            found = [
+                None if gradient is None else _Numbers.apply(gradient, number)
+                for gradient, number in zip(graph, numbers, strict=True)
+            ]
         return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
     def derivative(self, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,6 +231,29 @@ def _complete(arguments: Sequence[Any], results: Any) -> Any:
 def _eager(arguments: Sequence[Any]) -> bool:
     """True in plain eager mode: no dispatch mode, no tensor subclass."""
     return torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, arguments))
+
+
+class _Numbers(torch.autograd.Function):
+    """The numbers of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, numbers: Tensor) -> Tensor:  # type: ignore[override]
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return incoming, None
+
+
+def _differentiates_again(arguments: Sequence[Any]) -> bool:
+    """Whether a backward pass runs under create_graph=True, in plain eager mode."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and _eager(arguments)
+        and not any(isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in arguments)
+    )
 
 
 class _Eager(torch.autograd.Function):

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import Segments
 from ..options import COSTS, GIVEN, Options
 from ..prior import KINDS
-from ..problem import Problem, Solution, fixed_plan_cost
+from ..problem import Problem, Side, Solution, fixed_plan_cost
 from . import extension
 from .autograd import Gradients, Incoming, Operator, flatten, schema, unflatten
+from .composed import gradients as composed_gradients
 
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _COSTS = {word: index for index, word in enumerate((*COSTS, GIVEN))}
@@ -48,6 +50,7 @@ def solve(problem: Problem) -> Solution:
         rho_x=p.x.rho,
         rho_y=p.y.rho,
         symmetric=p.symmetric,
+        fixed_plan=p.fixed_plan,
         size_x=xs.size,
         size_y=ys.size,
         capacity=_capacity(p),
@@ -76,7 +79,12 @@ def _capacity(p: Problem) -> int:
     n, m = p.x.segments.counts, p.y.segments.counts
     if n is None or m is None:
         return p.x.segments.rows * p.y.segments.size + 2 * _GAP * p.items
-    return sum((i * j + _GAP + 15) // 16 * 16 for i, j in zip(n, m, strict=True))
+    return sum(map(_place, n, m))
+
+
+def _place(n: int, m: int) -> int:
+    """Numbers from the start of a packed plan to that of the next: plan_stride of csrc/problem.h."""
+    return (n * m + _GAP + 15) // 16 * 16
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -98,6 +106,7 @@ class _Inputs(NamedTuple):
     rho_x: float
     rho_y: float
     symmetric: bool  # as in Problem
+    fixed_plan: bool  # as in Problem
     size_x: int  # N
     size_y: int  # M
     capacity: int  # elements of all packed plans
@@ -363,6 +372,39 @@ def _align_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> S
     return _align_backward(*arguments, *saved, *incoming, wanted)
 
 
+def _align_composed(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
+    inputs, _ = unflatten(_Inputs, arguments)
+    value, linear, plan = incoming
+    if plan is not None:
+        plan = _dense(plan, inputs.x_lengths, inputs.y_lengths, inputs.size_x, inputs.size_y)
+    kept = _Saved(*saved)
+    return composed_gradients(_problem(inputs), kept.f, kept.g, Incoming(value, linear, plan), wanted)
+
+
+def _dense(packed: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, size_y: int) -> Tensor:
+    """A gradient by packed plans as (B, N, M), in torch. (`unpack` clamps at zero, as is right for plans.)"""
+    parts, start = [packed.new_zeros((0, size_x, size_y))], 0
+    for n, m in zip(x_lengths.tolist(), y_lengths.tolist(), strict=True):
+        part = packed[start : start + n * m].view(1, n, m)
+        parts.append(torch.nn.functional.pad(part, (0, size_y - m, 0, size_x - n)))
+        start += _place(n, m)
+    return torch.cat(parts)
+
+
+def _problem(inputs: _Inputs) -> Problem:
+    """The problem of an operator's inputs."""
+
+    def segments(lengths: Tensor, starts: Tensor | None, size: int, rows: int) -> Segments:
+        layout = lengths if starts is None else torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return Segments(len(lengths), size, rows, starts is not None, layout, lengths.tolist(), inputs.like().device)
+
+    f, g = map(math.prod, _vectors(inputs))
+    p = inputs
+    x = Side(p.x, segments(p.x_lengths, p.x_starts, p.size_x, f), p.a, p.rho_x)
+    y = Side(p.y, segments(p.y_lengths, p.y_starts, p.size_y, g), p.b, p.rho_y)
+    return Problem(x, y, p.C, p.options, p.dtype, None, p.symmetric, p.fixed_plan)
+
+
 def _unpack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     plan, x_lengths, y_lengths, _, _ = arguments
     return (_pack(incoming[0], x_lengths, y_lengths, plan.shape[0]),)
@@ -370,7 +412,7 @@ def _unpack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> 
 
 def _pack_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     dense, x_lengths, y_lengths, _ = arguments
-    return (_unpack(incoming[0], x_lengths, y_lengths, *dense.shape[1:]),)
+    return (_dense(incoming[0], x_lengths, y_lengths, *dense.shape[1:]),)
 
 
 _library = torch.library.Library("otalign", "DEF")
@@ -395,7 +437,7 @@ _pack = _operator(
     kernel=_pack_kernel,
     fake=_pack_fake,
 )
-_align.set_gradient(_align_gradient, inputs=5, outputs=3, kept=slice(2, -1))
-_align_backward.forbid_gradient("second derivatives need backend='reference'; the compiled engine has first ones only")
+_align.set_gradient(_align_gradient, inputs=5, outputs=3, kept=slice(2, -1), composed=_align_composed)
+_align_backward.forbid_gradient("second derivatives work in eager mode; elsewhere they need backend='reference'")
 _unpack.set_gradient(_unpack_gradient, inputs=1, outputs=1)
 _pack.set_gradient(_pack_gradient, inputs=1, outputs=1)

@@ -288,6 +288,23 @@ def solve_item(
     if math.isnan(error) or not representable:
         nan = (C.sum() + a.sum() + b.sum()) * math.nan
         return Item(nan, nan, nan, C * math.nan + nan, f * math.nan, g * math.nan, 0, math.nan)
+    return results(C, given_a, given_b, f, g, reg, rho, symmetric=symmetric)._replace(n_iter=n_iter, error=error)
+
+
+def results(
+    C: Tensor,
+    given_a: Tensor,
+    given_b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    reg: float,
+    rho: tuple[float, float],
+    *,
+    symmetric: bool,
+) -> Item:
+    """What follows from the potentials of an item, with its derivatives at the fixed point."""
+    reachable_x, reachable_y = reachable(C, given_b), reachable(C.T, given_a)
+    a, b = torch.where(reachable_x, given_a, 0), torch.where(reachable_y, given_b, 0)
     f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     if math.isinf(rho[0]) and math.isinf(rho[1]) and not symmetric:
         shift = b @ g  # the gauge <b, g> = 0
@@ -295,7 +312,7 @@ def solve_item(
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
     value = Value.apply(C, given_a, given_b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     C = C.masked_fill(C.isposinf(), 0)  # where a band forbids mass; the plan is zero there
-    return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, n_iter, error)
+    return Item(value, (plan * C).sum(), (plan.detach() * C).sum(), plan, f, g, 0, 0.0)
 
 
 def solve(problem: Problem) -> Solution:
@@ -343,6 +360,26 @@ def _pad(plan: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _items(p: Problem) -> Iterator[Item]:
+    """The solutions of all items."""
+    for C, a, b, reg, rho, ys in _costs(p):
+        g = None if p.init is None else p.init[ys]
+        yield solve_item(C, a, b, reg, rho, p.options, g, symmetric=p.symmetric)
+
+
+def items_at(p: Problem, f: Tensor, g: Tensor) -> Iterator[Item]:
+    """The items of a solved problem, at its potentials in the layouts of x and y."""
+    for (C, a, b, reg, rho, ys), xs in zip(_costs(p), p.x.segments.spans(), strict=True):
+        if C.numel() == 0:
+            yield solve_item(C, a, b, reg, rho, p.options)
+        elif C.isnan().any() or not f[xs].isfinite().all() or not g[ys].isfinite().all():
+            nan = (C.sum() + a.sum() + b.sum()) * math.nan
+            yield Item(nan, nan, nan, C * math.nan + nan, f[xs], g[ys], 0, math.nan)
+        else:
+            yield results(C, a, b, f[xs], g[ys], reg, rho, symmetric=p.symmetric)
+
+
+def _costs(p: Problem) -> Iterator[tuple[Tensor, Tensor, Tensor, float, tuple[float, float], Any]]:
+    """Of every item: C with any prior, NaN where it is not valid; a, b, reg, rho; and the place of its y."""
     x_spans, y_spans = p.x.segments.spans(), p.y.segments.spans()
     x_lengths, y_lengths = p.x.segments.lengths, p.y.segments.lengths
     options, rho = p.options, (p.x.rho, p.y.rho)
@@ -360,6 +397,4 @@ def _items(p: Problem) -> Iterator[Item]:
             C = C + options.prior.matrix(n, m, reg, dtype=p.dtype, device=C.device)
         a = C.new_full((n,), 1 / max(n, 1)) if p.x.weights is None else p.x.weights[xs]
         b = C.new_full((m,), 1 / max(m, 1)) if p.y.weights is None else p.y.weights[ys]
-        g = None if p.init is None else p.init[ys]
-        C = C if valid else C * math.nan
-        yield solve_item(C, a, b, reg, rho, options, g, symmetric=p.symmetric)
+        yield C if valid else C * math.nan, a, b, reg, rho, ys

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import Segments
 from ..options import COSTS, GIVEN, Options
-from ..problem import Problem, Solution, fixed_plan_cost
+from ..problem import Problem, Side, Solution, fixed_plan_cost
 from ..triton_kernels import heuristics
 from ..triton_kernels.solution import Saved, Solved
 from . import cuda_launch
 from .autograd import Gradients, Incoming, Operator, flatten, schema, unflatten
+from .composed import gradients as composed_gradients
 
 
 class _Inputs(NamedTuple):
@@ -44,6 +46,7 @@ class _Inputs(NamedTuple):
     dtype: torch.dtype
     iterations: str  # the backend whose kernels iterate: "triton" or "cuda"
     symmetric: bool  # as in Problem
+    fixed_plan: bool  # as in Problem
     options: Options
 
     def like(self) -> Tensor:
@@ -95,6 +98,7 @@ def solve(problem: Problem, iterations: str = "triton") -> Solution:
         dtype=p.dtype,
         iterations=iterations,
         symmetric=p.symmetric,
+        fixed_plan=p.fixed_plan,
         options=p.options,
     )
     arguments = flatten(inputs)
@@ -372,6 +376,25 @@ def _plan_gradient(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Se
     return _align_backward(*arguments, None, None, *incoming, wanted)
 
 
+def _align_composed(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
+    inputs, _ = unflatten(_Inputs, arguments)
+    value, linear = incoming
+    return composed_gradients(_problem(inputs), saved[0], saved[1], Incoming(value, linear, None), wanted)
+
+
+def _plan_composed(arguments: Any, saved: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
+    inputs, (f, g, *_) = unflatten(_Inputs, arguments)
+    return composed_gradients(_problem(inputs), f, g, Incoming(None, None, *incoming), wanted)
+
+
+def _problem(inputs: _Inputs) -> Problem:
+    """The problem of an operator's inputs."""
+    p, device = inputs, inputs.like().device
+    x = Side(p.x, Segments(p.items, p.size_x, p.rows_x(), p.x_packed, p.x_offsets, None, device), p.a, p.rho_x)
+    y = Side(p.y, Segments(p.items, p.size_y, p.rows_y(), p.y_packed, p.y_offsets, None, device), p.b, p.rho_y)
+    return Problem(x, y, p.C, p.options, p.dtype, None, p.symmetric, p.fixed_plan)
+
+
 def _barycentric_gradient(arguments: Any, images: Any, incoming: Any, wanted: Any) -> Sequence[Tensor | None]:
     *problem, by_y = arguments
     return _barycentric_backward(*problem, *images, *incoming, by_y, wanted)
@@ -417,8 +440,10 @@ _assign = _operator(
     fake=_assign_fake,
     check=_check_solved,
 )
-_align.set_gradient(_align_gradient, inputs=5, outputs=2, kept=slice(4, None))
-_plan.set_gradient(_plan_gradient, inputs=5, outputs=1)
+_align.set_gradient(_align_gradient, inputs=5, outputs=2, kept=slice(4, None), composed=_align_composed)
+_plan.set_gradient(_plan_gradient, inputs=5, outputs=1, composed=_plan_composed)
 _barycentric.set_gradient(_barycentric_gradient, inputs=5, outputs=1, kept=slice(None))
 for _derivative in (_align_backward, _barycentric_backward):
-    _derivative.forbid_gradient("second derivatives need backend='reference'; the kernels have first ones only")
+    _derivative.forbid_gradient(
+        "second derivatives work in eager mode, of losses and plans; elsewhere they need backend='reference'"
+    )
