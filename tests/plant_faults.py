@@ -105,6 +105,20 @@ FAULTS = (
         "tests/solver/test_oracle.py",
     ),
     Fault(
+        "engine: findings of the first chunk only",
+        "csrc/cpu/solver.h",
+        "k < chunks.count; ++k) {\n      found |=",
+        "k < 1; ++k) {\n      found |=",
+        ("tests/backends/test_long_items.py",),
+    ),
+    Fault(
+        "engine: column sums of all chunks at one place",
+        "csrc/cpu/solver.h",
+        "return &part == parts ? all : ",
+        "return true ? all : ",
+        ("tests/backends/test_long_items.py",),
+    ),
+    Fault(
         "engine: products of points where they lie",
         "csrc/cpu/batch.h",
         "return !converts(side) && aligned(points) && row_stride == product_stride(side, 0);",

@@ -68,8 +68,7 @@ class Scratch {
 
 // How a thread waits for others: for a while it spins, since a chunk takes microseconds; then it naps, because its core
 // may be the only one of the thread that it waits for. Naps become longer until spinning has been enough once: on a
-// core for two threads it never is, since the other thread makes no progress meanwhile. (A thread that yields its core
-// again and again can keep it.)
+// core for two threads it never is, since the other thread makes no progress meanwhile.
 class Wait {
  public:
   // To be called again and again; returns for how long to nap now, mostly zero.

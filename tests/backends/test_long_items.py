@@ -127,3 +127,21 @@ def test_long_items_agree_with_the_reference(case):
     ours, theirs = (otalign.solve(*batch, backend=backend, **options) for backend in ("cpu", "reference"))
     torch.testing.assert_close(ours.plan(), theirs.plan(), rtol=0, atol=1e-9)
     torch.testing.assert_close(ours.value, theirs.value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::otalign.ConvergenceWarning")
+@pytest.mark.parametrize("where", [slice(0, 9), slice(150, 160), slice(291, 300)])
+@pytest.mark.parametrize("unbalanced", [None, 5.0])
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_few_rows_that_floats_cannot_hold(accelerate, unbalanced, where):
+    """What one thread finds in its rows, the others have to heed."""
+    C, _, _ = draw_cost([300], [257])
+    C[:, where] *= 400
+    C[:, where, ::7] -= 100
+    torch.set_num_threads(2)
+    options = {"reg": 0.5, "unbalanced": unbalanced, "tol": 1e-10, "max_iter": 500}
+    ours = otalign.solve_cost(C, backend="cpu", accelerate=accelerate, **options)
+    theirs = otalign.solve_cost(C, backend="reference", **options)
+    assert ours.converged.all() and theirs.converged.all()
+    torch.testing.assert_close(ours.plan(), theirs.plan(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours.value, theirs.value, rtol=1e-7, atol=1e-7)

@@ -1,5 +1,5 @@
-// Do threads that share a long item race, and does it have the same bits for any number of them? ThreadSanitizer does not
-// know the synchronisation of OpenMP, so the threads are those of the standard library.
+// Do threads that share a long item race, and does it have the same bits for any number of them? ThreadSanitizer does
+// not know the synchronisation of OpenMP, so the threads are those of the standard library.
 //
 // The rows have whole hardware vectors. Others are read beyond their end, into the next row, where another thread may
 // write: those numbers are never used (Solver::for_chunks).
