@@ -11,6 +11,7 @@ from torch.autograd import gradgradcheck
 import otalign
 from otalign import Prior
 
+from ..cuda_on_cpu.host_cuda import emulated
 from ..helpers.problems import close, draw, draw_cost, draw_weights, identical, leaf
 
 INF = math.inf
@@ -106,6 +107,18 @@ def test_as_the_reference(backend, objective, options):
     found = product(leaves, lengths, backend, objective=objective, **options)
     for ours, theirs in zip(found, product(leaves, lengths, "reference", objective=objective, **options), strict=True):
         close(ours, theirs, 1e-7)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("objective", ["value", "transport"])
+def test_cuda(objective):
+    """The CUDA kernels find the potentials, in float32; here their source runs on the CPU."""
+    leaves, lengths = draw_leaves(dtype=torch.float32)
+    with emulated():
+        found = product(leaves, lengths, "cuda", objective=objective, tol=1e-6)
+    wide = [leaf(t.double()) for t in leaves]
+    for ours, theirs in zip(found, product(wide, lengths, "reference", objective=objective), strict=True):
+        close(ours.double(), theirs, 1e-4)
 
 
 def test_packed_and_padded_alike():
