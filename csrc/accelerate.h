@@ -9,14 +9,14 @@
 // It starts where updates are small, and keeps an eye on what plain iterations would have reached at their last rate: a
 // step that falls behind is taken back.
 //
-// Newton's method for the dual over g, whose f is exact. With the plan P at g, its row sums p and its column sums c, the
-// step d of g / reg solves
+// Newton's method for the dual over g, whose f is exact. With the plan P at g, its row sums p and its column sums c,
+// the step d of g / reg solves
 //   (D - damping_x P^T diag(1 / p) P) d = b exp(-g / rho_y) - c,   D = diag(c + (reg / rho_y) b exp(-g / rho_y)).
-// Where reg is small, a row of P has few entries that matter. Those below `drop` of their row are left out: the diagonal
-// keeps their mass, so the matrix stays positive definite, and each pass still measures the true error. The method
-// converges near the solution only, and tells so itself: its step is then of the order of reg. Where it is far longer, reg
-// is raised until it is short, and lowered again level by level, each level starting on the line through the solutions of
-// the last two. A level that turns out too far away is taken back for one half as far (in log reg).
+// Where reg is small, a row of P has few entries that matter. Those below `drop` of their row are left out: the
+// diagonal keeps their mass, so the matrix stays positive definite, and each pass still measures the true error. The
+// method converges near the solution only, and tells so itself: its step is then of the order of reg. Where it is far
+// longer, reg is raised until it is short, and lowered again level by level, each level starting on the line through
+// the solutions of the last two. A level that turns out too far away is taken back for one half as far (in log reg).
 //
 // Where both marginals are relaxed by far more than reg, plain iterations hardly move the constant that f gains and g
 // loses, on which the total mass depends; but the best one is known in closed form (Sejourne, Vialard and Peyre 2022):
@@ -72,35 +72,35 @@ struct Accelerate {
   static constexpr double kAhead = 3;            // plain passes ahead that are worth leaving
   static constexpr double kSpread = 60;          // nats between costs from which on only levels lead to the solution
 
-  static constexpr double kRelaxed = 0.5;        // product of the dampings from which on constants are balanced
+  static constexpr double kRelaxed = 0.5;  // product of the dampings from which on constants are balanced
 
   // Mixing.
-  static constexpr double kLinear = 0.25;          // largest update of g / reg, in nats, that it starts with
-  static constexpr int kWarm = 3;                  // passes that it remembers before its first step
-  static constexpr double kFast = 0.6;             // rate of plain iterations that needs no mixing
-  static constexpr double kSlack = 0.05;           // by how much it may fall behind plain iterations
-  static constexpr double kLead = 0.5;             // part of their error from which on it need not be careful
-  static constexpr double kUseless = 0.95;         // part of the update that the best combination leaves, if useless
-  static constexpr double kLongest = 5;            // longest step of g / reg, in nats
+  static constexpr double kLinear = 0.25;   // largest update of g / reg, in nats, that it starts with
+  static constexpr int kWarm = 3;           // passes that it remembers before its first step
+  static constexpr double kFast = 0.6;      // rate of plain iterations that needs no mixing
+  static constexpr double kSlack = 0.05;    // by how much it may fall behind plain iterations
+  static constexpr double kLead = 0.5;      // part of their error from which on it need not be careful
+  static constexpr double kUseless = 0.95;  // part of the update that the best combination leaves, if useless
+  static constexpr double kLongest = 5;     // longest step of g / reg, in nats
   static constexpr int kMixed = 16, kMixedWindow = 8;  // passes before it is judged, and for the rate
-  static constexpr double kSteps = 4;              // Newton steps that it may have ahead
-  static constexpr double kPatience = 2;           // times the cost of the levels that it may have ahead
+  static constexpr double kSteps = 4;                  // Newton steps that it may have ahead
+  static constexpr double kPatience = 2;               // times the cost of the levels that it may have ahead
 
   // Newton's method.
-  static constexpr double kNear = 1;         // longest step, in nats, after which a level counts as solved
-  static constexpr double kFar = 8;          // a longer step says that the solution is far away
-  static constexpr double kGain = 0.2;       // part of the error that a whole step has to remove
-  static constexpr double kShorter = 0.35;   // what fails is tried again with this part of it, ...
-  static constexpr double kShortest = 0.1;   // ... down to this part
-  static constexpr int kMostSteps = 6;       // that a level may take before the steps are short
-  static constexpr double kTop = 12;         // nats between costs on the first level
-  static constexpr double kClimb = 8;        // factor of reg from there to the next, if it is far away as well
-  static constexpr double kWorth = 0.8;      // part of the error that levels without an end have to reach
-  static constexpr int64_t kReserve = 8;     // passes that remain for the way back
+  static constexpr double kNear = 1;        // longest step, in nats, after which a level counts as solved
+  static constexpr double kFar = 8;         // a longer step says that the solution is far away
+  static constexpr double kGain = 0.2;      // part of the error that a whole step has to remove
+  static constexpr double kShorter = 0.35;  // what fails is tried again with this part of it, ...
+  static constexpr double kShortest = 0.1;  // ... down to this part
+  static constexpr int kMostSteps = 6;      // that a level may take before the steps are short
+  static constexpr double kTop = 12;        // nats between costs on the first level
+  static constexpr double kClimb = 8;       // factor of reg from there to the next, if it is far away as well
+  static constexpr double kWorth = 0.8;     // part of the error that levels without an end have to reach
+  static constexpr int64_t kReserve = 8;    // passes that remain for the way back
   static constexpr double kDrop = 1e-2, kLastDrop = 1e-3, kLeastDrop = 1e-5;
 
-  // How to go on where plain iterations have `ahead` passes to go. `spread` is the largest difference of finite costs in
-  // a row, in nats.
+  // How to go on where plain iterations have `ahead` passes to go. `spread` is the largest difference of finite costs
+  // in a row, in nats.
   static OTALIGN_ANYWHERE Way choose(double ahead, double spread, Costs costs, int64_t left) {
     if (!(ahead > kAhead)) return Way::plain;
     return ahead > costs.levels && spread > kSpread && left > budget(spread) ? Way::levels : Way::mixing;

@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
     options = Options("cosine", None, 0.05, 200, 1e-3)
     problem = Inputs(
         x.detach(), y.detach(), *empty, *lengths, math.inf, math.inf, False, False, 32, 75, 20, torch.float32, "triton",
-        False, options,
+        False, False, options,
     )  # fmt: skip
     inputs = flatten(problem)
     grad = torch.ones(()).expand(32)

@@ -24,9 +24,7 @@ class Array {
     data_[size_++] = value;
   }
   // Makes room for `count` more, to be written by `put`.
-  bool room(int64_t count) {
-    return size_ + count <= capacity_ || reserve(2 * capacity_ + count + 64);
-  }
+  bool room(int64_t count) { return size_ + count <= capacity_ || reserve(2 * capacity_ + count + 64); }
   void put(N value) { data_[size_++] = value; }
   void zeros(int64_t size) {
     if (size > capacity_ && !reserve(size)) return;

@@ -20,16 +20,15 @@ class Mixing {
   static constexpr int kDepth = 5;
 
   // `point_weights` is (padded(size),), zero behind its end.
-  Mixing(int64_t size, const T* point_weights)
-      : m(size), stride((size + 31) / 16 * 16), weights(point_weights) {
+  Mixing(int64_t size, const T* point_weights) : m(size), stride((size + 31) / 16 * 16), weights(point_weights) {
     memory.zeros((2 * kDepth + 3) * stride);
   }
   bool ok() const { return memory.ok(); }
-  T* residual() { return row(2 * kDepth); }           // (m,) to be written before `advance`
-  const T* step() { return row(2 * kDepth + 2); }     // (m,) out
+  T* residual() { return row(2 * kDepth); }        // (m,) to be written before `advance`
+  const T* step() { return row(2 * kDepth + 2); }  // (m,) out
 
-  // Computes the step from x. Returns false if it is the residual alone: if `plain`, or if no combination promises more.
-  // Unless `bold`, it has to promise something.
+  // Computes the step from x. Returns false if it is the residual alone: if `plain`, or if no combination promises
+  // more. Unless `bold`, it has to promise something.
   bool advance(bool plain, bool bold) {
     T *const now = residual(), *const before = row(2 * kDepth + 1), *const out = row(2 * kDepth + 2);
     if (started) remember(now, before, out);

@@ -44,8 +44,8 @@ class Newton {
     begin.push(column.size());
   }
   int64_t entries() const { return column.size(); }
-  // Writes `step`. Returns false if rounding has left no positive matrix. If `gauge`, the null vector of the matrix with
-  // all entries is constant, and the step has no part along it.
+  // Writes `step`. Returns false if rounding has left no positive matrix. If `gauge`, the null vector of the matrix
+  // with all entries is constant, and the step has no part along it.
   bool solve(bool gauge) {
     if (!begin.ok() || !weight.ok()) return false;
     double mass = 0, excess = 0;
@@ -240,15 +240,15 @@ class Newton {
 
  private:
   int64_t m = 0;
-  double ridge = 0;      // added to the diagonal, relative to it
-  Array<double> rest;    // (m,) see spread_rest
-  double over_rest = 0;  // the reciprocal of its sum
-  Array<int64_t> begin;                                    // of the rows' entries
-  Array<int32_t> column;                                   // of each entry
-  Array<double> share;                                     // each entry
-  Array<double> weight;                                    // of each row
-  Array<double> matrix, over;                              // of the factorisation
-  Array<double> residual, direction, image, scale;         // of the conjugate gradients
+  double ridge = 0;                                 // added to the diagonal, relative to it
+  Array<double> rest;                               // (m,) see spread_rest
+  double over_rest = 0;                             // the reciprocal of its sum
+  Array<int64_t> begin;                             // of the rows' entries
+  Array<int32_t> column;                            // of each entry
+  Array<double> share;                              // each entry
+  Array<double> weight;                             // of each row
+  Array<double> matrix, over;                       // of the factorisation
+  Array<double> residual, direction, image, scale;  // of the conjugate gradients
 };
 
 }  // namespace otalign::OTALIGN_ISA

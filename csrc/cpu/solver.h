@@ -760,13 +760,13 @@ class Solver {
 
   // Of accelerated.h.
   bool may_accelerate;
-  bool balances;                      // both marginals are relaxed, by far more than reg
-  double shifted = 0, before_shift;   // the last shift of constants, 0 = none; the error before it
-  bool descended = false;             // the levels were used
-  bool lost = false;                  // there is no way on
-  double here = 0;                    // the error of v in the last pass
-  bool absorbed = false;              // the last pass had to change what v is relative to
-  T* kept_v;                          // (m,) see take_back
+  bool balances;                     // both marginals are relaxed, by far more than reg
+  double shifted = 0, before_shift;  // the last shift of constants, 0 = none; the error before it
+  bool descended = false;            // the levels were used
+  bool lost = false;                 // there is no way on
+  double here = 0;                   // the error of v in the last pass
+  bool absorbed = false;             // the last pass had to change what v is relative to
+  T* kept_v;                         // (m,) see take_back
   Outlook outlook{Accelerate::kFirst, Accelerate::kWindow};
   Newton newton;
   double drop = 0;                    // part of its row below which an entry is left out of Newton's system

@@ -239,6 +239,22 @@ def test_warm_start(device):
         close(found.cpu(), right, FORWARD[torch.float32])
 
 
+@pytest.mark.parametrize("objective", ["value", "transport"])
+def test_hessian_vector_products(device, objective):
+    """The numbers come from the potentials of the kernels, the derivatives from torch on the GPU."""
+    batch = draw([30, 1, 0, 17], [12, 5, 7, 9], D=NARROW, dtype=torch.float32, poison=0.0)
+    products = []
+    for points, place, backend in ((batch, device, BACKEND), (batch.to(torch.float64), "cpu", "reference")):
+        x, y, *lengths = (side.to(place) for side in points)
+        x.requires_grad_()
+        loss = otalign.sinkhorn_loss(
+            x, y, *lengths, reg=0.2, tol=1e-6, max_iter=5000, objective=objective, backend=backend
+        )  # fmt: skip
+        (first,) = torch.autograd.grad(3 * loss, x, create_graph=True)
+        products.append(torch.autograd.grad(first.square().sum(), x)[0].double().cpu())
+    close(*products, 1e-3)
+
+
 @pytest.mark.parametrize("dtype", FORWARD, ids=str)
 def test_given_cost(device, dtype):
     C, *lengths = draw_cost([300, 1, 0, 200], [90, 5, 7, 1], dtype=dtype)
