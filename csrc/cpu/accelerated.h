@@ -55,7 +55,8 @@ inline bool Solver<T>::balance(double error) {
 // pass since then is not lost.
 template <class T>
 inline bool Solver<T>::undo_balance(double error) {
-  const double last = std::exchange(shifted, 0.0);
+  const double last = shifted;
+  shifted = 0;
   balances = error <= before_shift;
   if (!balances) shift(-last);
   return !balances;
