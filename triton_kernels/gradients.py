@@ -6,7 +6,8 @@ The gradient by the cost is
 
 with v and l the incoming gradients by value and transport cost, S = l C + dL/dP, and (s, t) the solution of the adjoint
 system (adjoint.py). Without S, if only the value has a gradient, H = v P and there is no system to solve. The plan P is
-rebuilt tile by tile, as in outputs.py.
+rebuilt tile by tile, as in outputs.py. Gradients by points take two launches: `coefficients_kernel` stores multiples of H, so
+that they are made once, and `points_gradient_kernel` multiplies them with points.
 """
 
 import triton
@@ -54,24 +55,14 @@ def cost_gradient(P, S, value, linear, own_adjoint, other_adjoint, inv_reg, IMPL
         return times(P, value)
 
 
-@triton.jit
-def round_like(W, points, SAME: tl.constexpr):
-    """`W`, rounded to the type of the points if SAME: if the tensor cores multiply it in that type."""
-    if SAME:
-        W = W.to(points.dtype.element_ty).to(W.dtype)
-    return W
-
-
 @kernel
-def points_gradient_kernel(
-    own_points,  # (B, size, D) or packed (rows of own, D), any strides in elements
-    other_points,  # (B, size, D) or packed (rows of other, D), any strides in elements
-    out,  # out: (rows of own, D), contiguous; 0 on the padding
+def coefficients_kernel(
+    W,  # out: (rows of x, ld), contiguous; in the type that is multiplied with the points
+    diagonal,  # out: (2, rows of own): d, and for the cosine 1 where points of the other side have to be scaled
     C,  # (rows of x, ld), contiguous; in the units of reg
     G,  # (rows of x, ld), contiguous: dL/dP; read if has_plan
     own_f,  # (rows of own,) potentials, in the units of reg
     other_f,  # (rows of other,) potentials, in the units of reg
-    own_scale,  # cosine only: (rows of own,) reciprocal norms
     other_scale,  # cosine only: (rows of other,) reciprocal norms
     own_adjoint,  # (rows of own,) adjoint variables, in the units of dL/dP; read if IMPLICIT
     other_adjoint,  # (rows of other,) adjoint variables, in the units of dL/dP; read if IMPLICIT
@@ -83,40 +74,27 @@ def points_gradient_kernel(
     grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
     reg_items,  # (B,) float64, in the units of the cost; read if per_item
     items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, has_own, has_other, per_item,
-    value_step, linear_step, has_plan, own_item, own_row, own_dim, other_item, other_row, other_dim, dim,
-    reg: tl.float64, prior_first: tl.float64, prior_second: tl.float64, ld16,
-    COST: tl.constexpr, PRIOR: tl.constexpr, IMPLICIT: tl.constexpr, BY_Y: tl.constexpr, PRECISION: tl.constexpr,
-    SAME: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    value_step, linear_step, has_plan, reg: tl.float64, prior_first: tl.float64, prior_second: tl.float64, ld16,
+    COST: tl.constexpr, PRIOR: tl.constexpr, IMPLICIT: tl.constexpr, BY_Y: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by the points z of one side, own: x, or y if BY_Y. The points of the other side are w.
+    """The coefficients W and d of the gradient by the points of one side, own; see `points_gradient_kernel`.
 
-        out_i = sum_j H_ij dC_ij / dz_i
-        cosine:       sum_j H_ij (|z_i|^-2 <z_i, w_j> z_i - w_j) / (|z_i| |w_j|) = |z_i|^-1 (d_i |z_i|^-1 z_i - sum_j W_ij w_j)
-                      with W_ij = H_ij / |w_j|,  d_i = sum_j H_ij (1 - C_ij)
-        sqeuclidean:  d_i z_i - sum_j W_ij w_j  with W = 2 H,    d = W 1
-        euclidean:    d_i z_i - sum_j W_ij w_j  with W = H / C,  d = W 1
-        dot:          - sum_j W_ij w_j          with W = H
-
-    Grid: one program for each tile (BLOCK_R, BLOCK_D) of each item's gradient. Source: the chain rule; H is explained at
-    the top of this file. `own` and `other` name the sides; see `Kernel`.
+    Grid: one program for each BLOCK_R points of each item. W is zero up to the next multiple of eight columns, for
+    `readable_coefficients`. `own` and `other` name the sides; see `Kernel`.
     """
     T: tl.constexpr = C.dtype.element_ty
     ld = ld16 * 16
-    tiles = tl.cdiv(dim, BLOCK_D)
-    item, tile = locate(tl.cdiv(own_size, BLOCK_R) * tiles)
+    item, tile = locate(tl.cdiv(own_size, BLOCK_R))
     own_start, own_n, slot = segment(own_offsets, own_addressing, own_size, own_rows, item, items)
     other_start, other_n, other_slot = segment(other_offsets, other_addressing, other_size, other_rows, item, items)
-    own_at = first_point(own_points, own_addressing, own_start, item, own_item, own_row)
-    other_at = first_point(other_points, other_addressing, other_start, item, other_item, other_row)
-    begin = (tile // tiles) * BLOCK_R
+    begin = tile * BLOCK_R
     rows = begin + tl.arange(0, BLOCK_R)
-    k = (tile % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row_mask, dim_mask = rows < own_n, (k < dim)[None, :]
+    row_mask = rows < own_n
     item_reg = load_reg(reg, reg_items, per_item, item, T)
     inv_reg = 1 / item_reg
     value = load_gradient(grad_value, value_step, item, T)
     linear = load_gradient(grad_linear, linear_step, item, T)
-    # An item whose loss is not used gets zeros, even if its numbers are NaN.
     unused = (value == 0) & (linear == 0) & (has_plan == 0)
     count = tl.where(unused, 0, other_n)
     f_i = tl.load(own_f + own_start + rows, mask=row_mask, other=0)
@@ -126,8 +104,9 @@ def points_gradient_kernel(
     else:
         adjoint_i = f_i
 
-    sums = tl.zeros([BLOCK_R, BLOCK_D], T)
-    diagonal = tl.zeros([BLOCK_R], T)
+    # Sum by element and reduce once: a reduction in every step would make all warps wait.
+    sums = tl.zeros([BLOCK_R, BLOCK_K], T)
+    scaled = tl.zeros([BLOCK_K], T)
     for first in range(0, tl.where(begin < own_n, count, 0), BLOCK_K):
         others = first + tl.arange(0, BLOCK_K)
         other_mask = others < other_n
@@ -153,42 +132,137 @@ def points_gradient_kernel(
         # Sum on the diagonal exactly what is multiplied, rounding included: where points are close, the two cancel.
         if COST == "cosine":
             factor_j, unit_j = split_scale(tl.load(other_scale + other_start + others, mask=other_mask, other=0))
-            scale_j = unit_j[None, :]
-            W = round_like(H * scale_j, other_at, SAME)
-            H = tl.where(scale_j > 0, W / tl.where(scale_j > 0, scale_j, 1), 0)
-            diagonal += tl.sum(times(H, 1 - cost), 1)
+            scaled = tl.where(factor_j == 1, scaled, 1)
+            norm_j = tl.where(unit_j > 0, 1 / tl.where(unit_j > 0, unit_j, 1), 0)
+            rounded = (H * unit_j[None, :]).to(W.dtype.element_ty)
+            sums += times(rounded.to(T) * norm_j[None, :], 1 - cost)
         elif COST == "euclidean":
-            W = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
-            W = round_like(tl.where(H == 0, 0, W), other_at, SAME)
-            diagonal += tl.sum(W, 1)
+            quotient = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
+            rounded = tl.where(H == 0, 0, quotient).to(W.dtype.element_ty)
+            sums += rounded.to(T)
         elif COST == "sqeuclidean":
-            W = round_like(2 * H, other_at, SAME)
-            diagonal += tl.sum(W, 1)
+            rounded = (2 * H).to(W.dtype.element_ty)
+            sums += rounded.to(T)
         else:
             tl.static_assert(COST == "dot", "COST: expected one of otalign.options.COSTS")
-            W = H
-        point_offsets = others.to(tl.int64)[:, None] * other_row + k.to(tl.int64)[None, :] * other_dim
-        points = tl.load(other_at + point_offsets, mask=other_mask[:, None] & dim_mask, other=0)
-        if COST == "cosine":  # noqa: SIM102 - other costs have no such factor
-            if tl.max(tl.where(factor_j == 1, 0, 1), 0) > 0:
-                points = (points.to(T) * factor_j[:, None]).to(points.dtype)
-        if SAME:
-            sums = tl.dot(W.to(points.dtype), points, sums, input_precision=PRECISION, out_dtype=T)
-        else:
-            sums = tl.dot(W, points.to(T), sums, input_precision=PRECISION, out_dtype=T)
-
-    result = -sums
+            rounded = H.to(W.dtype.element_ty)
+        tl.store(W + offsets, rounded, mask=readable_coefficients(rows, own_n, others, other_n, BY_Y))
     if COST != "dot":
-        own_offsets_k = rows.to(tl.int64)[:, None] * own_row + k.to(tl.int64)[None, :] * own_dim
-        points = tl.load(own_at + own_offsets_k, mask=row_mask[:, None] & dim_mask, other=0).to(T)
+        tl.store(diagonal + own_start + rows, tl.sum(sums, 1), mask=row_mask)
+    if COST == "cosine":
+        flags = tl.zeros([BLOCK_R], T) + tl.max(scaled, 0)
+        tl.store(diagonal + own_rows + own_start + rows, flags, mask=row_mask)
+
+
+@triton.jit
+def readable_coefficients(rows, own_n, others, other_n, BY_Y: tl.constexpr):
+    """As `readable_pairs`, for coefficients: they go up to a multiple of eight columns, 16 bytes of 16-bit numbers."""
+    if BY_Y:
+        return (rows < (own_n + 7) // 8 * 8)[:, None] & (others < other_n)[None, :]
+    else:
+        return (rows < own_n)[:, None] & (others < (other_n + 7) // 8 * 8)[None, :]
+
+
+@triton.jit
+def add_products(
+    sums, W, w, scale, start, count, rows, own_n, k, dim, row_stride, dim_stride, ld,
+    SCALED: tl.constexpr, BY_Y: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums + W w (R, D) for some rows of W and some dimensions of w. If SCALED, of w times its factors; see split_scale."""
+    T: tl.constexpr = sums.dtype
+    for first in tl.range(0, count, BLOCK_K, num_stages=1 if SCALED else None):
+        others = first + tl.arange(0, BLOCK_K)
+        inside = (others < count)[:, None] & (k < dim)[None, :]
+        readable = readable_coefficients(rows, own_n, others, count, BY_Y)
+        tile = tl.load(W + pair_offsets(start, rows, others, ld, BY_Y), mask=readable, other=0)
+        offsets = others.to(tl.int64)[:, None] * row_stride + k.to(tl.int64)[None, :] * dim_stride
+        points = tl.load(w + offsets, mask=inside, other=0)
+        if SCALED:
+            factor, unit = split_scale(tl.load(scale + others, mask=others < count, other=0))
+            points = (points.to(T) * factor[:, None]).to(points.dtype)
+        if not SAME:
+            tile, points = tile.to(T), points.to(T)
+        sums = tl.dot(tile, points, sums, input_precision=PRECISION, out_dtype=T)
+    return sums
+
+
+@kernel
+def points_gradient_kernel(
+    own_points,  # (B, size, D) or packed (rows of own, D), any strides in elements
+    other_points,  # (B, size, D) or packed (rows of other, D), any strides in elements
+    out,  # out: (rows of own, D), contiguous; 0 on the padding
+    W,  # (rows of x, ld), contiguous: coefficients
+    diagonal,  # (2, rows of own); see coefficients_kernel
+    own_scale,  # cosine only: (rows of own,) reciprocal norms
+    other_scale,  # cosine only: (rows of other,) reciprocal norms
+    own_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if own_addressing > 0
+    other_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if other_addressing > 0
+    grad_value,  # (B,) with stride value_step: the gradient v by the value; -1 = there is none
+    grad_linear,  # (B,) with stride linear_step: the gradient l by the transport cost; -1 = there is none
+    items, own_addressing, own_size, own_rows, other_addressing, other_size, other_rows, value_step, linear_step,
+    has_plan, own_item, own_row, own_dim, other_item, other_row, other_dim, dim, ld16,
+    COST: tl.constexpr, BY_Y: tl.constexpr, PRECISION: tl.constexpr, SAME: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient by the points z of one side, own: x, or y if BY_Y. The points of the other side are w.
+
+        out_i = sum_j H_ij dC_ij / dz_i
+        cosine:       sum_j H_ij (|z_i|^-2 <z_i, w_j> z_i - w_j) / (|z_i| |w_j|) = |z_i|^-1 (d_i |z_i|^-1 z_i - sum_j W_ij w_j)
+                      with W_ij = H_ij / |w_j|,  d_i = sum_j H_ij (1 - C_ij)
+        sqeuclidean:  d_i z_i - sum_j W_ij w_j  with W = 2 H,    d = W 1
+        euclidean:    d_i z_i - sum_j W_ij w_j  with W = H / C,  d = W 1
+        dot:          - sum_j W_ij w_j          with W = H
+
+    Grid: one program for each tile (BLOCK_R, BLOCK_D) of each item's gradient. Source: the chain rule; H is explained at
+    the top of this file. `own` and `other` name the sides; see `Kernel`.
+    """
+    T: tl.constexpr = diagonal.dtype.element_ty
+    ld = ld16 * 16
+    tiles = tl.cdiv(dim, BLOCK_D)
+    item, tile = locate(tl.cdiv(own_size, BLOCK_R) * tiles)
+    own_start, own_n, slot = segment(own_offsets, own_addressing, own_size, own_rows, item, items)
+    other_start, other_n, other_slot = segment(other_offsets, other_addressing, other_size, other_rows, item, items)
+    own_at = first_point(own_points, own_addressing, own_start, item, own_item, own_row)
+    other_at = first_point(other_points, other_addressing, other_start, item, other_item, other_row)
+    begin = (tile // tiles) * BLOCK_R
+    rows = begin + tl.arange(0, BLOCK_R)
+    k = (tile % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_mask = rows < own_n
+    value = load_gradient(grad_value, value_step, item, T)
+    linear = load_gradient(grad_linear, linear_step, item, T)
+    # An item whose loss is not used gets zeros, even if its numbers are NaN.
+    unused = (value == 0) & (linear == 0) & (has_plan == 0)
+    count = tl.where((begin < own_n) & (unused == 0), other_n, 0)
+
+    # The sum starts with the diagonal, so that no tile of z has to lie in registers beside that of the sums.
+    sums = tl.zeros([BLOCK_R, BLOCK_D], T)
+    if COST != "dot":
+        offsets = rows.to(tl.int64)[:, None] * own_row + k.to(tl.int64)[None, :] * own_dim
+        points = tl.load(own_at + offsets, mask=row_mask[:, None] & (k < dim)[None, :], other=0).to(T)
+        d_i = tl.load(diagonal + own_start + rows, mask=row_mask, other=0)
         if COST == "cosine":
             factor, scale = split_scale(tl.load(own_scale + own_start + rows, mask=row_mask, other=0))
             points *= factor[:, None]
-            result = (result + (diagonal * scale)[:, None] * points) * scale[:, None] * factor[:, None]
-        else:
-            result += diagonal[:, None] * points
-    if count == 0:
-        result = tl.zeros([BLOCK_R, BLOCK_D], T)
+            d_i *= scale
+        sums -= d_i[:, None] * points
+    start = other_start if BY_Y else own_start
+    scaled = 0.0
+    if COST == "cosine":
+        scaled = tl.max(tl.load(diagonal + own_rows + own_start + rows, mask=row_mask, other=0), 0)
+    if scaled > 0:
+        sums = add_products(
+            sums, W, other_at, other_scale + other_start, start, count, rows, own_n, k, dim, other_row, other_dim, ld,
+            True, BY_Y, SAME, PRECISION, 16,  # few at a time: this loop is rare, and must not take registers from the other
+        )  # fmt: skip
+    else:
+        sums = add_products(
+            sums, W, other_at, other_scale + other_start, start, count, rows, own_n, k, dim, other_row, other_dim, ld,
+            False, BY_Y, SAME, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    result = -sums
+    if COST == "cosine":
+        result = result * scale[:, None] * factor[:, None]
+    row_mask &= count > 0
     store_points(out + own_start * dim, result, rows, row_mask, k, dim, slot, tl.cdiv(own_size, BLOCK_R) * BLOCK_R)
 
 

@@ -164,7 +164,7 @@ def cost(size_y: int, *, bits: int, generation: int) -> ProductTile:
 
 
 def points(dim: int, *, bits: int, generation: int) -> ProductTile:
-    """Tiles of gradients by points and of projections: rows, dimensions, and the points of the other side, summed over."""
+    """Tiles of projections: rows, dimensions, and the points of the other side, which are summed over."""
     if bits == 64:
         return ProductTile(32, 32, 16, warps=4, stages=1)
     if bits == 32:
@@ -173,7 +173,22 @@ def points(dim: int, *, bits: int, generation: int) -> ProductTile:
     return ProductTile(64, 64 if dim <= 64 else 128 if dim <= 128 else widest, 64, warps=8, stages=2)
 
 
-# Plans and gradients by costs or weights are bound by memory: one size fits all.
+def points_gradient(dim: int, own: int, other: int, *, bits: int, generation: int) -> ProductTile:
+    """Tiles of gradients by points: rows, dimensions, and the points of the other side, which are summed over.
+
+    `own` and `other` are the sizes of the sides. On roomy chips, two programs share a multiprocessor for short sums: one
+    loads or stores while the other multiplies. Long sums read less with wider tiles, which take all registers.
+    """
+    if bits != 16 or not roomy(generation) or dim <= 64:
+        return points(dim, bits=bits, generation=generation)
+    rows = 64 if own <= 64 else 128
+    if dim <= 128 or other <= 256:
+        return ProductTile(rows, 128, 64, warps=8, stages=2)
+    return ProductTile(rows, 256, 64, warps=8, stages=3)
+
+
+# Plans, coefficients, and gradients by costs or weights are bound by memory: one size fits all.
 PLAN = ProductTile(32, 128, 1, warps=4, stages=1)
 WEIGHTS = ProductTile(32, 1, 128, warps=4, stages=1)
+COEFFICIENTS = ProductTile(32, 1, 128, warps=8, stages=1)
 ASSIGN = ProductTile(1, 128, 32, warps=4, stages=1)

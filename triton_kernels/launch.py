@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import heuristics, runtime
 from .adjoint import adjoint_kernel
-from .batch import Batch
+from .batch import Batch, Side
 from .cost import cost_kernel
 from .exchange import COUNTER_STRIDE, EXCHANGE_TAIL
-from .gradients import cost_gradient_kernel, points_gradient_kernel, weights_gradient_kernel
+from .gradients import coefficients_kernel, cost_gradient_kernel, points_gradient_kernel, weights_gradient_kernel
 from .outputs import assign_kernel, barycentric_kernel, plan_kernel
 from .runtime import INTERPRETED, Kernel, divide, tf32_allowed
 from .sinkhorn import sinkhorn_kernel
@@ -27,6 +27,7 @@ _cost, _sinkhorn, _adjoint = Kernel(cost_kernel), Kernel(sinkhorn_kernel), Kerne
 _plan, _assign, _cost_gradient = Kernel(plan_kernel), Kernel(assign_kernel), Kernel(cost_gradient_kernel)
 # Kernels for one side of a batch, by the name of the side.
 _barycentric = {side: Kernel(barycentric_kernel, own=side) for side in "xy"}
+_coefficients = {side: Kernel(coefficients_kernel, own=side) for side in "xy"}
 _points_gradient = {side: Kernel(points_gradient_kernel, own=side) for side in "xy"}
 _weights_gradient = {side: Kernel(weights_gradient_kernel, own=side) for side in "xy"}
 
@@ -198,7 +199,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradients by the inputs in `wanted`, from those by value (B,), transport cost (B,) and plan (B, N, M).
 
-    One launch for each input; two or three more unless only the value has a gradient. `solve_adjoint` replaces the kernel
+    One launch for each input, two for points; two or three more unless only the value has a gradient. `solve_adjoint` replaces the kernel
     of the adjoint system.
     """
     if batch.empty:
@@ -273,38 +274,49 @@ def plan_factors(batch: Batch, other: Tensor, out: Tensor) -> tuple[bool, int, s
 def points_gradient(
     batch: Batch, out: Tensor, values: dict[str, Any], cost: str, *, by_y: bool, implicit: bool
 ) -> None:
-    """Fill `out` (..., D) with the gradient by one side's points."""
-    constants = {
+    """Fill `out` (..., D) with the gradient by one side's points.
+
+    The first of two launches stores what the points are multiplied by, in the type of the product: so it is made once, and
+    not for each tile of dimensions. Its memory is free again as soon as the launches are queued.
+    """
+    own, other = "yx" if by_y else "xy"
+    side = batch.y if by_y else batch.x
+    same, bits, precision = plan_factors(batch, batch.values[other], out)
+    dtype = out.dtype if same else batch.dtype
+    values = values | {
+        "W": torch.empty(values["C"].shape, dtype=dtype, device=batch.device),
+        "diagonal": batch.empty_tensor(2, side.rows),
+        "out": out,
+    }
+    tile = heuristics.COEFFICIENTS
+    constants: dict[str, Any] = {
         "COST": cost,
         "PRIOR": batch.prior if cost in ("cosine", "euclidean") else "none",  # only these gradients depend on the cost
         "IMPLICIT": implicit,
+        "BY_Y": by_y,
+        "BLOCK_R": tile.rows,
+        "BLOCK_K": tile.inner,
     }
-    _launch_points(_points_gradient, batch, out, values, constants, by_y=by_y)
+    grid = divide(side.size, tile.rows) * batch.items
+    batch.launch(_coefficients[own], grid, constants | product_options(tile), values)
+    sizes = side.size, batch.values[f"{other}_size"]
+    tile = heuristics.points_gradient(out.shape[-1], *sizes, bits=bits, generation=runtime.generation(batch.device))
+    constants = {"COST": cost, "BY_Y": by_y, "PRECISION": precision, "SAME": same}
+    _launch_points(_points_gradient[own], batch, side, tile, values, constants)
 
 
 def _launch_points(
-    kernels: dict[str, Kernel],
+    kernel: Kernel,
     batch: Batch,
-    out: Tensor,
+    own: Side,
+    tile: heuristics.ProductTile,
     values: dict[str, Any],
     constants: dict[str, Any],
-    *,
-    by_y: bool,
 ) -> None:
-    own, other = "yx" if by_y else "xy"
-    same, bits, precision = plan_factors(batch, batch.values[other], out)
-    dim = out.shape[-1]
-    tile = heuristics.points(dim, bits=bits, generation=runtime.generation(batch.device))
-    constants = constants | {
-        "BY_Y": by_y,
-        "PRECISION": precision,
-        "SAME": same,
-        "BLOCK_R": tile.rows,
-        "BLOCK_K": tile.inner,
-        "BLOCK_D": tile.columns,
-    }
-    grid = divide(batch.values[f"{own}_size"], tile.rows) * divide(dim, tile.columns) * batch.items
-    batch.launch(kernels[own], grid, constants | product_options(tile), values | {"out": out})
+    """Launch a kernel that fills `values["out"]`, one vector for each point of a side, by tiles of points and dimensions."""
+    constants |= {"BLOCK_R": tile.rows, "BLOCK_K": tile.inner, "BLOCK_D": tile.columns}
+    grid = divide(own.size, tile.rows) * divide(values["out"].shape[-1], tile.columns) * batch.items
+    batch.launch(kernel, grid, constants | product_options(tile), values)
 
 
 # Outputs ---------------------------------------------------------------------------------------------------------------
@@ -333,7 +345,12 @@ def barycentric(batch: Batch, saved: Saved, *, by_y: bool) -> tuple[Tensor, Tens
     out = batch.empty_tensor(*mass.shape, batch.values["dim"])
     if batch.empty:
         return out.zero_(), mass.zero_()
-    _launch_points(_barycentric, batch, out, from_saved(saved) | {"mass": mass}, {}, by_y=by_y)
+    own, other = "yx" if by_y else "xy"
+    same, bits, precision = plan_factors(batch, batch.values[other], out)
+    tile = heuristics.points(out.shape[-1], bits=bits, generation=runtime.generation(batch.device))
+    constants = {"BY_Y": by_y, "PRECISION": precision, "SAME": same}
+    values = from_saved(saved) | {"mass": mass, "out": out}
+    _launch_points(_barycentric[own], batch, batch.y if by_y else batch.x, tile, values, constants)
     return out, mass
 
 

@@ -1,6 +1,6 @@
 """The plan, and what is read off it: barycentric projections and assignments.
 
-The plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg) is never kept. Wherever a kernel needs a tile of it, the tile is
+The plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg) is not kept. Wherever a kernel needs a tile of it, the tile is
 rebuilt from the stored cost and the potentials, and used at once.
 """
 

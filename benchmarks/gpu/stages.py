@@ -110,6 +110,7 @@ def by_stage(events: list[Event]) -> list[Stage]:
 def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str, Iterator[float]]:
     """The least microseconds of a kernel's launches, by its name: for bytes or operations, whichever is more."""
     x, y, entries = batch.x.nbytes, batch.y.nbytes, batch.valid
+    stored = entries * batch.x.itemsize
     product = 2 * entries * batch.x.shape[-1] / ceilings.rates[batch.x.dtype]
 
     def of(moved: float, computed: float) -> float:
@@ -119,8 +120,10 @@ def floors(batch: Batch, iterations: int, ceilings: oracle.Ceilings) -> dict[str
         "cost_kernel": iter([of(x + y + 4 * entries, product)]),
         # Two multiply-adds for each entry and iteration, entries on chip. The name stands in that of the CUDA kernel, too.
         "sinkhorn_kernel": iter([of(4 * entries, 4 * entries * iterations / ceilings.multiply_adds)]),
+        # Each entry is one multiplier of a point, of the points' type.
+        "coefficients_kernel": iter([of(4 * entries + stored, 0)] * 2),
         # The gradient by x reads y, the gradient by y reads x. The cosine's gradients need their own points as well.
-        "points_gradient_kernel": iter([of(4 * entries + 2 * x + y, product), of(4 * entries + x + 2 * y, product)]),
+        "points_gradient_kernel": iter([of(stored + 2 * x + y, product), of(stored + x + 2 * y, product)]),
     }
 
 

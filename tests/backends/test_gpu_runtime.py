@@ -273,7 +273,7 @@ def peak(run):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_memory_of_a_loss(device, dtype):
-    """The forward pass stores the costs once. The backward pass allocates gradients only, no plan."""
+    """The forward pass stores the costs once. The backward pass allocates gradients, and the coefficients of one side."""
     B, N, M, D = 8, 1000, 128, WIDE
     x, y = (torch.randn(B, n, D, device=device, dtype=dtype, requires_grad=True) for n in (N, M))
     torch.autograd.grad(otalign.sinkhorn_loss(x, y, backend=BACKEND), (x, y))
@@ -281,9 +281,10 @@ def test_memory_of_a_loss(device, dtype):
     forward, loss = peak(lambda: otalign.sinkhorn_loss(x, y, backend=BACKEND))
     assert forward <= costs + vectors + 2**20
     backward, _ = peak(lambda: torch.autograd.grad(loss, (x, y)))
+    coefficients = (2 if dtype == torch.bfloat16 else 4) * B * N * M
     spare = 2 * 2**20  # torch may leave up to 1 MiB at the end of the block of each gradient
     assert spare < costs
-    assert backward <= x.nbytes + y.nbytes + vectors + spare
+    assert backward <= x.nbytes + y.nbytes + coefficients + vectors + spare
 
 
 def test_memory_of_images(device):
