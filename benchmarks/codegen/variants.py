@@ -198,8 +198,8 @@ def solvers() -> Iterator[Problem]:
 def products() -> Iterator[Problem]:
     """All problems that the heuristics of costs and gradients distinguish."""
     for (x, y), cost, prior in itertools.product(FACTORS, ("cosine", "sqeuclidean", "euclidean", "dot"), PRIORS):
-        for M, D in ((32, 64), (64, 128), (128, 1024)):
-            yield Problem(4, 100, M, D, x, y, cost, prior, weights=True)
+        for N, M, D in ((100, 32, 64), (100, 64, 128), (300, 128, 1024), (128, 300, 1024)):
+            yield Problem(4, N, M, D, x, y, cost, prior, weights=True)
     for x, prior in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), PRIORS):
         for M in (32, 64, 128):
             yield Problem(4, 100, M, 64, x, x, "given", prior, weights=True)

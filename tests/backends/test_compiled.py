@@ -120,7 +120,7 @@ def test_kernel_matrix_stays_in_registers(tmp_path, arch):
 @pytest.mark.parametrize("arch", SHARED)
 def test_variants_compile(tmp_path, arch):
     rows = reports(tmp_path / "a.csv", "--arch", arch)
-    assert len(rows) > 900
+    assert len(rows) > 700
     for row in rows:
         assert int(row["shared"]) <= SHARED[arch], row
 
