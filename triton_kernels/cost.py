@@ -29,7 +29,7 @@ def products(
     # Sum squares by element and reduce once: a reduction in every step costs more than the product on tensor cores.
     xx = tl.zeros([BLOCK_N, BLOCK_D], T)
     yy = tl.zeros([BLOCK_M, BLOCK_D], T)
-    for start in range(0, dim, BLOCK_D):
+    for start in tl.range(0, dim, BLOCK_D, num_stages=1 if SCALED else None):
         k = start + tl.arange(0, BLOCK_D)
         x_tile = load_tile(x, rows, row_mask, x_row, k, dim, x_dim, SAME and not SCALED, T)
         y_tile = load_tile(y, columns, column_mask, y_row, k, dim, y_dim, SAME and not SCALED, T)
@@ -57,12 +57,16 @@ def largest(points, rows, inside, stride, dim_stride, dim, T: tl.constexpr, BLOC
 
 @triton.jit
 def growth(largest):
-    """1 / largest, limited to what a float can hold: a factor that brings the squares of a row into the range of floats."""
+    """About 1 / largest, within 2^-126 and 2^126: a factor that brings the squares of a row into the range of floats.
+
+    In float32 it is a power of two, so that a 16-bit number times it still fits into TF32 without rounding.
+    """
     if largest.dtype == tl.float64:
         limit = 4.49423283715579e307  # 2^1022
+        return tl.where(largest * limit > 1, tl.where(largest < limit, 1 / largest, 1 / limit), limit)
     else:
-        limit = 8.507059173023462e37  # 2^126
-    return tl.where(largest * limit > 1, tl.where(largest < limit, 1 / largest, 1 / limit), limit)
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255  # plus 127
+        return ((254 - tl.minimum(tl.maximum(exponent, 1), 253)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -184,11 +188,13 @@ def cost_kernel(
                 growth_x, growth_y = ones_x, ones_y
                 if (least < 1e-30) | (most > 1e30):
                     # The squares leave the range of floats. The cosine does not depend on lengths, so scale the points first.
-                    growth_x = growth(largest(x, rows, row_mask, x_row, x_dim, dim, T, BLOCK_N, BLOCK_D))
-                    growth_y = growth(largest(y, columns, column_mask, y_row, y_dim, dim, T, BLOCK_M, BLOCK_D))
+                    # The tiles are small: this is rare, and must not take registers from the product above.
+                    exact: tl.constexpr = "tf32" if SAME and PRECISION != "ieee" else PRECISION
+                    growth_x = growth(largest(x, rows, row_mask, x_row, x_dim, dim, T, BLOCK_N, 16))
+                    growth_y = growth(largest(y, columns, column_mask, y_row, y_dim, dim, T, BLOCK_M, 16))
                     dots, xx, yy = products(
                         x, y, rows, columns, row_mask, column_mask, x_row, x_dim, y_row, y_dim, dim, growth_x, growth_y,
-                        SAME, T, True, True, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                        SAME, T, True, True, BLOCK_N, BLOCK_M, 16, exact,
                     )  # fmt: skip
                 norm_inv_x, norm_inv_y = reciprocal_norm(xx), reciprocal_norm(yy)
                 cost = 1 - dots * norm_inv_x[:, None] * norm_inv_y[None, :]
@@ -206,10 +212,10 @@ def cost_kernel(
                 cost = total - 2 * dots
                 # A distance below this share of the squared norms has lost too many digits to cancellation.
                 if tl.max(tl.max(tl.where(inside & (cost < total * 0.015625), 1, 0), 1), 0) > 0:
-                    exact = square_distances(
+                    distances = square_distances(
                         x, y, rows, columns, row_mask, column_mask, x_row, x_dim, y_row, y_dim, dim, T, BLOCK_N, BLOCK_M
                     )
-                    cost = tl.where(cost < total * 0.015625, exact, cost)
+                    cost = tl.where(cost < total * 0.015625, distances, cost)
                 if COST == "euclidean":
                     cost = tl.sqrt(cost)
         item_reg = load_reg(reg, reg_items, per_item, item, T)

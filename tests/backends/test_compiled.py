@@ -155,7 +155,6 @@ def test_points_and_costs_are_copied_16_bytes_at_a_time(shape_a, dtype, size, ke
     found = shape_a[dtype][kernel]
     if kernel == "cost_kernel":
         tile = copies(found, (found["BLOCK_N"] + found["BLOCK_M"]) * found["BLOCK_D"], size)
-        tile *= 2  # there is a second product, of points that have to be scaled
     else:
         coefficients = 4 if kernel.startswith("barycentric") else size  # or costs, of which the plan is made
         tile = copies(found, found["BLOCK_K"] * found["BLOCK_D"], size) + copies(
