@@ -34,7 +34,7 @@ class Mixing {
     if (started) remember(now, before, out);
     started = true;
     for (int64_t j = 0; j < m; ++j) before[j] = out[j] = now[j];
-    double c[kDepth];
+    double c[kDepth] = {};
     if (plain || known == 0 || !(combine(c) <= Accelerate::kUseless || bold)) return false;
     for (int k = 0; k < known; ++k) {
       const T factor = static_cast<T>(c[k]);
