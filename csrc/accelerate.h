@@ -33,11 +33,19 @@
 
 namespace otalign {
 
+// The passes to an error of `tol` at the rate of the last `window` passes, in which the error went from `before` to
+// `now`.
+template <class T>
+OTALIGN_ANYWHERE T passes_to(T tol, T now, T before, int window) {
+  constexpr T kForever = 1e9;
+  if (!(now > tol)) return 0;
+  const T passes = static_cast<T>(window) * std::log(now / tol) / std::log(before / now);
+  return passes >= 0 && passes < kForever ? passes : kForever;
+}
+
 // How far a sequence of passes still has to go, from the errors that it went through.
 class Outlook {
  public:
-  static constexpr double kForever = 1e9;
-
   // The rate is taken over `window` passes, less than kMost; before `first` passes there is none.
   OTALIGN_ANYWHERE Outlook(int first, int window) : first_(first), window_(window) {}
   // Call it once a pass.
@@ -46,10 +54,7 @@ class Outlook {
   // The passes to an error of `tol` at the last rate; 0 if too few were seen.
   OTALIGN_ANYWHERE double passes_to(double tol) const {
     if (seen_ < first_ || seen_ <= window_) return 0;
-    const double now = past_[(seen_ - 1) % kMost], before = past_[(seen_ - 1 - window_) % kMost];
-    if (!(now > tol)) return 0;
-    const double passes = window_ * std::log(now / tol) / std::log(before / now);
-    return passes >= 0 && passes < kForever ? passes : kForever;
+    return otalign::passes_to(tol, past_[(seen_ - 1) % kMost], past_[(seen_ - 1 - window_) % kMost], window_);
   }
 
  private:
@@ -101,20 +106,24 @@ struct Accelerate {
 
   // How to go on where plain iterations have `ahead` passes to go. `spread` is the largest difference of finite costs
   // in a row, in nats.
-  static OTALIGN_ANYWHERE Way choose(double ahead, double spread, Costs costs, int64_t left) {
-    if (!(ahead > kAhead)) return Way::plain;
-    return ahead > costs.levels && spread > kSpread && left > budget(spread) ? Way::levels : Way::mixing;
+  template <class T>
+  static OTALIGN_ANYWHERE Way choose(T ahead, T spread, Costs costs, int64_t left) {
+    if (!(ahead > T(kAhead))) return Way::plain;
+    const bool far = ahead > T(costs.levels) && spread > T(kSpread);
+    return far && left > budget(spread) ? Way::levels : Way::mixing;
   }
   // How to go on where mixing has `ahead` passes to go.
-  static OTALIGN_ANYWHERE Way choose_mixed(double ahead, double spread, Costs costs, int64_t left) {
-    if (ahead > kPatience * costs.levels && left > budget(spread)) return Way::levels;
-    return ahead > kSteps * costs.step && left > 2 * kReserve ? Way::newton : Way::mixing;
+  template <class T>
+  static OTALIGN_ANYWHERE Way choose_mixed(T ahead, T spread, Costs costs, int64_t left) {
+    if (ahead > T(kPatience * costs.levels) && left > budget(spread)) return Way::levels;
+    return ahead > T(kSteps * costs.step) && left > 2 * kReserve ? Way::newton : Way::mixing;
   }
   // The passes that all levels take, at most, about.
   static OTALIGN_ANYWHERE double budget(double spread) { return 30 + 16 * std::log2(std::fmax(spread, 16.0) / 8); }
   // Whether a part of a step has removed enough of the error.
-  static OTALIGN_ANYWHERE bool accepts(double error, double before, double part) {
-    return error < before * (1 - kGain * part);
+  template <class T>
+  static OTALIGN_ANYWHERE bool accepts(T error, T before, T part) {
+    return error < before * (1 - T(kGain) * part);
   }
   // Whether an error is mostly that of the constants, and `rest` would be left without it.
   static OTALIGN_ANYWHERE bool is_constant(double rest, double error) { return rest < 0.1 * error; }
@@ -132,50 +141,52 @@ struct Accelerate {
 };
 
 // What plain iterations would have reached, as far as it is known while mixing.
+template <class T>
 class Rival {
  public:
   // A pass of plain iterations led from an error to another.
-  OTALIGN_ANYWHERE void plain(double before, double error) {
-    rate_ = std::fmin(error / before, 1.0);
-    bound_ = std::fmax(bound_ * rate_, (1 + Accelerate::kSlack) * error);
+  OTALIGN_ANYWHERE void plain(T before, T error) {
+    rate_ = std::fmin(error / before, T(1));
+    bound_ = std::fmax(bound_ * rate_, T(1 + Accelerate::kSlack) * error);
   }
   // A mixed pass was made; returns whether its error is as good.
-  OTALIGN_ANYWHERE bool mixed(double error) {
+  OTALIGN_ANYWHERE bool mixed(T error) {
     bound_ *= rate_;
     return error <= bound_;
   }
   // Whether plain iterations are so fast that mixing has little to win.
-  OTALIGN_ANYWHERE bool is_fast() const { return rate_ < Accelerate::kFast; }
+  OTALIGN_ANYWHERE bool is_fast() const { return rate_ < T(Accelerate::kFast); }
   // Whether an error is so good that it may grow.
-  OTALIGN_ANYWHERE bool is_ahead(double error) const { return error < Accelerate::kLead * bound_; }
+  OTALIGN_ANYWHERE bool is_ahead(T error) const { return error < T(Accelerate::kLead) * bound_; }
 
  private:
-  double bound_ = 0, rate_ = 1;
+  T bound_ = 0, rate_ = 1;
 };
 
 // The levels of reg on the way down to that of the problem.
+template <class T>
 class Ladder {
  public:
-  explicit OTALIGN_ANYWHERE Ladder(double target) : target_(target) {}
+  explicit OTALIGN_ANYWHERE Ladder(T target) : target_(target) {}
   // The next level below `reg`.
-  OTALIGN_ANYWHERE double below(double reg) const {
-    const double next = reg * factor_;
-    return next * std::sqrt(factor_) < target_ ? target_ : next;
+  OTALIGN_ANYWHERE T below(T reg) const {
+    const T next = reg * std::exp2(-octaves_);
+    return next * std::exp2(-octaves_ / 2) < target_ ? target_ : next;
   }
   // A level was solved in so many steps.
   OTALIGN_ANYWHERE void solved(int steps) {
-    if (steps <= 2) factor_ = std::fmax(kLeast, std::pow(factor_, 1.3));
+    if (steps <= 2) octaves_ = std::fmin(T(kMost), T(kLonger) * octaves_);
   }
   // A level was too far away. Returns false if levels have become so close that this leads nowhere.
   OTALIGN_ANYWHERE bool refused() {
-    factor_ = std::sqrt(factor_);
-    return factor_ < kMost;
+    octaves_ /= 2;
+    return octaves_ > T(kLeast);
   }
 
  private:
-  static constexpr double kLeast = 0.25, kMost = 0.97;
-  const double target_;
-  double factor_ = 0.5;
+  static constexpr double kLonger = 1.3, kMost = 2, kLeast = 0.04;
+  T target_;
+  T octaves_ = 1;  // of reg from a level to the next
 };
 
 }  // namespace otalign

@@ -21,12 +21,12 @@ from otalign import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-KINDS = ("strict", "relaxed", "adjoint")
+KINDS = ("strict", "relaxed", "strict accelerated", "relaxed accelerated", "adjoint")
 
 
 class Kernel(NamedTuple):
     architecture: str
-    kind: str  # strict or relaxed marginals, or the implicit system
+    kind: str  # of KINDS: strict or relaxed marginals, or the implicit system
     form: int
 
 
@@ -53,9 +53,12 @@ def cuobjdump(*options: str) -> str:
 
 
 def kernel(symbol: str, architecture: str) -> Kernel | None:
-    form = re.search(r"TilingILi(\d+)E", symbol)
-    kind = "adjoint" if "adjoint_kernel" in symbol else "relaxed" if "ELb1E" in symbol else "strict"
-    return Kernel(architecture, kind, int(form[1])) if form else None
+    """The kernel of a symbol, whose template arguments are the form and, of the iterations, two flags."""
+    found = re.search(r"TilingILi(\d+)E+(?:Lb(\d)ELb(\d)E)?", symbol)
+    if not found:
+        return None
+    kind = "adjoint" if found[2] is None else "relaxed" if found[2] == "1" else "strict"
+    return Kernel(architecture, kind + " accelerated" * (found[3] == "1"), int(found[1]))
 
 
 def usages() -> dict[Kernel, Usage]:
@@ -70,13 +73,14 @@ def usages() -> dict[Kernel, Usage]:
 
 
 def loops(architecture: str) -> dict[Kernel, Loop]:
-    """The iterations of all kernels for an architecture."""
+    """The iterations of all plain kernels for an architecture; in the accelerated ones a pass is in several loops."""
     instructions: list[tuple[int, str]] = []
     code: dict[Kernel, list[tuple[int, str]]] = {}
     for line in cuobjdump("-sass", "-arch", architecture).splitlines():
         if function := re.search(r"Function : (\S+)", line):
             instructions = []
-            if of := kernel(function[1], architecture):
+            of = kernel(function[1], architecture)
+            if of and "accelerated" not in of.kind:
                 code[of] = instructions
         elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(.*?)\s*;", line):
             instructions.append((int(found[1], 16), found[2]))

@@ -102,7 +102,7 @@ inline Way Solver<T>::mix() {
   Mixing<T> mixing(m, b);
   if (!mixing.ok()) return Way::plain;
   Outlook outlook(Accelerate::kMixed, Accelerate::kMixedWindow);
-  Rival rival;
+  Rival<double> rival;
   int wait = Accelerate::kWarm, warming = wait;
   double tried = HUGE_VAL;  // the error at the last Newton step
   while (here > it.tol && left() > 2) {
@@ -186,7 +186,7 @@ inline void Solver<T>::descend(double error) {
   }
   set(goal, start);
   if (found) {
-    Ladder ladder(it.reg);
+    Ladder<double> ladder(it.reg);
     double above = 0;  // the level before `level`; 0 = none
     potentials(solved);
     while (level > it.reg && room(6) && !lost) {

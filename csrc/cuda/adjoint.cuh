@@ -20,9 +20,9 @@ class Adjoint {
   OTALIGN_DEVICE explicit Adjoint(const Arguments& arguments) : block(arguments), adjoints(arguments.adjoints) {}
 
   OTALIGN_DEVICE void run() {
-    block.for_items([&] {
+    int round = 0;
+    while (block.next_item(round))
       if (block.current().x.length > 0 && block.m > 0) solve();
-    });
   }
 
  private:

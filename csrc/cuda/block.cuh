@@ -147,6 +147,8 @@ struct CurrentItem {
   int slice, inv_slice;        // groups of columns that a block sums for all, and 2^16 / slice, rounded up
   float damping_x, damping_y;  // exponents of the two updates
   float missing;               // mass that a strict marginal demands of points without a finite cost to any mass
+  int since;                   // iteration after which all passes were plain, on the same matrix
+  bool fresh;                  // whether u does not belong to v
 };
 static_assert(sizeof(CurrentItem) <= 4 * (kFixed - kCurrentItem));
 
@@ -173,19 +175,20 @@ class Block {
     if (config.ordered) put_in_order();
   }
 
-  // Calls solve() for every item of the cluster. If items are ordered the longest come first, and clusters take them in
-  // turn, forwards in one round and backwards in the next.
-  template <class F>
-  OTALIGN_DEVICE void for_items(F solve) {
+  // Goes to the next item of the cluster; `round` is 0 before the first. Returns false after the last. If items are
+  // ordered the longest come first, and clusters take them in turn, forwards in one round and backwards in the next.
+  OTALIGN_DEVICE bool next_item(int& round) {
     const int cluster = intrinsics::block() / config.cluster;
-    for (int64_t round = 0; round * config.in_flight < p.items; ++round) {
-      const int64_t place = round * config.in_flight + turn_in(round, cluster);
+    while (static_cast<int64_t>(round) * config.in_flight < p.items) {
+      const int64_t place = static_cast<int64_t>(round) * config.in_flight + turn_in(round, cluster);
+      ++round;
       if (place >= p.items) continue;
       intrinsics::sync_block();  // all threads have finished the item before
-      enter(config.ordered ? order()[round] : place);
-      solve();
+      enter(config.ordered ? order()[round - 1] : place);
+      return true;
     }
     if (config.cluster > 1) intrinsics::sync_cluster();
+    return false;
   }
 
   // Columns ----------------------------------------------------------------------------------------------------------
@@ -318,10 +321,51 @@ class Block {
     }
   }
 
+  // The sums over the threads of the block of N values, for the accelerated solver. Two buffers take turns, so that one
+  // barrier suffices.
+  template <int N>
+  OTALIGN_DEVICE void sum_block(float (&values)[N], int buffer) const {
+    put_products(values, buffer);
+    OTALIGN_UNROLL
+    for (int k = 0; k < N; ++k) values[k] = 0;
+    OTALIGN_UNROLL
+    for (int w = 0; w < Tile::kWarps; ++w) {
+      OTALIGN_UNROLL
+      for (int k = 0; k < N; ++k) values[k] += products(buffer, w)[k];
+    }
+  }
+  // The same of 16 values, for the first warp alone: (16,) in shared memory.
+  OTALIGN_DEVICE const float* sum_products(float (&values)[16], int buffer) const {
+    put_products(values, buffer);
+    float* const totals = products(2, 0);
+    if (warp != 0) return totals;
+    if (lane < 16) {
+      float total = 0;
+      OTALIGN_UNROLL
+      for (int w = 0; w < Tile::kWarps; ++w) total += products(buffer, w)[lane];
+      totals[lane] = total;
+    }
+    intrinsics::sync_warp();
+    return totals;
+  }
+
   OTALIGN_DEVICE const CurrentItem& current() const {
     return *reinterpret_cast<const CurrentItem*>(shared + kCurrentItem);
   }
-  OTALIGN_DEVICE float& missing() const { return reinterpret_cast<CurrentItem*>(shared + kCurrentItem)->missing; }
+  // For the one thread that changes it between barriers.
+  OTALIGN_DEVICE CurrentItem& changing() const { return *reinterpret_cast<CurrentItem*>(shared + kCurrentItem); }
+  // Goes on with another reg. All threads call it.
+  OTALIGN_DEVICE void set_reg(float reg) const {
+    intrinsics::sync_block();
+    if (intrinsics::thread() == 0) {
+      CurrentItem& item = changing();
+      item.reg = reg;
+      item.inv_reg = 1 / reg;
+      item.damping_x = static_cast<float>(damping(reg, p.rho_x));
+      item.damping_y = static_cast<float>(damping(reg, p.rho_y));
+    }
+    intrinsics::sync_block();
+  }
 
   const CudaProblem& p;
   const LaunchConfig& config;
@@ -332,12 +376,24 @@ class Block {
   int count, m;             // rows of the item that this block has, and all of its columns
 
  private:
+  // (16,) what a warp has summed.
+  OTALIGN_DEVICE float* products(int buffer, int w) const {
+    return shared + at.products + (buffer * Tile::kWarps + w) * 16;
+  }
+  template <int N>
+  OTALIGN_DEVICE void put_products(float (&values)[N], int buffer) const {
+    const int first = fold<N, 16, 1>(values, lane, Sum());
+    static_assert(folded(N, 16, 1) == 1);
+    if ((lane & folded_twice(N, 16, 1)) == 0) products(buffer, warp)[first] = values[0];
+    intrinsics::sync_block();
+  }
+
   OTALIGN_DEVICE intrinsics::Mailbox* mailbox(int k) const {
     return reinterpret_cast<intrinsics::Mailbox*>(shared) + k;
   }
   OTALIGN_DEVICE uint16_t* order() const { return reinterpret_cast<uint16_t*>(shared + at.order + kOrdered); }
 
-  OTALIGN_DEVICE int turn_in(int64_t round, int cluster) const {
+  OTALIGN_DEVICE int turn_in(int round, int cluster) const {
     return round % 2 ? config.in_flight - 1 - cluster : cluster;
   }
 
@@ -367,9 +423,19 @@ class Block {
     const int slice = ((m + 3) / 4 + config.cluster) / config.cluster;
     const auto damping_of = [&](double rho) { return static_cast<float>(damping(reg, rho)); };
     if (intrinsics::thread() == 0)
-      *reinterpret_cast<CurrentItem*>(shared + kCurrentItem) = {
-          next, x, y, x.start + begin, reg, 1 / reg, slice, 65536 / slice + 1, damping_of(p.rho_x), damping_of(p.rho_y),
-          0};
+      *reinterpret_cast<CurrentItem*>(shared + kCurrentItem) = {next,
+                                                                x,
+                                                                y,
+                                                                x.start + begin,
+                                                                reg,
+                                                                1 / reg,
+                                                                slice,
+                                                                65536 / slice + 1,
+                                                                damping_of(p.rho_x),
+                                                                damping_of(p.rho_y),
+                                                                0,
+                                                                0,
+                                                                true};
     intrinsics::sync_block();
   }
 

@@ -32,13 +32,14 @@ struct Estimate {
 // max_resident(config) is how many clusters run at the same time, 0 if none can.
 template <class MaxResident>
 LaunchConfig choose(const Chip& chip, int shape_index, int cluster, int64_t items, int64_t size_x, bool ragged,
-                    MaxResident max_resident) {
+                    bool accelerate, MaxResident max_resident) {
   const TileShape& shape = kTileShapes[shape_index];
   LaunchConfig config{};
   config.shape = shape_index;
   config.cluster = cluster;
   config.scatter = cluster * shape.width > kScatterFrom;
   config.ordered = ragged && items <= kOrdered;
+  config.accelerate = accelerate;
   const int64_t rows = (size_x + cluster - 1) / cluster;
   const int64_t wanted = std::max<int64_t>(0, rows - shape.held() + shape.step() - 1) / shape.step() * shape.step();
   const int free = chip.shared_of_block / 4 - shared_memory(shape, config).end;
@@ -67,7 +68,7 @@ inline ShapeRange shapes_for(int64_t size_y) {
 
 // The configuration of least time by the estimate; its in_flight is 0 if no shape can be launched.
 template <class MaxResident>
-LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, bool ragged,
+LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t size_y, bool ragged, bool accelerate,
                     MaxResident max_resident) {
   LaunchConfig best{};
   double least = 0;
@@ -76,7 +77,7 @@ LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t siz
     const TileShape& shape = kTileShapes[index];
     for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
       if (cluster > 1 && (!chip.clusters || cluster > size_x)) break;
-      const LaunchConfig config = choose(chip, index, cluster, items, size_x, ragged, max_resident);
+      const LaunchConfig config = choose(chip, index, cluster, items, size_x, ragged, accelerate, max_resident);
       if (config.in_flight <= 0) continue;
       const int rows = static_cast<int>((size_x + cluster - 1) / cluster);
       const double rounds = static_cast<double>((items + config.in_flight - 1) / config.in_flight);

@@ -25,7 +25,13 @@ const void* kernel(int shape, Kind kind) {
 
 bool is_relaxed(const CudaProblem& p) { return p.rho_x < HUGE_VAL || p.rho_y < HUGE_VAL; }
 
-Kind kind_of(const CudaProblem& p, bool adjoint) { return adjoint ? kAdjoint : is_relaxed(p) ? kRelaxed : kStrict; }
+bool is_accelerated(Kind kind) { return kind == kStrictAccelerated || kind == kRelaxedAccelerated; }
+
+Kind kind_of(const CudaProblem& p, bool adjoint) {
+  if (adjoint) return kAdjoint;
+  if (p.accelerate && p.tol > 0) return is_relaxed(p) ? kRelaxedAccelerated : kStrictAccelerated;
+  return is_relaxed(p) ? kRelaxed : kStrict;
+}
 
 struct Launch {
   cudaLaunchConfig_t native{};
@@ -103,7 +109,7 @@ const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out)
   // Only these: the first query for a kernel loads it, and where the driver has to compile it from PTX, that takes
   // seconds.
   for (int shape = shapes.begin; shape < shapes.end; ++shape) OTALIGN_TRY(prepare(kernel(shape, kind), on));
-  *out = choose(on, p.items, p.x.size, p.y.size, ragged,
+  *out = choose(on, p.items, p.x.size, p.y.size, ragged, is_accelerated(kind),
                 [&](const LaunchConfig& config) { return max_resident(kernel(config.shape, kind), config, on); });
   if (out->in_flight == 0) return message("no kernel fits into the shared memory of device " + std::to_string(device));
   if (known.size() >= 4096) known.clear();

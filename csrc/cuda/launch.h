@@ -8,9 +8,9 @@
 
 namespace otalign::cuda {
 
-enum Kind { kStrict, kRelaxed, kAdjoint };  // kernels of a shape
+enum Kind { kStrict, kRelaxed, kStrictAccelerated, kRelaxedAccelerated, kAdjoint };  // kernels of a shape
 struct Kernels {
-  const void* of[3];  // the device functions, by Kind
+  const void* of[5];  // the device functions, by Kind
 };
 // The kernels of kTileShapes[shape]; tile_shape.cu defines it.
 template <int shape>
@@ -19,8 +19,8 @@ Kernels kernels();
 // Each of these returns nullptr, or an error: a string that begins with the name of CUDA's error, or says why there is
 // no launch. The thread's next call may overwrite it. `device` becomes the current one.
 
-// How the batch is to be launched, and the bytes of scratch memory that it needs. Of the problem it reads sizes, items
-// and relaxation.
+// How the batch is to be launched, and the bytes of scratch memory that it needs. Of the problem it reads sizes, items,
+// relaxation, and whether it is accelerated.
 const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch);
 // Solves the batch; with `wait`, faults of the kernel are among the errors.
 const char* solve(const CudaProblem& problem, int device, void* stream, bool wait);

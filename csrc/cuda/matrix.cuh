@@ -31,21 +31,22 @@ class Matrix {
 
   // One pass over the matrix: sums = K^T t with t_i = update(i, (K w)_i, mine, one, numbers), where w is the column
   // vector of index 0. A row exists if it is `mine`, and has these numbers. Of the lanes that hold the row only one has
-  // `one` set, and only that one may store something.
-  template <class Update>
+  // `one` set, and only that one may store something. If `kSquare`, sums = (K * K)^T t instead, by entries.
+  template <bool kSquare = false, class Update>
   OTALIGN_DEVICE void pass(const Block<Tile>& block, float (&sums)[C], Update update) {
     float w[C];
     block.load_columns(block.columns(0), w);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = 0;
-    if constexpr (R > 0) pass_registers(block, w, sums, update);
+    if constexpr (R > 0) pass_registers<kSquare>(block, w, sums, update);
     if (block.count > Tile::kHeld) {
       const int on_chip = block.count < block.on_chip() ? block.count : block.on_chip();
-      pass_memory(block, shared_row(block, Tile::kHeld), Tile::kWidth, Tile::kHeld, on_chip, w, sums, update, OnChip());
+      pass_memory<kSquare>(block, shared_row(block, Tile::kHeld), Tile::kWidth, Tile::kHeld, on_chip, w, sums, update,
+                           OnChip());
     }
     if (block.count > block.on_chip()) {
       const float* const rows = scratch_row(block, block.on_chip());
-      pass_memory(block, rows, block.p.pitch, block.on_chip(), block.count, w, sums, update, OffChip());
+      pass_memory<kSquare>(block, rows, block.p.pitch, block.on_chip(), block.count, w, sums, update, OffChip());
     }
   }
 
@@ -99,7 +100,7 @@ class Matrix {
     return block.off_chip_matrix() + i * block.p.pitch;
   }
 
-  template <class Update>
+  template <bool kSquare, class Update>
   OTALIGN_DEVICE void pass_registers(const Block<Tile>& block, const float (&w)[C], float (&sums)[C], Update update) {
     float dots[R];
     OTALIGN_UNROLL
@@ -133,13 +134,13 @@ class Matrix {
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) {
         OTALIGN_UNROLL
-        for (int c = 0; c < C; ++c) sums[c] += held[r + k][c] * part(four, k);
+        for (int c = 0; c < C; ++c) sums[c] += (kSquare ? held[r + k][c] : 1) * held[r + k][c] * part(four, k);
       }
     }
   }
 
   // Rows from `from` to `to` in memory, `rows` (to - from, pitch); a lane reads kAtOnce of its rows at once.
-  template <class Update, class Rows>
+  template <bool kSquare, class Update, class Rows>
   OTALIGN_DEVICE static void pass_memory(const Block<Tile>& block, const float* rows, int64_t pitch, int from, int to,
                                          const float (&w)[C], float (&sums)[C], Update update, Rows numbers) {
     constexpr int N = Tile::kAtOnce;
@@ -172,7 +173,7 @@ class Matrix {
         const int at = i + k * Tile::kStep;
         const float factor = update(at, dots[k], at < to, block.across == 0, numbers(block, at));
         OTALIGN_UNROLL
-        for (int c = 0; c < C; ++c) sums[c] += row[k][c] * factor;
+        for (int c = 0; c < C; ++c) sums[c] += (kSquare ? row[k][c] : 1) * row[k][c] * factor;
       }
     }
   }

@@ -13,11 +13,12 @@
 // Their final potentials are made by put_last_potentials.
 #pragma once
 
+#include "course.h"
 #include "matrix.cuh"
 
 namespace otalign::cuda {
 
-template <class Tile, bool kRelaxed>
+template <class Tile, bool kRelaxed, bool kAccelerate>
 class Sinkhorn {
   static constexpr int C = Block<Tile>::C;
   // Indices for Block::columns and Block::row. v and u of two iterations take turns: kV and kV + 1, kU and kU + 1.
@@ -29,12 +30,13 @@ class Sinkhorn {
   OTALIGN_DEVICE explicit Sinkhorn(const Arguments& arguments) : block(arguments), tol(arguments.tol) {}
 
   OTALIGN_DEVICE void run() {
-    block.for_items([&] {
+    int round = 0;
+    while (block.next_item(round)) {
       if (block.current().x.length > 0 && block.m > 0)
         solve();
       else
         clear();
-    });
+    }
   }
 
  private:
@@ -44,15 +46,15 @@ class Sinkhorn {
 
   OTALIGN_DEVICE void solve() {
     begin();
-    bool first = true, active = true;
+    bool active = true;
     while (active) {
       update_rows_exactly();
-      if (first ? error != error : should_stop(error, tol, n_iter, block.p.max_iter)) break;
-      first = false;
-      update_columns_exactly();
+      if (block.current().fresh ? error != error : should_stop(error, tol, n_iter, block.p.max_iter)) break;
       ++n_iter;
+      update_columns_exactly();
       build();
-      while (iterate(active)) ++n_iter;
+      while (iterate(active)) {
+      }
     }
     finish();
   }
@@ -62,6 +64,8 @@ class Sinkhorn {
     error = 0;
     n_iter = 0;
     turn = 0;
+    way = Way::plain;
+    if (kAccelerate && intrinsics::thread() == 0) course().begin_item(block.current().reg);
     block.for_columns([&](int j) {
       const bool real = j < block.m;
       const float start = real && p.init ? p.init[block.current().y.start + j] * block.current().inv_reg : 0;
@@ -139,7 +143,7 @@ class Sinkhorn {
       for (int c = 0; c < C; ++c) tops[c] = fmaxf(tops[c], finite + log_a - cost[c]);
     });
     put_tops(tops, {off, lost, 0, 0});
-    error = block.numbers().x + block.missing();
+    error = block.numbers().x + block.current().missing;
   }
 
   OTALIGN_DEVICE void put_tops(float (&tops)[C], float4 numbers) {
@@ -166,9 +170,13 @@ class Sinkhorn {
       }
       block.columns(kGamma)[j] = b > 0 ? -block.current().damping_y * log_sum : 0;
     });
-    missing += block.sum_block(lost) + block.missing();
+    missing += block.sum_block(lost) + block.current().missing;
     intrinsics::sync_block();
-    if (intrinsics::thread() == 0) block.missing() = missing;
+    if (intrinsics::thread() == 0) {
+      block.changing().missing = missing;
+      block.changing().since = n_iter;
+      block.changing().fresh = false;
+    }
     intrinsics::sync_block();
   }
 
@@ -239,10 +247,33 @@ class Sinkhorn {
     return in_scaling_range(sum) && (!kRelaxed || in_scaling_range(scaling));
   }
 
-  // One iteration. Returns false if it was not made: because the item is done (then `active` becomes false, too), or
-  // because a number would leave the range of floats.
+  // One iteration, or another pass of the accelerated solver. Returns false if K has to be built again, because a
+  // number would leave the range of floats or reg has changed; or because the item is done: then `active` becomes
+  // false, too.
   OTALIGN_DEVICE bool iterate(bool& active) {
-    float off = 0;
+    float off;
+    const bool columns_in_range = pass(off);
+    if (!kAccelerate || way == Way::plain) {
+      if (!(off < INFINITY)) return false;  // rows are out of range: the exact update computes the error
+      error = off;
+      if (should_stop(error, tol, n_iter, block.p.max_iter)) active = false;
+      if (!active || !columns_in_range) return false;
+    }
+    ++n_iter;
+    if constexpr (kAccelerate) {
+      if (!stays_plain()) {
+        judge(off < INFINITY && columns_in_range);
+        return move();
+      }
+    }
+    turn = 1 - turn;
+    return true;
+  }
+
+  // Puts the next u and v into the others, and w of them. `off` becomes the error of the rows, infinite if they are out
+  // of range; returns whether the columns are in range.
+  OTALIGN_DEVICE bool pass(float& off) {
+    off = 0;
     float sums[C];
     matrix.pass(block, sums, [&](int, float sum, bool mine, bool one, auto numbers) {
       if (!mine) return 0.0f;
@@ -276,14 +307,56 @@ class Sinkhorn {
 #ifndef OTALIGN_MUTATE_3
     columns_in_range = intrinsics::all_of_block(columns_in_range);
 #endif
-    off = block.numbers().x + block.missing();
-    if (!(off < INFINITY)) return false;  // rows are out of range: the exact update computes the error
-    error = off;
-    if (should_stop(error, tol, n_iter, block.p.max_iter)) active = false;
-    if (!active || !columns_in_range) return false;
-    turn = 1 - turn;
-    return true;
+    off = block.numbers().x + block.current().missing;
+    return columns_in_range;
   }
+
+  // Passes in the place of many iterations: accelerated.cuh
+  // ------------------------------------------------------------
+
+  // Column vectors that are remembered: the plain update of where the last step came from. Then for mixing: the
+  // residual and the step of the last pass; the last changes of the residual, and these and the steps that made them.
+  enum Mixing { kKept, kResidual, kStep, kChanges, kMoves = kChanges + MixingSums::kDepth };
+  // For Newton's method: v before the step; of conjugate gradients the residual, direction, solution, D, diagonal of
+  // the matrix and product; and potentials to enter levels from.
+  enum Newton {
+    kBase = kKept + 1,
+    kRest,
+    kDirection,
+    kSolution,
+    kWeight,
+    kDiagonal,
+    kProduct,
+    kStart = 10,
+    kSolved,
+    kEarlier
+  };
+  static_assert(kMoves + MixingSums::kDepth == kRemembered && kEarlier < kRemembered);
+
+  OTALIGN_DEVICE Course& course() const { return *reinterpret_cast<Course*>(block.shared + block.at.course); }
+  OTALIGN_DEVICE float* remembered(int which) const {
+    return block.shared + block.at.remembered + which * Tile::kWidth;
+  }
+  OTALIGN_DEVICE int left() const { return static_cast<int>(block.p.max_iter - n_iter); }
+  template <class F>
+  OTALIGN_DEVICE void for_columns_with_mass(F f) const;
+  template <class F>
+  OTALIGN_DEVICE void decide(F f);
+  OTALIGN_DEVICE bool stays_plain();
+  OTALIGN_DEVICE void measure_spread();
+  OTALIGN_DEVICE void judge(bool held);
+  OTALIGN_DEVICE void sum_for_mixing(float (&sums)[MixingSums::kCount]);
+  OTALIGN_DEVICE bool move();
+  OTALIGN_DEVICE void keep_potentials(Keep what);
+  OTALIGN_DEVICE void forget();
+  OTALIGN_DEVICE void take_plain_update();
+  OTALIGN_DEVICE void mix();
+  template <class F>
+  OTALIGN_DEVICE void move_columns(F next);
+  OTALIGN_DEVICE void enter_level();
+  OTALIGN_DEVICE void compute_step(bool& is_near, bool& is_within);
+  template <bool kSquare>
+  OTALIGN_DEVICE void multiply();
 
   // Results ----------------------------------------------------------------------------------------------------------
 
@@ -435,6 +508,9 @@ class Sinkhorn {
   const float& tol;
   float error = 0;
   int n_iter = 0, turn = 0;
+  Way way = Way::plain;
 };
 
 }  // namespace otalign::cuda
+
+#include "accelerated.cuh"

@@ -8,9 +8,9 @@
 namespace otalign::cuda {
 
 // Solves a batch. Grid: config.in_flight clusters of config.cluster blocks, which take the items in turn.
-template <class Tile, bool kRelaxed>
+template <class Tile, bool kRelaxed, bool kAccelerate>
 __global__ void __launch_bounds__(Tile::kThreads) sinkhorn_kernel(const __grid_constant__ Arguments arguments) {
-  Sinkhorn<Tile, kRelaxed>(arguments).run();
+  Sinkhorn<Tile, kRelaxed, kAccelerate>(arguments).run();
 }
 
 // Solves the implicit system of a batch; the same grid.
@@ -22,8 +22,10 @@ __global__ void __launch_bounds__(Tile::kThreads) adjoint_kernel(const __grid_co
 template <int shape>
 Kernels kernels() {
   using Tile = Tiling<shape>;
-  return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false>),
-           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true>),
+  return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false, false>),
+           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true, false>),
+           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false, true>),
+           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true, true>),
            reinterpret_cast<const void*>(&adjoint_kernel<Tile>)}};
 }
 

@@ -46,13 +46,14 @@ struct Tiling {
 
 // How a batch is launched; from heuristics.h.
 struct LaunchConfig {
-  int32_t shape;      // index into kTileShapes
-  int32_t cluster;    // blocks an item
-  int32_t in_flight;  // clusters
-  int32_t shared;     // rows of a block in shared memory, a multiple of the step; those that do not fit lie in L2
-  int32_t bytes;      // of shared memory for a block
-  int32_t scatter;    // 1: blocks sum slices of the columns for each other; 0: each sums all columns
-  int32_t ordered;    // 1: items are taken longest first
+  int32_t shape;       // index into kTileShapes
+  int32_t cluster;     // blocks an item
+  int32_t in_flight;   // clusters
+  int32_t shared;      // rows of a block in shared memory, a multiple of the step; those that do not fit lie in L2
+  int32_t bytes;       // of shared memory for a block
+  int32_t scatter;     // 1: blocks sum slices of the columns for each other; 0: each sums all columns
+  int32_t ordered;     // 1: items are taken longest first
+  int32_t accelerate;  // 1: there is room for the memory of the accelerated solver
 };
 
 constexpr int kOrdered = 256;  // most items that are put in order; among more, the lengths of a block's items even out
@@ -62,7 +63,9 @@ constexpr int kScatterFrom = 1024;  // most numbers that a block receives withou
 constexpr int kSums = 8;          // (warps,) partial sums over the block
 constexpr int kNumbers = 16;      // (4,) numbers that an exchange has summed
 constexpr int kCurrentItem = 20;  // CurrentItem of block.cuh
-constexpr int kFixed = 44;
+constexpr int kFixed = 48;
+constexpr int kRemembered = 13;  // column vectors of the accelerated solver
+constexpr int kCourse = 80;      // its Course of course.h
 struct SharedMemory {
   int32_t columns;      // (5, width) column vectors
   int32_t parts;        // (warps, width + 4) what the warps have summed
@@ -70,6 +73,9 @@ struct SharedMemory {
   int32_t factors;      // (held,) factors of the rows in registers
   int32_t rows;         // (4, held + shared) row vectors
   int32_t kernel;       // (shared, width) rows of the matrix
+  int32_t remembered;   // (13, width) column vectors of the accelerated solver
+  int32_t products;     // (2, warps, 16) what the warps have summed for it, then (16,) the sums of the block
+  int32_t course;       // (80,) its Course
   int32_t order;        // (256,) sizes of items, then (256,) their order as 16-bit integers
   int32_t end;          // floats in all
   int32_t inbox_pitch;  // floats from one of the two inboxes to the other
@@ -89,7 +95,10 @@ constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig&
   at.factors = at.inbox + 2 * at.inbox_pitch;
   at.rows = at.factors + shape.held();
   at.kernel = at.rows + 4 * (shape.held() + config.shared);
-  at.order = at.kernel + config.shared * shape.width;
+  at.remembered = at.kernel + config.shared * shape.width;
+  at.products = at.remembered + (config.accelerate ? kRemembered * shape.width : 0);
+  at.course = at.products + (config.accelerate ? 2 * shape.warps * 16 + 16 : 0);
+  at.order = at.course + (config.accelerate ? kCourse : 0);
   at.end = at.order + (config.ordered ? kOrdered + kOrdered / 2 : 0);
   return at;
 }

@@ -120,7 +120,10 @@ def test_weights(zeros, rho):
 
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_items_stop_by_themselves(cluster):
-    result = compare(HostExtension(shape=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500)
+    result = compare(
+        HostExtension(shape=2, cluster=cluster), draw(*RAGGED, D=8), reg=0.1, tol=1e-4, max_iter=500,
+        accelerate=False,
+    )  # fmt: skip
     assert result.converged.all()
     assert len(set(result.n_iter.tolist())) > 2
 
@@ -454,6 +457,7 @@ CHIPS = {
     "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H100, H200": (9, 0), "B200": (10, 0), "B300": (10, 3),
     "RTX 5090": (12, 0), "DGX Spark": (12, 1),
 }  # fmt: skip
+SPILLED = 64  # bytes of a thread that the accelerated kernels put aside, at most
 
 
 @pytest.fixture(scope="module")
@@ -466,13 +470,14 @@ def machine_code():
 
 @needs_nvcc
 def test_no_kernel_uses_local_memory(machine_code):
-    """No spills and no arrays: all values of a thread are in registers, on every architecture."""
+    """No spills and no arrays: all values of a thread are in registers, on every architecture. The accelerated kernels put a
+    few scalars aside."""
     usages = machine_code.usages()
     assert collections.Counter(kernel.architecture for kernel in usages) == dict.fromkeys(
-        ARCHITECTURES, 3 * len(ANY_SHAPE)
+        ARCHITECTURES, len(machine_code.KINDS) * len(ANY_SHAPE)
     )
     for kernel, usage in usages.items():
-        assert usage.local == 0, kernel
+        assert usage.local <= (SPILLED if "accelerated" in kernel.kind else 0), kernel
         assert usage.registers <= 255, kernel
 
 
@@ -508,7 +513,7 @@ def test_machine_code_for_every_chip(machine_code):
     for name, chip in CHIPS.items():
         run = [kernel[1:] for kernel in kernels if runs(kernel.architecture, chip)]
         assert sorted(run) == sorted({kernel[1:] for kernel in kernels}), name
-        assert len(run) == 3 * len(ANY_SHAPE), name
+        assert len(run) == len(machine_code.KINDS) * len(ANY_SHAPE), name
     listed = re.findall(r"\.(sm_\w+)\.(ptx|cubin)$", machine_code.cuobjdump("-lelf", "-lptx"), re.MULTILINE)
     files = collections.Counter((kind, code) for code, kind in listed)
     modules = files["cubin", "sm_80"]
@@ -539,7 +544,7 @@ def test_loops_of_the_iteration(machine_code, architecture):
 @needs_nvcc
 @pytest.mark.slow
 def test_compiler_reports_no_spill(tmp_path):
-    """The compiler agrees: `-Xptxas -v` reports no spill."""
+    """The compiler agrees: `-Xptxas -v` reports no spill in the plain kernels, and few in the accelerated ones."""
     for shape in ANY_SHAPE:
         for architecture in ARCHITECTURES:
             command = ["nvcc", "-std=c++17", "-O3", f"-I{host_cuda.ROOT / 'csrc'}", f"-DOTALIGN_TILE_SHAPE={shape}"]
@@ -547,7 +552,9 @@ def test_compiler_reports_no_spill(tmp_path):
             command += [str(host_cuda.ROOT / "csrc/cuda/tile_shape.cu")]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-            assert spills == [("0", "0", "0")] * 3, f"{shape} {architecture}"
+            assert len(spills) == 5, f"{shape} {architecture}"
+            assert spills.count(("0", "0", "0")) >= 3, f"{shape} {architecture}"
+            assert all(int(stack) <= SPILLED for stack, _, _ in spills), f"{shape} {architecture}"
 
 
 @needs_nvcc

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cuda/adjoint.cuh"
@@ -43,7 +44,7 @@ struct RandomBatch {
           upstream[at] = j < columns_of ? uniform(random) - 0.5f : 0;
         }
     }
-    if (weighted && rows) a[1] = 0;  // a point without mass
+    if (weighted && rows) a[0] += std::exchange(a[1], 0.0f);  // a point without mass
   }
 
   template <class F>
@@ -51,6 +52,17 @@ struct RandomBatch {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += to[i] = draw();
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(to[i] / sum);
+  }
+
+  // Costs near a diagonal, where plain iterations are slow.
+  void draw_near_diagonal() {
+    for (size_t item = 0; item < n.size(); ++item)
+      for (int64_t i = 0; i < n[item]; ++i)
+        for (int64_t j = 0; j < m[item]; ++j) {
+          const float apart = static_cast<float>(i) / n[item] - static_cast<float>(j) / m[item];
+          float& cost = costs[(item * size_x + i) * pitch + j];
+          cost = 0.1f * cost + apart * apart;
+        }
   }
 
   CudaProblem problem(double reg, double rho_x, double rho_y, int64_t max_iter, double tol) {
@@ -154,6 +166,22 @@ double residual(const RandomBatch& batch, int64_t item, double reg, double rho_x
   return off / all;
 }
 
+// How far the marginals of the plan are from those of the optimum, a exp(-f / rho_x) and b exp(-g / rho_y).
+double distance_from_optimum(const RandomBatch& batch, int64_t item, double reg, double rho_x, double rho_y) {
+  const int64_t n = batch.n[item], m = batch.m[item], row = item * batch.size_x, column = item * batch.size_y;
+  const std::vector<double> plan = plan_of(batch, item, reg);
+  std::vector<double> x(n), y(m);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < m; ++j) {
+      x[i] += plan[i * m + j];
+      y[j] += plan[i * m + j];
+    }
+  double off = 0;
+  for (int64_t i = 0; i < n; ++i) off += std::fabs(x[i] - batch.a[row + i] * std::exp(-batch.f[row + i] / rho_x));
+  for (int64_t j = 0; j < m; ++j) off += std::fabs(y[j] - batch.b[column + j] * std::exp(-batch.g[column + j] / rho_y));
+  return off;
+}
+
 struct Case {
   int cluster, shared, scatter, in_flight;
   double reg, rho_x, rho_y;
@@ -171,7 +199,7 @@ bool check(const Case& c, unsigned seed) {
   constexpr int iterations = OTALIGN_ITERATIONS;
   Arguments arguments{batch.problem(c.reg, c.rho_x, c.rho_y, iterations, 0), {}, {}, {}, 0};
   const int32_t ordered = c.in_flight < static_cast<int>(n.size());
-  arguments.config = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, ordered};
+  arguments.config = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, ordered, 0};
   arguments.memory = shared_memory(Tile::shape(), arguments.config);
   std::vector<float> scratch(off_chip_rows(arguments.config, size_x) ? scratch_bytes(arguments.problem) / 4 : 0);
   arguments.problem.scratch = scratch.data();
@@ -181,7 +209,8 @@ bool check(const Case& c, unsigned seed) {
     intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed, run);
   };
   const bool relaxed = c.rho_x < kInfinity || c.rho_y < kInfinity;
-  launch([&] { relaxed ? Sinkhorn<Tile, true>(arguments).run() : Sinkhorn<Tile, false>(arguments).run(); });
+  launch(
+      [&] { relaxed ? Sinkhorn<Tile, true, false>(arguments).run() : Sinkhorn<Tile, false, false>(arguments).run(); });
   launch([&] { Adjoint<Tile>(arguments).run(); });
   bool right = true;
   double worst = 0, worst_residual = 0;
@@ -214,10 +243,38 @@ bool check(const Case& c, unsigned seed) {
   return right;
 }
 
+// The accelerated solver to a tolerance.
+template <int N>
+bool check_accelerated(const Case& c, unsigned seed) {
+  using Tile = Tiling<N>;
+  const double reg = 0.1 * c.reg, tol = 1e-4;
+  const int64_t size_y = std::min(Tile::kWidth - 3, 61), size_x = c.cluster * std::min(OTALIGN_ROWS, 61);
+  RandomBatch batch({size_x, 1, 0, 5}, {size_y, 3, 4, 2}, size_x, size_y, c.weighted, seed);
+  batch.draw_near_diagonal();
+  Arguments arguments{batch.problem(reg, c.rho_x, c.rho_y, 5000, tol), {}, {}, {}, static_cast<float>(tol)};
+  arguments.config = {N, c.cluster, c.in_flight, c.shared, 0, c.scatter, 0, 1};
+  arguments.memory = shared_memory(Tile::shape(), arguments.config);
+  std::vector<float> scratch(off_chip_rows(arguments.config, size_x) ? scratch_bytes(arguments.problem) / 4 : 0);
+  arguments.problem.scratch = scratch.data();
+  const bool relaxed = c.rho_x < kInfinity || c.rho_y < kInfinity;
+  intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed, [&] {
+    relaxed ? Sinkhorn<Tile, true, true>(arguments).run() : Sinkhorn<Tile, false, true>(arguments).run();
+  });
+  bool right = true;
+  for (int64_t item = 0; item < 4; ++item) {
+    if (batch.n[item] == 0) continue;
+    right &= expect(batch.error[item] <= tol, "error of the accelerated solver", batch.error[item]);
+    const double off = distance_from_optimum(batch, item, reg, c.rho_x, c.rho_y);
+    right &= expect(off <= 3 * tol, "marginals of the accelerated solver (L1)", off);
+  }
+  std::printf("shape %d, cluster %d, accelerated: %d passes\n", N, c.cluster, batch.n_iter[0]);
+  return right;
+}
+
 template <int... N>
 bool check_all(const std::vector<Case>& cases, unsigned seed, std::integer_sequence<int, N...>) {
   bool right = true;
-  for (const Case& c : cases) right = (check<N>(c, seed) & ... & right);
+  for (const Case& c : cases) right = ((check<N>(c, seed) & check_accelerated<N>(c, seed)) & ... & right);
   return right;
 }
 

@@ -17,9 +17,11 @@ bool run_shape(const Arguments& arguments, int kind, unsigned seed) {
   const LaunchConfig& config = arguments.config;
   if (config.shape != N) return false;
   intrinsics::launch(config.in_flight, config.cluster, Tile::kThreads, config.bytes, seed, [&] {
-    if (kind == 0) Sinkhorn<Tile, false>(arguments).run();
-    if (kind == 1) Sinkhorn<Tile, true>(arguments).run();
-    if (kind == 2) Adjoint<Tile>(arguments).run();
+    if (kind == 0) Sinkhorn<Tile, false, false>(arguments).run();
+    if (kind == 1) Sinkhorn<Tile, true, false>(arguments).run();
+    if (kind == 2) Sinkhorn<Tile, false, true>(arguments).run();
+    if (kind == 3) Sinkhorn<Tile, true, true>(arguments).run();
+    if (kind == 4) Adjoint<Tile>(arguments).run();
   });
   return true;
 }
@@ -40,9 +42,9 @@ extern "C" {
 // The configuration that the heuristics choose for a chip with this many processors, bytes of shared memory for a
 // block, and blocks in the largest cluster.
 void host_choose(int processors, int shared_of_block, int largest_cluster, int64_t items, int64_t size_x,
-                 int64_t size_y, LaunchConfig* out) {
+                 int64_t size_y, bool accelerate, LaunchConfig* out) {
   const Chip chip{processors, shared_of_block, largest_cluster > 1};
-  *out = choose(chip, items, size_x, size_y, true, [&](const LaunchConfig& config) {
+  *out = choose(chip, items, size_x, size_y, true, accelerate, [&](const LaunchConfig& config) {
     if (config.cluster > largest_cluster) return 0;
     const int by_registers = 65536 / (256 * kTileShapes[config.shape].threads());
     const int by_memory = (shared_of_block + 1024) / (config.bytes + 1024);
@@ -51,8 +53,9 @@ void host_choose(int processors, int shared_of_block, int largest_cluster, int64
 }
 
 // A given configuration: tile shape, blocks an item, rows of a block in shared memory, clusters.
-void host_force(int shape, int cluster, int shared, int in_flight, int scatter, int ordered, LaunchConfig* out) {
-  *out = {shape, cluster, in_flight, shared, 0, scatter, ordered};
+void host_force(int shape, int cluster, int shared, int in_flight, int scatter, int ordered, int accelerate,
+                LaunchConfig* out) {
+  *out = {shape, cluster, in_flight, shared, 0, scatter, ordered, accelerate};
   out->bytes = 4 * shared_memory(kTileShapes[shape], *out).end;
 }
 

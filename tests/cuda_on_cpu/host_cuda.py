@@ -20,13 +20,13 @@ from otalign import backends
 from otalign.backends import cuda_launch
 
 ROOT = Path(__file__).parents[2]
-STRICT, RELAXED, ADJOINT = range(3)
+STRICT, RELAXED, STRICT_ACCELERATED, RELAXED_ACCELERATED, ADJOINT = range(5)  # Kind in csrc/cuda/launch.h
 
 
 class LaunchConfig(ctypes.Structure):
     """As in csrc/cuda/tiling.h."""
 
-    NAMES = ("shape", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered")
+    NAMES = ("shape", "cluster", "in_flight", "shared", "bytes", "scatter", "ordered", "accelerate")
     _fields_ = [(name, ctypes.c_int32) for name in NAMES]
 
     def __repr__(self) -> str:
@@ -93,25 +93,33 @@ class HostExtension:
         self.CudaProblem, self.Adjoints = backends.extension.module().CudaProblem, backends.extension.module().Adjoints
 
     def cuda_scratch(self, problem: Any, adjoint: bool, device: int | None) -> int:
-        return library().host_scratch(address(problem), ctypes.byref(self.config(problem)))
+        return library().host_scratch(
+            address(problem), ctypes.byref(self.config(problem, ADJOINT if adjoint else self.kind(problem)))
+        )
 
     def cuda_solve(self, problem: Any, device: int | None, stream: int, wait: bool) -> None:
-        relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
-        self._run(problem, None, RELAXED if relaxed else STRICT)
+        self._run(problem, None, self.kind(problem))
 
     def cuda_adjoint(self, problem: Any, adjoints: Any, device: int | None, stream: int, wait: bool) -> None:
         self._run(problem, adjoints, ADJOINT)
 
     def _run(self, problem: Any, adjoints: Any, kind: int) -> None:
-        config = self.config(problem)
+        config = self.config(problem, kind)
         self.configs.append(config)
         done = library().host_run(address(problem), address(adjoints), ctypes.byref(config), kind, self.seed)
         assert done
 
-    def config(self, problem: Any) -> LaunchConfig:
+    @staticmethod
+    def kind(problem: Any) -> int:
+        accelerated = problem.accelerate and problem.tol > 0
+        relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
+        return (STRICT_ACCELERATED if accelerated else STRICT) + relaxed
+
+    def config(self, problem: Any, kind: int) -> LaunchConfig:
+        accelerate = kind in (STRICT_ACCELERATED, RELAXED_ACCELERATED)
         if self.force:
-            return forced(**{"in_flight": 1, **self.force})
-        return chosen(problem.items, problem.x.size, problem.y.size)
+            return forced(**{"in_flight": 1, "accelerate": accelerate, **self.force})
+        return chosen(problem.items, problem.x.size, problem.y.size, accelerate=accelerate)
 
 
 def address(struct: Any) -> ctypes.c_void_p:
@@ -120,19 +128,32 @@ def address(struct: Any) -> ctypes.c_void_p:
 
 
 def chosen(
-    items: int, size_x: int, size_y: int, *, processors: int = 8, shared: int = 227 * 1024, largest_cluster: int = 4
+    items: int,
+    size_x: int,
+    size_y: int,
+    *,
+    accelerate: bool = False,
+    processors: int = 8,
+    shared: int = 227 * 1024,
+    largest_cluster: int = 4,
 ) -> LaunchConfig:
     config = LaunchConfig()
     of = (ctypes.c_int64(number) for number in (items, size_x, size_y))
-    library().host_choose(processors, shared, largest_cluster, *of, ctypes.byref(config))
+    library().host_choose(processors, shared, largest_cluster, *of, accelerate, ctypes.byref(config))
     return config
 
 
 def forced(
-    shape: int, cluster: int = 1, shared: int = 0, in_flight: int = 1, scatter: int = 0, ordered: int = 0
+    shape: int,
+    cluster: int = 1,
+    shared: int = 0,
+    in_flight: int = 1,
+    scatter: int = 0,
+    ordered: int = 0,
+    accelerate: bool = False,
 ) -> LaunchConfig:
     config = LaunchConfig()
-    library().host_force(shape, cluster, shared, in_flight, scatter, ordered, ctypes.byref(config))
+    library().host_force(shape, cluster, shared, in_flight, scatter, ordered, accelerate, ctypes.byref(config))
     return config
 
 
