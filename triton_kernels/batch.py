@@ -120,6 +120,7 @@ class Batch:
             relaxed=self.relaxed,
             processors=runtime.processors(self.device),
             generation=runtime.generation(self.device),
+            lanes=runtime.lanes(self.device),
             in_memory=in_memory,
         )
 

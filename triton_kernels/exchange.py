@@ -40,7 +40,11 @@ def group_of(exchange, counters, programs, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def barrier(counter, target):
-    """Wait for `target` arrivals. The launch is cooperative: all programs run at the same time."""
+    """Wait for `target` arrivals. The launch is cooperative: all programs run at the same time.
+
+    Not for AMD's GPUs. There, a release waits for the stores of its own warp, and those of the other warps may still be on
+    their way. On NVIDIA's, `debug_barrier` orders them before it.
+    """
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
     arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")

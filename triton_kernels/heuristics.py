@@ -13,6 +13,7 @@ EXCHANGE_SIZES = (1, 4, MAX_PROGRAMS)  # the exchange is compiled for these uppe
 # Rows, and entries, of a step of the exact passes, where the kernel matrix is in registers: more would spill.
 EXACT_ROWS, EXACT_ENTRIES = 32, 4096
 MAX_SIZE_Y = 32768  # longest y: a program holds whole rows
+MAX_THREADS = 1024  # of a program, on every chip
 
 
 class TileShape(NamedTuple):
@@ -40,6 +41,9 @@ TILE_SHAPES = (
     TileShape(width=256, groups=1, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
 )
 MAX_PROGRAMS_RELAXED = 4  # of a relaxed problem, whose updates take more registers
+# Where a warp has 64 lanes, eight warps leave 256 registers for a thread, and four leave 512. Relaxed problems need more than
+# 256 in tiles as wide as this.
+WIDE_TILE = 128
 
 
 class LaunchConfig(NamedTuple):
@@ -76,14 +80,15 @@ def launch_config(
     relaxed: bool,
     processors: int,
     generation: int,
+    lanes: int = 32,
     in_memory: bool = False,
 ) -> LaunchConfig:
     """The launch of Sinkhorn's iterations.
 
     `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
-    cooperative, else 1. `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. An item gets the fewest programs
-    that keep the kernel matrix in registers. If no number of programs does, or with `in_memory`, the matrix lies in memory,
-    and the item gets as many programs as are allowed, each reading its own rows.
+    cooperative, else 1. `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. `lanes` are the threads of a warp.
+    An item gets the fewest programs that keep the kernel matrix in registers. If no number of programs does, or with
+    `in_memory`, the matrix lies in memory, and the item gets as many programs as are allowed, each reading its own rows.
     """
     most = MAX_PROGRAMS
     while most > max(1, processors // items):
@@ -96,7 +101,8 @@ def launch_config(
                 limit = tile.max_programs if generation >= 90 else tile.max_before_hopper
                 if fits and tile.min_programs <= programs <= limit:
                     block_n = min(EXACT_ROWS, EXACT_ENTRIES // tile.width)
-                    return _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
+                    config = _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
+                    return config._replace(warps=4) if relaxed and lanes == 64 and tile.width >= WIDE_TILE else config
             programs *= 2
     block_m = power_of_two(size_y, 32)
     if block_m > MAX_SIZE_Y:
@@ -105,6 +111,7 @@ def launch_config(
         )
     numbers = 2048 if double else 8192
     warps = 4 if block_m <= 64 else 8 if block_m <= 4096 else 16 if block_m <= 8192 else 32
+    warps = min(warps, MAX_THREADS // lanes)
     block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
     stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which chips of other makers have less
     return _config(items, most, processors, block_n, block_m, 0, warps, stages)

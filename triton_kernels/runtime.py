@@ -21,6 +21,7 @@ if INTERPRETED:
 
     accept_scalars()
 INT32_MAX = 2**31 - 1
+HIP = bool(torch.version.hip)  # torch calls AMD's GPUs "cuda", too
 
 # Triton compiles a variant of a kernel for each kind of integer (1, multiples of 16, others) and of pointer (aligned to 16
 # bytes or not), unless told not to. Only the strides and the dimension of points gain by it: 16-byte copies need every
@@ -47,8 +48,8 @@ class Kernel:
     """A Triton kernel that takes its arguments from a dictionary and keeps its compiled variants.
 
     Triton finds the variant for a call by a look at each argument in Python, at tens of microseconds a launch. Here the
-    key is made in less, from all of the kernel's own arguments: types, alignment, and kinds of strides. (Integers beyond
-    32 bits have another type: such calls go Triton's own way.)
+    key is made in less, from all of the kernel's own arguments: types, alignment, kinds of strides, and on AMD's GPUs sizes
+    of tensors. (Integers beyond 32 bits have another type: such calls go Triton's own way.)
     """
 
     def __init__(self, function: Any, own: str = "x") -> None:
@@ -76,10 +77,12 @@ class Kernel:
 
     def key(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """What Triton's choice of a variant depends on, beside constants and options, while integers have 32 bits."""
+        tensors = self._tensors(values)
         return (
-            *map(_dtype, self._tensors(values)),
+            *map(_dtype, tensors),
             *[address % 16 == 0 for address in map(_address, self._aligned(values))],
             *[1 if stride == 1 else 0 if stride % 16 == 0 else 2 for stride in self._strides(values)],
+            *(map(within_2_gib, tensors) if HIP else ()),
         )
 
     def launch(
@@ -113,6 +116,11 @@ class Kernel:
 _dtype, _address = attrgetter("dtype"), Tensor.data_ptr
 
 
+def within_2_gib(tensor: Tensor) -> bool:
+    """Whether 32-bit offsets reach all of a tensor's memory. For AMD's GPUs, Triton then compiles a kernel with such offsets."""
+    return tensor.untyped_storage().nbytes() <= INT32_MAX
+
+
 def source(parameter: str, own: str) -> str:
     """The name, among the values of a batch, of what a kernel's parameter stands for; see `Kernel`."""
     for role, side in (("own", own), ("other", "y" if own == "x" else "x")):
@@ -136,16 +144,27 @@ def picks(names: Iterable[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many programs of one launch certainly run at the same time."""
-    if INTERPRETED or device.type != "cuda":
-        return 1  # no cooperative launches
+    """How many programs of one launch certainly run at the same time, and can wait for each other.
+
+    On AMD's GPUs a program cannot wait for others: see `exchange.barrier`.
+    """
+    if INTERPRETED or device.type != "cuda" or HIP:
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def lanes(device: torch.device) -> int:
+    """The threads of a warp: 64 on AMD's GPUs for data centers, else 32."""
+    if INTERPRETED or device.type != "cuda":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
 
 
 @functools.cache
 def generation(device: torch.device) -> int:
     """NVIDIA's compute capability, 90 for 9.0; 0 for chips of others and in the interpreter."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+    if INTERPRETED or device.type != "cuda" or HIP:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -41,7 +41,10 @@ OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 
 
 class Variant(NamedTuple):
-    """What Triton compiles once: a kernel, the types of its arguments, its constants and its options."""
+    """What Triton compiles once: a kernel, the types of its arguments, its constants and its options.
+
+    For AMD's chips all tensors are taken to be within 2 GiB, which is part of the variant there.
+    """
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -50,8 +53,9 @@ class Variant(NamedTuple):
     aligned: tuple[str, ...]  # pointers to 16 bytes, and multiples of 16
 
     def label(self) -> str:
-        """The constants that the heuristics chose, in short."""
-        return " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
+        """The type of the costs and the constants that the heuristics chose, in short."""
+        costs = dict(self.signature).get("C", "*none").removeprefix("*")
+        return " ".join([costs, *(f"{name}={value}" for name, value in self.constants if name.isupper())])
 
 
 class Report(NamedTuple):
@@ -72,7 +76,7 @@ class Report(NamedTuple):
 
 
 @contextmanager
-def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Variant, Any]]:
+def recording(generation: int = 90, processors: int = 132, lanes: int = 32) -> Iterator[dict[Variant, Any]]:
     """Record launches in the dictionary: what Triton would compile, and the key under which the launcher keeps it."""
     found: dict[Variant, Any] = {}
 
@@ -81,13 +85,14 @@ def recording(generation: int = 90, processors: int = 132) -> Iterator[dict[Vari
         found.setdefault(variant(self.function, self.named(values), constants), key)
 
     old, runtime.Kernel.launch = runtime.Kernel.launch, record  # type: ignore[method-assign]
-    chip = runtime.processors, runtime.generation
+    chip = runtime.processors, runtime.generation, runtime.lanes
     runtime.processors, runtime.generation = lambda device: processors, lambda device: generation  # type: ignore[assignment]
+    runtime.lanes = lambda device: lanes  # type: ignore[assignment]
     try:
         yield found
     finally:
         runtime.Kernel.launch = old  # type: ignore[method-assign]
-        runtime.processors, runtime.generation = chip
+        runtime.processors, runtime.generation, runtime.lanes = chip
 
 
 def variant(function: Any, values: dict[str, Any], constants: dict[str, Any]) -> Variant:
@@ -207,7 +212,7 @@ def products() -> Iterator[Problem]:
 
 def all_variants(arch: int | str = 90) -> list[Variant]:
     """Every variant that the heuristics can choose on a chip, for aligned points with contiguous dimensions."""
-    with recording(0 if isinstance(arch, str) else arch) as found:
+    with recording(0, 1, 64) if isinstance(arch, str) else recording(arch) as found:
         for problem in solvers():
             problem.launch(gradients=problem.N in (1, 3073))
         for problem in products():
@@ -222,11 +227,16 @@ def compiled(variant: Variant, arch: int | str) -> Any:
     """Triton's compiled kernel for a compute capability, 90 say, or for an AMD chip, "gfx942"."""
     function = getattr(launch, variant.kernel)
     names = function.arg_names
+    attributes: dict[Any, Any] = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    if isinstance(arch, str):
+        for name, kind in variant.signature:
+            if kind.startswith("*"):
+                attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
     source = ASTSource(
         fn=function,
         signature=dict(variant.signature),
         constexprs={(names.index(name),): value for name, value in variant.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+        attrs=attributes,
     )
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return triton.compile(source, target=target, options=dict(variant.options) | {"enable_fp_fusion": True})

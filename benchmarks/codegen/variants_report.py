@@ -1,6 +1,6 @@
 """The table of compiled variants in docs/performance.md, from variants.csv: `python benchmarks variants-table`.
 
-The CSV is what `python benchmarks variants --arch 80 90 100 gfx942 --out benchmarks/results/variants.csv` writes.
+The CSV is what `python benchmarks variants --arch 80 90 100 gfx942 gfx950 --out benchmarks/results/variants.csv` writes.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ def _devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
-        yield f"cuda:{index}", f"{device.name}, compute capability {device.major}.{device.minor}, {memory:.0f} GiB"
+        chip = device.gcnArchName if torch.version.hip else f"compute capability {device.major}.{device.minor}"
+        yield f"cuda:{index}", f"{device.name}, {chip}, {memory:.0f} GiB"
         for name in ("triton", "cuda"):  # the reason on the current GPU follows among the backends
             missing = backends.reason_missing(name, torch.device("cuda", index))
             if missing not in (None, backends.reason_missing(name)):

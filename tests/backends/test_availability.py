@@ -152,7 +152,9 @@ def machine(monkeypatch):
 
     def properties(index: int) -> types.SimpleNamespace:
         major, minor = capability(index)
-        return types.SimpleNamespace(name=f"GPU {index}", total_memory=2**34, major=major, minor=minor)
+        return types.SimpleNamespace(
+            name=f"GPU {index}", total_memory=2**34, major=major, minor=minor, gcnArchName="gfx942"
+        )
 
     for name, value in {
         "is_available": lambda: True,
@@ -226,6 +228,7 @@ def test_gpus_of_another_maker_run_no_cuda(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert backends.available()["cuda"] == "no NVIDIA GPU was found"
     assert backends.available()["triton"] is None
+    assert ("cuda:0", "GPU 0, gfx942, 16 GiB") in list(doctor._devices())
 
 
 def test_the_doctor_tells_of_every_gpu(machine, monkeypatch):

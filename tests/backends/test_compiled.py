@@ -8,11 +8,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from otalign.triton_kernels import heuristics, runtime
+from otalign.triton_kernels import heuristics, launch, runtime
+from triton.backends.amd.compiler import HIPBackend
 
 import otalign
 
@@ -60,9 +63,23 @@ class CountingKernel:
 
 
 @pytest.mark.unpoisoned  # of gigabytes that are reserved, none is touched
-@pytest.mark.parametrize("stride, reused", [(64, True), (2**31 - 64, True), (2**31 + 64, False)])
-def test_strides_beyond_32_bits_never_reuse_a_variant(monkeypatch, stride, reused):
-    """Kinds of strides are alike for both widths, so a kept variant for 32 bits would read the wrong numbers."""
+@pytest.mark.parametrize(
+    "hip, stride, reused",
+    [
+        (False, 64, True),
+        (False, 2**31 - 64, True),
+        (False, 2**31 + 64, False),
+        (True, 64, True),
+        (True, 2**29, True),
+        (True, 2**30, False),
+    ],
+)
+def test_numbers_beyond_32_bits_never_reuse_a_variant(monkeypatch, hip, stride, reused):
+    """A kept variant for 32 bits would read the wrong numbers. Strides may need more, and for HIP the bytes of a tensor.
+
+    The stride is that of items of two bytes, so that 2^30 makes more than 2 GiB.
+    """
+    monkeypatch.setattr(runtime, "HIP", hip)
     launches = []
     monkeypatch.setattr(runtime.Kernel, "launch", lambda kernel, *arguments: launches.append((kernel, arguments)))
     for step in (32, stride):
@@ -84,6 +101,31 @@ def test_strides_beyond_32_bits_never_reuse_a_variant(monkeypatch, stride, reuse
     assert strided == 2, "the cost and the gradient by x"
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**31 - 1, 2**31, 2**33])
+@pytest.mark.parametrize("part", [slice(None), slice(0, 1)])
+def test_launcher_and_triton_agree_on_32_bit_offsets(size, part):
+    """For AMD's GPUs, Triton compiles for the size of the whole storage, which views share."""
+    tensor = torch.empty(size, dtype=torch.int8, device="meta")[part]
+    assert runtime.within_2_gib(tensor) == HIPBackend.is_within_2gb(tensor) == (size < 2**31)
+
+
+def test_amd_gets_one_program_an_item_and_warps_of_64_lanes(monkeypatch):
+    """Programs cannot wait for each other there, however many multiprocessors there are."""
+    properties = SimpleNamespace(multi_processor_count=304, warp_size=64)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    gpu = torch.device("cuda", 0)
+    for hip, expected in ((True, 1), (False, 304)):
+        monkeypatch.setattr(runtime, "HIP", hip)
+        assert runtime.processors.__wrapped__(gpu) == expected
+        assert runtime.lanes.__wrapped__(gpu) == 64
+    monkeypatch.setattr(runtime, "HIP", True)
+    assert runtime.generation.__wrapped__(gpu) == 0
+    config = heuristics.launch_config(1, 3000, 100, double=False, relaxed=False, processors=1, generation=0, lanes=64)
+    assert config.programs == 1
+    assert "launch_cooperative_grid" not in launch.cooperative(config)
+
+
 # Registers and shared memory -------------------------------------------------------------------------------------------
 
 
@@ -100,29 +142,59 @@ SHARED = {
     "100": 227 * 1024,
     "120": 99 * 1024,
     "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
 }  # bytes of shared memory for a program
 
 
+AMD = ("gfx942", "gfx950")
+
+
+def most_registers(row: dict[str, str]) -> int:
+    """Registers that a thread may have: on AMD's chips, 131072 are shared by all threads of a program."""
+    return min(512, 131072 // (64 * int(row["warps"]))) if row["arch"] in AMD else 255
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120", *AMD])
 def test_kernel_matrix_stays_in_registers(tmp_path, arch):
-    """No variant that keeps the kernel matrix in registers spills, on any NVIDIA generation since Ampere."""
+    """No variant that keeps the kernel matrix in registers spills: on NVIDIA since Ampere, and on AMD's CDNA 3 and 4."""
     rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", "sinkhorn.*GROUPS=[1-9]")
     assert {row["arch"] for row in rows} == {arch}
-    assert len(rows) >= 12
+    assert len(rows) >= (8 if arch in AMD else 12)
     for row in rows:
         assert int(row["spills"]) == 0, row
-        assert int(row["registers"]) <= 255, row
+        assert int(row["registers"]) <= most_registers(row), row
         assert int(row["shared"]) <= SHARED[row["arch"]], row
+        assert int(row["stack"]) == 0 or arch not in AMD, row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED)
 def test_variants_compile(tmp_path, arch):
+    """With memory that the chip has; on AMD's also without scratch, up to 4096 columns, in float64 up to 2048."""
     rows = reports(tmp_path / "a.csv", "--arch", arch)
-    assert len(rows) > 700
+    assert len(rows) > (550 if arch in AMD else 700)
     for row in rows:
         assert int(row["shared"]) <= SHARED[arch], row
+        if arch in AMD and columns(row) <= (2048 if row["label"].startswith("fp64") else 4096):
+            assert (int(row["stack"]), int(row["spills"])) == (0, 0), row
+
+
+def columns(row: dict[str, str]) -> int:
+    """Columns that a program holds at once."""
+    found = re.search(r"BLOCK_M=(\d+)", row["label"])
+    return int(found[1]) if found else 0
+
+
+def test_tightest_variants_for_amd_have_no_scratch():
+    """128 rows of 128 columns in registers, strict and relaxed. (The slow tests above try all.)"""
+    rows = json.loads(run_compiler(program("compile_for_amd"), *AMD))
+    assert [(row["arch"], row["warps"]) for row in rows] == [(arch, warps) for arch in AMD for warps in (8, 4)]
+    for row in rows:
+        assert "BLOCK_M=128 ROWS=64 GROUPS=2 MAX_PROGRAMS=1" in row["label"]
+        assert (row["stack"], row["spills"]) == (0, 0), row
+        assert row["registers"] <= most_registers(row), row
+        assert row["shared"] <= SHARED[row["arch"]], row
 
 
 # Accesses to memory ----------------------------------------------------------------------------------------------------

@@ -158,10 +158,13 @@ sizes = st.integers(1, 20000)
     relaxed=st.booleans(),
     processors=st.sampled_from([1, 8, 108, 132, 148]),
     generation=st.sampled_from([0, 80, 90, 100]),
+    lanes=st.sampled_from([32, 64]),
     in_memory=st.booleans(),
 )
 @hypothesis.settings(max_examples=500)
-def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, processors, generation, in_memory):
+def test_heuristics_for_the_iterations(
+    items, size_x, size_y, double, relaxed, processors, generation, lanes, in_memory
+):
     choice = heuristics.launch_config(
         items,
         size_x,
@@ -170,8 +173,10 @@ def test_heuristics_for_the_iterations(items, size_x, size_y, double, relaxed, p
         relaxed=relaxed,
         processors=processors,
         generation=generation,
+        lanes=lanes,
         in_memory=in_memory,
     )
+    assert choice.warps * lanes <= 1024, "the most threads of a program on any chip"
     assert choice.programs in (1, 2, 4, 8, 16)
     assert choice.programs <= choice.max_programs
     assert choice.block_m >= size_y, "a program holds whole rows"
