@@ -311,7 +311,8 @@ class Block {
   template <bool kOften = false, class Combine, class F>
   OTALIGN_DEVICE void exchange(int width, Combine combine, F use) {
     float totals[kTurns];
-    switch (kOften && !config.scatter ? config.cluster : 0) {
+    const int blocks = kOften && !config.scatter ? config.cluster : 0;
+    switch (__builtin_expect(blocks, 4)) {
       case 1:
         combine_all<1>(width, totals, combine);
         break;
@@ -339,9 +340,10 @@ class Block {
       default:
         combine_all<0>(width, totals, combine);
     }
+    const int first = intrinsics::computed_anew(intrinsics::thread());
     OTALIGN_UNROLL
     for (int k = 0; k < kTurns; ++k) {
-      const int j = intrinsics::thread() + k * Tile::kThreads;
+      const int j = first + k * Tile::kThreads;
       if (j < width)
         use(j, totals[k]);
       else if (j >= Tile::kWidth && j < Tile::kPitch)
@@ -441,11 +443,12 @@ class Block {
   // Calls f(k) for k < count <= kMost, each by one thread.
   template <int kMost, class F>
   OTALIGN_DEVICE static void for_threads(int count, F f) {
+    const int first = intrinsics::computed_anew(intrinsics::thread());
     if constexpr (kMost <= Tile::kThreads) {
-      if (intrinsics::thread() < count) f(intrinsics::thread());
+      if (first < count) f(first);
     } else {
       OTALIGN_ROLLED
-      for (int k = intrinsics::thread(); k < count; k += Tile::kThreads) f(k);
+      for (int k = first; k < count; k += Tile::kThreads) f(k);
     }
   }
 
@@ -498,9 +501,10 @@ class Block {
     constexpr int kParts = kBlocks == 1 ? Tile::kWarps : kBlocks;
     const int blocks = kBlocks ? kBlocks : config.cluster;
     const Parts parts = blocks == 1 ? of_warps() : of_blocks<kBlocks>((width + 3) / 4, combine);
+    const int first = intrinsics::computed_anew(intrinsics::thread());
     OTALIGN_UNROLL
     for (int k = 0; k < kTurns; ++k) {
-      const int j = intrinsics::thread() + k * Tile::kThreads;
+      const int j = first + k * Tile::kThreads;
       if (j < width || (j >= Tile::kWidth && j < Tile::kPitch))
         totals[k] = over<kParts, float>(shared + parts.at + j, parts.pitch, parts.count, j < Tile::kWidth, combine);
     }
