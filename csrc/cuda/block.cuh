@@ -251,7 +251,7 @@ class Block {
   }
 
   // Calls f(i) for every kRowsAtOnce rows of this lane: i, i + kStep and so on, as far as they exist.
-  static constexpr int kRowsAtOnce = 2;
+  static constexpr int kRowsAtOnce = Tile::kColumns > 16 ? 1 : 2;
   template <class F>
   OTALIGN_DEVICE void for_several_rows(F f) const {
     OTALIGN_ROLLED
