@@ -29,6 +29,9 @@ MEASUREMENTS = {
         "codegen.accesses", "How wide do the Triton kernels of shapes A and B read memory? Needs no GPU."
     ),
     "machine-code": Benchmark("codegen.machine_code", "What has nvcc made of the CUDA kernels? Needs no GPU."),
+    "critical-path": Benchmark(
+        "codegen.critical_path", "How long does an iteration of the CUDA kernels take, by a model? Needs nvcc, no GPU."
+    ),
     "capture": Benchmark("methods.capture", "How much slower is a training step with an attached loss?"),
     "warm-starts": Benchmark(
         "methods.warm_starts", "How many passes would warm starts save in the trainings of the demo and of the study?"

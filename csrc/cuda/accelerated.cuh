@@ -82,7 +82,7 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::measure_spread() {
     if (mine && block.across == 0 && block.row(kA, i) > 0 && high > low) spread += block.row(kA, i) * (high - low);
   });
   block.put_numbers({spread, 0, 0, 0});
-  block.exchange(0, Sum(), [](int, float4) {});
+  block.exchange(0, Sum(), [](int, float) {});
   decide([&](Course& c) { c.spread = block.numbers().x; });
   ++n_iter;
 }
@@ -355,8 +355,7 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::multiply() {
   });
   block.put_columns(sums, Sum());
   block.put_number(0);
-  block.exchange(block.m, Sum(),
-                 [&](int j, float4 sum) { *reinterpret_cast<float4*>(remembered(kProduct) + j) = sum; });
+  block.template exchange<true>(block.m, Sum(), [&](int j, float sum) { remembered(kProduct)[j] = sum; });
   intrinsics::sync_block();
   ++n_iter;
 }

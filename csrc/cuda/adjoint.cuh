@@ -94,8 +94,7 @@ class Adjoint {
       if (mine && block.across == 0) block.row(kLoad, i) = sum;
     });
     put(sums);
-    block.exchange(block.m, Sum(),
-                   [&](int j, float4 sum) { *reinterpret_cast<float4*>(block.columns(kResidual) + j) = sum; });
+    block.exchange(block.m, Sum(), [&](int j, float sum) { block.columns(kResidual)[j] = sum; });
     intrinsics::sync_block();
   }
 
@@ -191,8 +190,7 @@ class Adjoint {
       return mine ? update(i, sum, one, numbers) : 0.0f;
     });
     put(sums);
-    block.exchange(block.m, Sum(),
-                   [&](int j, float4 sum) { *reinterpret_cast<float4*>(block.columns(kProduct) + j) = sum; });
+    block.template exchange<true>(block.m, Sum(), [&](int j, float sum) { block.columns(kProduct)[j] = sum; });
     intrinsics::sync_block();
   }
   OTALIGN_DEVICE void put(float (&sums)[C]) {

@@ -61,7 +61,15 @@ OTALIGN_ANYWHERE constexpr int folded_twice(int count, int bit, int last) {
   return same;
 }
 
-// The values of all lanes whose numbers differ below `kLanes`, combined.
+// The values of all lanes whose numbers differ below `kLanes`, combined; of N values at once.
+template <int kLanes, int N, class Combine>
+OTALIGN_DEVICE void over_lanes(float (&values)[N], Combine combine) {
+  OTALIGN_UNROLL
+  for (int bit = kLanes / 2; bit > 0; bit /= 2) {
+    OTALIGN_UNROLL
+    for (int k = 0; k < N; ++k) values[k] = combine(values[k], intrinsics::swap(values[k], bit));
+  }
+}
 template <int kLanes, class Combine>
 OTALIGN_DEVICE float over_lanes(float value, Combine combine) {
   OTALIGN_UNROLL
@@ -72,6 +80,10 @@ OTALIGN_DEVICE float over_lanes(float value, Combine combine) {
 OTALIGN_DEVICE float logarithm(float x) { return x == 0 ? -INFINITY : logf(x); }
 OTALIGN_DEVICE float finite_top(float top) { return top == -INFINITY ? 0 : top; }
 OTALIGN_DEVICE float4 load4(const float* at) { return *reinterpret_cast<const float4*>(at); }
+template <class Combine>
+OTALIGN_DEVICE float combined(float p, float q, Combine combine) {
+  return combine(p, q);
+}
 template <class Combine>
 OTALIGN_DEVICE float4 combined(float4 p, float4 q, Combine combine) {
   return {combine(p.x, q.x), combine(p.y, q.y), combine(p.z, q.z), combine(p.w, q.w)};
@@ -240,6 +252,14 @@ class Block {
     for (int i = below; i - below < count; i += Tile::kStep) f(i, i < count);
   }
 
+  // Calls f(i) for every kRowsAtOnce rows of this lane: i, i + kStep and so on, as far as they exist.
+  static constexpr int kRowsAtOnce = Tile::kColumns > 16 ? 1 : 2;
+  template <class F>
+  OTALIGN_DEVICE void for_several_rows(F f) const {
+    OTALIGN_ROLLED
+    for (int i = below; i - below < count; i += kRowsAtOnce * Tile::kStep) f(i);
+  }
+
   // The lane's columns of row i of `from` (count, pitch), times `factor`; zero where there is no such row or column.
   OTALIGN_DEVICE void load_costs(int i, bool mine, float (&cost)[C], const float* from, float factor) const {
     OTALIGN_UNROLL
@@ -278,31 +298,65 @@ class Block {
       if (lane == 0) shared[at.parts + warp * Tile::kPitch + Tile::kWidth + k] = sum;
     }
   }
+  // Puts one number a lane, whose sum is number() then. Four lanes put sums of eight lanes each: that is faster than to
+  // sum over all of them.
   OTALIGN_DEVICE void put_number(float value) {
-    value = over_lanes<32>(value, Sum());
-    if (lane < 4) shared[at.parts + warp * Tile::kPitch + Tile::kWidth + lane] = lane ? 0 : value;
+    OTALIGN_UNROLL
+    for (int bit = 16; bit > 2; bit /= 2) value += intrinsics::swap(value, bit);
+    if (lane < 4) shared[at.parts + warp * Tile::kPitch + Tile::kWidth + lane] = value;
   }
 
   // Combines what the warps of all blocks of the cluster have put, in the order of warps and blocks, so that all blocks
-  // get the same bits. Calls use(j, four) for four columns from j on, each by one thread. After the next sync_block,
-  // numbers() are the sums of the four numbers; before it, no thread may put anything again.
-  template <class Combine, class F>
+  // get the same bits. Calls use(j, value) for the columns up to `width`, each by one thread. After the next
+  // sync_block, numbers() are the sums of the four numbers; before it, no thread may put anything again. If `kOften`,
+  // there is straight code for every size of clusters.
+  template <bool kOften = false, class Combine, class F>
   OTALIGN_DEVICE void exchange(int width, Combine combine, F use) {
-#ifndef OTALIGN_MUTATE_1
-    intrinsics::sync_block();
-#endif
-    const int groups = (width + 3) / 4;  // of columns; the four numbers are one more group
-    const Parts parts = config.cluster == 1 ? of_warps() : of_blocks(groups, combine);
-    OTALIGN_ROLLED
-    for (int g = intrinsics::thread(); g <= groups; g += Tile::kThreads) {
-      const float4 total = over<4>(parts, g, groups, combine);
-      if (g < groups)
-        use(4 * g, total);
-      else
-        *reinterpret_cast<float4*>(shared + kNumbers) = total;
+    float totals[kTurns];
+    const int blocks = kOften && !config.scatter ? config.cluster : 0;
+    switch (__builtin_expect(blocks, 4)) {
+      case 1:
+        combine_all<1>(width, totals, combine);
+        break;
+      case 2:
+        combine_all<2>(width, totals, combine);
+        break;
+      case 3:
+        combine_all<3>(width, totals, combine);
+        break;
+      case 4:
+        combine_all<4>(width, totals, combine);
+        break;
+      case 5:
+        combine_all<5>(width, totals, combine);
+        break;
+      case 6:
+        combine_all<6>(width, totals, combine);
+        break;
+      case 7:
+        combine_all<7>(width, totals, combine);
+        break;
+      case 8:
+        combine_all<8>(width, totals, combine);
+        break;
+      default:
+        combine_all<0>(width, totals, combine);
+    }
+    const int first = intrinsics::computed_anew(intrinsics::thread());
+    OTALIGN_UNROLL
+    for (int k = 0; k < kTurns; ++k) {
+      const int j = first + k * Tile::kThreads;
+      if (j < width)
+        use(j, totals[k]);
+      else if (j >= Tile::kWidth && j < Tile::kPitch)
+        shared[kNumbers + j - Tile::kWidth] = totals[k];
     }
   }
   OTALIGN_DEVICE float4 numbers() const { return load4(shared + kNumbers); }
+  OTALIGN_DEVICE float number() const {
+    const float4 four = numbers();
+    return (four.x + four.y) + (four.z + four.w);
+  }
 
   // The sum over the threads of the block.
   OTALIGN_DEVICE float sum_block(float value) {
@@ -376,6 +430,9 @@ class Block {
   int count, m;             // rows of the item that this block has, and all of its columns
 
  private:
+  static constexpr int kTurns = (Tile::kPitch + Tile::kThreads - 1) / Tile::kThreads;  // columns of a thread
+  static constexpr int kReceiver = Tile::kThreads - 1;  // the thread that opens mailboxes: one that seldom sends
+
   // (16,) what a warp has summed.
   OTALIGN_DEVICE float* products(int buffer, int w) const {
     return shared + at.products + (buffer * Tile::kWarps + w) * 16;
@@ -447,23 +504,82 @@ class Block {
   };
   OTALIGN_DEVICE Parts of_warps() const { return {at.parts, Tile::kPitch, Tile::kWarps}; }
   OTALIGN_DEVICE static int place(int g, int groups) { return g < groups ? 4 * g : Tile::kWidth; }
-  template <int kUnroll, class Combine>
-  OTALIGN_DEVICE float4 over(const Parts& parts, int g, int groups, Combine combine) const {
-    const float* const first = shared + parts.at + place(g, groups);
-    float4 total = load4(first);
-    OTALIGN_UNROLL_BY(kUnroll)
-    for (int k = 1; k < parts.count; ++k) {
-      const float4 next = load4(first + k * parts.pitch);
-      total = g < groups ? combined(total, next, combine) : combined(total, next, Sum());
+
+  // Calls f(k) for k < count <= kMost, each by one thread.
+  template <int kMost, class F>
+  OTALIGN_DEVICE static void for_threads(int count, F f) {
+    const int first = intrinsics::computed_anew(intrinsics::thread());
+    if constexpr (kMost <= Tile::kThreads) {
+      if (first < count) f(first);
+    } else {
+      OTALIGN_ROLLED
+      for (int k = first; k < count; k += Tile::kThreads) f(k);
+    }
+  }
+
+  // The numbers at `first` and at the same place of the other parts, combined in their order; `kCount` parts, or
+  // `count` if it is zero. The combination of columns is the caller's, that of the four numbers their sum.
+  template <int kCount, class Numbers, class Combine>
+  OTALIGN_DEVICE static Numbers over(const float* first, int pitch, int count, bool columns, Combine combine) {
+    Numbers total = *reinterpret_cast<const Numbers*>(first);
+    const auto add = [&](const Numbers& next) {
+      total = columns ? combined(total, next, combine) : combined(total, next, Sum());
+    };
+    if constexpr (kCount > 0) {
+      Numbers next[kCount];
+      OTALIGN_UNROLL
+      for (int k = 1; k < kCount; ++k) next[k] = *reinterpret_cast<const Numbers*>(first + k * pitch);
+      OTALIGN_UNROLL
+      for (int k = 1; k < kCount; ++k) add(next[k]);
+    } else {
+      OTALIGN_UNROLL_BY(4)
+      for (int k = 1; k < count; ++k) add(*reinterpret_cast<const Numbers*>(first + k * pitch));
     }
     return total;
+  }
+  // The same of the warps' numbers in group g; `groups` is the number of groups of columns.
+  template <class Combine>
+  OTALIGN_DEVICE float4 over_warps(int g, int groups, Combine combine) const {
+    const float* const first = shared + at.parts + place(g, groups);
+    return over<Tile::kWarps, float4>(first, Tile::kPitch, Tile::kWarps, g < groups, combine);
+  }
+
+  // Sends four numbers to all blocks of the cluster: kBlocks, or config.cluster if it is zero.
+  template <int kBlocks>
+  OTALIGN_DEVICE void send_to_all(float4 value, float* to, intrinsics::Mailbox* box) const {
+    if constexpr (kBlocks > 0) {
+      OTALIGN_UNROLL
+      for (int k = 0; k < kBlocks; ++k) intrinsics::send(value, to, box, k);
+    } else {
+      OTALIGN_UNROLL_BY(4)
+      for (int k = 0; k < config.cluster; ++k) intrinsics::send(value, to, box, k);
+    }
+  }
+
+  // The thread's columns, and numbers behind them, combined over all warps of kBlocks blocks, or of config.cluster if
+  // it is zero.
+  template <int kBlocks, class Combine>
+  OTALIGN_DEVICE void combine_all(int width, float (&totals)[kTurns], Combine combine) {
+#ifndef OTALIGN_MUTATE_1
+    intrinsics::sync_block();
+#endif
+    constexpr int kParts = kBlocks == 1 ? Tile::kWarps : kBlocks;
+    const int blocks = kBlocks ? kBlocks : config.cluster;
+    const Parts parts = blocks == 1 ? of_warps() : of_blocks<kBlocks>((width + 3) / 4, combine);
+    const int first = intrinsics::computed_anew(intrinsics::thread());
+    OTALIGN_UNROLL
+    for (int k = 0; k < kTurns; ++k) {
+      const int j = first + k * Tile::kThreads;
+      if (j < width || (j >= Tile::kWidth && j < Tile::kPitch))
+        totals[k] = over<kParts, float>(shared + parts.at + j, parts.pitch, parts.count, j < Tile::kWidth, combine);
+    }
   }
 
   // The sums of all blocks. Each block sends all of its sums to all others; or, if these are many (`scatter`), combines
   // one slice of the columns for all and sends them that: then fewer numbers are sent, but in two steps. Two inboxes
   // take turns: a block that writes into an inbox again has received what the others sent in between, which they did
   // only after they had read that inbox.
-  template <class Combine>
+  template <int kBlocks, class Combine>
   OTALIGN_DEVICE Parts of_blocks(int groups, Combine combine) {
 #ifdef OTALIGN_MUTATE_4
     const int inbox = at.inbox;
@@ -473,17 +589,15 @@ class Block {
     intrinsics::Mailbox* const box = mailbox(epoch % 2);
     const int parity = epoch / 2 % 2;
     ++epoch;
-    if (config.scatter) return of_slices(groups, inbox, box, parity, combine);
-    if (intrinsics::thread() == 0) intrinsics::expect(box, config.cluster * (groups + 1) * 16);
-    OTALIGN_ROLLED
-    for (int g = intrinsics::thread(); g <= groups; g += Tile::kThreads) {
-      const float4 total = over<Tile::kWarps>(of_warps(), g, groups, combine);
+    if (kBlocks == 0 && config.scatter) return of_slices(groups, inbox, box, parity, combine);
+    const int blocks = kBlocks ? kBlocks : config.cluster;
+    if (intrinsics::thread() == kReceiver) intrinsics::expect(box, blocks * (groups + 1) * 16);
+    for_threads<Tile::kWidth / 4 + 1>(groups + 1, [&](int g) {
       float* const to = shared + inbox + intrinsics::rank() * Tile::kPitch + place(g, groups);
-      OTALIGN_UNROLL_BY(4)
-      for (int k = 0; k < config.cluster; ++k) intrinsics::send(total, to, box, k);
-    }
+      send_to_all<kBlocks>(over_warps(g, groups, combine), to, box);
+    });
     intrinsics::wait(box, parity);
-    return {inbox, Tile::kPitch, config.cluster};
+    return {inbox, Tile::kPitch, blocks};
   }
   template <class Combine>
   OTALIGN_DEVICE Parts of_slices(int groups, int inbox, intrinsics::Mailbox* box, int parity, Combine combine) {
@@ -493,31 +607,28 @@ class Block {
     const int slice = groups ? current().slice : 1, inv_slice = groups ? current().inv_slice : 65536;
     const int mine = intrinsics::rank() * slice;
     const int size = static_cast<int>(within(groups + 1 - mine, 0, slice));
-    if (intrinsics::thread() == 0) {
+    if (intrinsics::thread() == kReceiver) {
       intrinsics::expect(box, config.cluster * size * 16);
       intrinsics::expect(box_of_totals, (groups + 1) * 16);
     }
-    OTALIGN_ROLLED
-    for (int g = intrinsics::thread(); g <= groups; g += Tile::kThreads) {
+    for_threads<Tile::kWidth / 4 + 1>(groups + 1, [&](int g) {
       const int to = g * inv_slice >> 16;  // g / slice
       float* const there = shared + inbox + (intrinsics::rank() * at.slice + g - to * slice) * 4;
-      intrinsics::send(over<Tile::kWarps>(of_warps(), g, groups, combine), there, box, to);
-    }
+      intrinsics::send(over_warps(g, groups, combine), there, box, to);
+    });
     intrinsics::wait(box, parity);
-    OTALIGN_ROLLED
-    for (int g = mine + intrinsics::thread(); g < mine + size; g += Tile::kThreads) {
+    for_threads<Tile::kWidth / 4 + 1>(size, [&](int k) {
       // A slice starts with its first group; the group of the four numbers follows the others directly.
-      const int at_first = inbox + (g - mine) * 4 - place(g, groups);
-      const float4 total = over<4>({at_first, at.slice * 4, config.cluster}, g, groups, combine);
-      OTALIGN_UNROLL_BY(4)
-      for (int k = 0; k < config.cluster; ++k)
-        intrinsics::send(total, shared + totals + place(g, groups), box_of_totals, k);
-    }
+      const int g = mine + k;
+      const float* const first = shared + inbox + k * 4;
+      const float4 total = over<0, float4>(first, at.slice * 4, config.cluster, g < groups, combine);
+      send_to_all<0>(total, shared + totals + place(g, groups), box_of_totals);
+    });
     intrinsics::wait(box_of_totals, parity);
     return {totals, 0, 1};
   }
 
-  int epoch = 0;
+  uint32_t epoch = 0;  // exchanges among blocks so far
 };
 
 }  // namespace otalign::cuda

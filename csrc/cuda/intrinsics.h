@@ -35,6 +35,12 @@ OTALIGN_DEVICE char* shared_memory() {
   return memory;
 }
 
+// The same number. The compiler computes what depends on it where it is used, and keeps none of that in registers.
+OTALIGN_DEVICE int computed_anew(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 OTALIGN_DEVICE void sync_warp() { __syncwarp(); }
 OTALIGN_DEVICE void sync_block() { __syncthreads(); }
 OTALIGN_DEVICE bool all_of_block(bool vote) { return __syncthreads_and(vote); }

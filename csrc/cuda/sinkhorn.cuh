@@ -20,7 +20,7 @@ namespace otalign::cuda {
 
 template <class Tile, bool kRelaxed, bool kAccelerate>
 class Sinkhorn {
-  static constexpr int C = Block<Tile>::C;
+  static constexpr int C = Block<Tile>::C, kRowsAtOnce = Block<Tile>::kRowsAtOnce;
   // Indices for Block::columns and Block::row. v and u of two iterations take turns: kV and kV + 1, kU and kU + 1.
   enum ColumnVector { kW, kB, kGamma, kV };
   enum RowVector { kA, kPhi, kU };
@@ -91,18 +91,39 @@ class Sinkhorn {
     return j < block.m ? weight(block.p.y.weights, block.current().y.start + j, block.m) : 0;
   }
 
-  // The row's new potential over reg, computed by all lanes that have the row; w holds log b + potential of their
-  // columns. Infinite for an unreached point.
-  OTALIGN_DEVICE float update(const float (&w)[C], const float (&cost)[C]) const {
-    float top = -INFINITY;
+  // The rows' new potentials over reg, computed by all lanes that have the rows; w holds log b + potential of their
+  // columns. Infinite for unreached points.
+  template <int N>
+  OTALIGN_DEVICE void update(const float (&w)[C], const float (&cost)[N][C], float (&potentials)[N]) const {
+    float tops[N], sums[N];
     OTALIGN_UNROLL
-    for (int c = 0; c < C; ++c) top = fmaxf(top, w[c] - cost[c]);
-    top = finite_top(over_lanes<Tile::kLanes>(top, Largest()));
-    float sum = 0;
+    for (int k = 0; k < N; ++k) {
+      tops[k] = -INFINITY;
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c) tops[k] = fmaxf(tops[k], w[c] - cost[k][c]);
+    }
+    over_lanes<Tile::kLanes>(tops, Largest());
     OTALIGN_UNROLL
-    for (int c = 0; c < C; ++c) sum += expf(w[c] - cost[c] - top);
-    sum = over_lanes<Tile::kLanes>(sum, Sum());
-    return sum == 0 ? INFINITY : -block.current().damping_x * (top + logf(sum));
+    for (int k = 0; k < N; ++k) {
+      tops[k] = finite_top(tops[k]);
+      sums[k] = 0;
+      OTALIGN_UNROLL
+      for (int c = 0; c < C; ++c) sums[k] += expf(w[c] - cost[k][c] - tops[k]);
+    }
+    over_lanes<Tile::kLanes>(sums, Sum());
+    OTALIGN_UNROLL
+    for (int k = 0; k < N; ++k)
+      potentials[k] = sums[k] == 0 ? INFINITY : -block.current().damping_x * (tops[k] + logf(sums[k]));
+  }
+
+  // The lane's columns of the costs of rows i, i + kStep and so on, over reg.
+  template <int N>
+  OTALIGN_DEVICE void load_costs_over_reg(int i, float (&cost)[N][C]) const {
+    OTALIGN_UNROLL
+    for (int k = 0; k < N; ++k) {
+      const int row = i + k * Tile::kStep;
+      block.load_costs(row, row < block.count, cost[k], block.costs(), block.current().inv_reg);
+    }
   }
 
   // Puts phi + log u of the next iteration into the other u, and the columns' largest exponents with it into the other
@@ -119,28 +140,32 @@ class Sinkhorn {
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) tops[c] = -INFINITY;
     float off = 0, lost = 0;
-    block.for_rows([&](int i, bool mine) {
-      float cost[C];
-      block.load_costs(i, mine, cost, block.costs(), block.current().inv_reg);
-      const float potential = update(w, cost);
-      if (!mine) return;
-      const float a = block.row(kA, i), log_a = logarithm(a);
-      const bool unreached = potential == INFINITY;
-      if (block.across == 0) {
-        const float before = block.row(kPhi, i) + logarithm(u(i, turn));
-        if (potential != potential)
-          off = potential;
-        else if (!(a > 0))
-          off += a;
-        else if (unreached)
-          lost += a;
-        else
-          off += a * fabsf(expf(before - potential) - 1);
-        u(i, 1 - turn) = potential;
-      }
-      const float finite = unreached ? 0 : potential;
+    block.for_several_rows([&](int first) {
+      float costs[kRowsAtOnce][C], potentials[kRowsAtOnce];
+      load_costs_over_reg(first, costs);
+      update(w, costs, potentials);
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c) tops[c] = fmaxf(tops[c], finite + log_a - cost[c]);
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        const int i = first + k * Tile::kStep;
+        if (i >= block.count) return;
+        const float potential = potentials[k], a = block.row(kA, i), log_a = logarithm(a);
+        const bool unreached = potential == INFINITY;
+        if (block.across == 0) {
+          const float before = block.row(kPhi, i) + logarithm(u(i, turn));
+          if (potential != potential)
+            off = potential;
+          else if (!(a > 0))
+            off += a;
+          else if (unreached)
+            lost += a;
+          else
+            off += a * fabsf(expf(before - potential) - 1);
+          u(i, 1 - turn) = potential;
+        }
+        const float finite = unreached ? 0 : potential;
+        OTALIGN_UNROLL
+        for (int c = 0; c < C; ++c) tops[c] = fmaxf(tops[c], finite + log_a - costs[k][c]);
+      }
     });
     put_tops(tops, {off, lost, 0, 0});
     error = block.numbers().x + block.current().missing;
@@ -150,10 +175,7 @@ class Sinkhorn {
     block.put_columns(tops, Largest());
     block.put_numbers(numbers);
     float* const other = v(1 - turn);
-    block.exchange(block.m, Largest(), [&](int j, float4 top) {
-      *reinterpret_cast<float4*>(other + j) = {finite_top(top.x), finite_top(top.y), finite_top(top.z),
-                                               finite_top(top.w)};
-    });
+    block.exchange(block.m, Largest(), [&](int j, float top) { other[j] = finite_top(top); });
     intrinsics::sync_block();
   }
 
@@ -188,21 +210,21 @@ class Sinkhorn {
     block.load_columns(v(1 - turn), tops);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = 0;
-    block.for_rows([&](int i, bool mine) {
-      float cost[C];
-      block.load_costs(i, mine, cost, block.costs(), block.current().inv_reg);
-      if (!mine) return;
-      const float potential = or_unreached(u(i, 1 - turn), unreached) + logarithm(weight_of_row(i));
+    block.for_several_rows([&](int first) {
+      float costs[kRowsAtOnce][C];
+      load_costs_over_reg(first, costs);
       OTALIGN_UNROLL
-      for (int c = 0; c < C; ++c) sums[c] += expf(potential - cost[c] - tops[c]);
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        const int i = first + k * Tile::kStep;
+        if (i >= block.count) return;
+        const float potential = or_unreached(u(i, 1 - turn), unreached) + logarithm(weight_of_row(i));
+        OTALIGN_UNROLL
+        for (int c = 0; c < C; ++c) sums[c] += expf(potential - costs[k][c] - tops[c]);
+      }
     });
     block.put_columns(sums, Sum());
     block.put_number(0);
-    block.exchange(block.m, Sum(), [&](int j, float4 sum) {
-      OTALIGN_UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (j + k < block.m) use(j + k, v(1 - turn)[j + k] + logarithm(part(sum, k)));
-    });
+    block.exchange(block.m, Sum(), [&](int j, float sum) { use(j, v(1 - turn)[j] + logarithm(sum)); });
     intrinsics::sync_block();
   }
 
@@ -290,47 +312,30 @@ class Sinkhorn {
     block.put_columns(sums, Sum());
     block.put_number(off);
     bool columns_in_range = true;
-    block.exchange(block.m, Sum(), [&](int j, float4 sum) {
-      const float4 b = load4(block.columns(kB) + j);
-      float4 gamma{};
-      if (kRelaxed) gamma = load4(block.columns(kGamma) + j);
-      const auto next = [&](int k) {
-        const float total = part(b, k) > 0 ? part(sum, k) : 1;
-        const float scaled = scaling(total, part(gamma, k), block.current().damping_y);
-        columns_in_range = columns_in_range && in_range(total, scaled);
-        return scaled;
-      };
-      const float4 v_next{next(0), next(1), next(2), next(3)};
-      intrinsics::store(v_next, v(1 - turn) + j);
-      intrinsics::store(float4{b.x * v_next.x, b.y * v_next.y, b.z * v_next.z, b.w * v_next.w}, block.columns(kW) + j);
+    block.template exchange<true>(block.m, Sum(), [&](int j, float sum) {
+      const float b = block.columns(kB)[j];
+      const float total = b > 0 ? sum : 1;
+      const float next = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, block.current().damping_y);
+      columns_in_range = columns_in_range && in_range(total, next);
+      v(1 - turn)[j] = next;
+      block.columns(kW)[j] = b * next;
     });
 #ifndef OTALIGN_MUTATE_3
     columns_in_range = intrinsics::all_of_block(columns_in_range);
 #endif
-    off = block.numbers().x + block.current().missing;
+    off = block.number() + block.current().missing;
     return columns_in_range;
   }
 
-  // Passes in the place of many iterations: accelerated.cuh
-  // ------------------------------------------------------------
+  // The accelerated solver: accelerated.cuh --------------------------------------------------------------------------
 
   // Column vectors that are remembered: the plain update of where the last step came from. Then for mixing: the
   // residual and the step of the last pass; the last changes of the residual, and these and the steps that made them.
   enum Mixing { kKept, kResidual, kStep, kChanges, kMoves = kChanges + MixingSums::kDepth };
   // For Newton's method: v before the step; of conjugate gradients the residual, direction, solution, D, diagonal of
   // the matrix and product; and potentials to enter levels from.
-  enum Newton {
-    kBase = kKept + 1,
-    kRest,
-    kDirection,
-    kSolution,
-    kWeight,
-    kDiagonal,
-    kProduct,
-    kStart = 10,
-    kSolved,
-    kEarlier
-  };
+  enum Newton { kBase = kKept + 1, kRest, kDirection, kSolution, kWeight, kDiagonal, kProduct };
+  enum Levels { kStart = kProduct + 1, kSolved, kEarlier };
   static_assert(kMoves + MixingSums::kDepth == kRemembered && kEarlier < kRemembered);
 
   OTALIGN_DEVICE Course& course() const { return *reinterpret_cast<Course*>(block.shared + block.at.course); }
@@ -396,7 +401,7 @@ class Sinkhorn {
       p.x.potential[block.current().first + i] = broken ? NAN : f;
     });
     block.put_numbers(total);
-    block.exchange(0, Sum(), [](int, float4) {});
+    block.exchange(0, Sum(), [](int, float) {});
     intrinsics::sync_block();
     total = block.numbers();
     clear_rows(block.current().x.length);
@@ -453,9 +458,10 @@ class Sinkhorn {
     float w[C];
     block.load_columns(block.columns(kGamma), w);
     block.for_rows([&](int i, bool mine) {
-      float cost[C];
-      block.load_costs(i, mine, cost, block.costs(), block.current().inv_reg);
-      const float potential = or_unreached(update(w, cost), unreached);
+      float cost[1][C], updated[1];
+      load_costs_over_reg(i, cost);
+      update(w, cost, updated);
+      const float potential = or_unreached(updated[0], unreached);
       if (mine && block.across == 0 && !(weight_of_row(i) > 0)) u(i, 1 - turn) = potential;
     });
     intrinsics::sync_block();
