@@ -20,6 +20,7 @@ MEASUREMENTS = {
     "small-reg": Benchmark(
         "cpu.small_reg", "How fast is a small reg on a CPU, against plain iterations and a Newton solver?"
     ),
+    "passes": Benchmark("methods.passes", "How many passes does each engine take for small reg? Needs no GPU."),
     "memory": Benchmark("cpu.memory", "How much memory does one loss with gradients need on a CPU?"),
     "gpu": Benchmark("gpu.benchmark", "How fast is a loss on a GPU, against its peers and the floor?"),
     "stages": Benchmark("gpu.stages", "Where does the time of a loss on a GPU go, launch by launch?"),

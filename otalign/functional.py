@@ -77,7 +77,7 @@ def sinkhorn_loss(
             with as much work for a Newton step.
         tol: an item stops when its L1 marginal error is at most `tol`; 0 = always make `max_iter` plain iterations.
         accelerate: whether an item with many iterations ahead takes faster steps in their place: Anderson mixing and
-            Newton's method (on the CPU; a GPU iterates plainly so far). False = alternating updates alone.
+            Newton's method (the latter on the CPU and by the CUDA kernels). False = alternating updates alone.
         objective: `"value"` = the regularised optimum, gradient `P`; `"plan_cost"` = <stop_gradient(P), C + B>;
             `"transport"` = <P, C + B> with its exact gradient; `"divergence"` = the debiased
             `v(x, y) - (v(x, x) + v(y, y)) / 2` (Feydy et al. 2019).
