@@ -355,7 +355,7 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::multiply() {
   });
   block.put_columns(sums, Sum());
   block.put_number(0);
-  block.template exchange<true>(block.m, Sum(), [&](int j, float sum) { remembered(kProduct)[j] = sum; });
+  block.exchange(block.m, Sum(), [&](int j, float sum) { remembered(kProduct)[j] = sum; });
   intrinsics::sync_block();
   ++n_iter;
 }
