@@ -17,7 +17,7 @@ import torch
 import otalign
 from otalign import Prior
 
-from ..helpers.problems import NARROW, RAGGED, WIDE, close, draw, draw_cost, draw_weights, identical, on
+from ..helpers.problems import NARROW, RAGGED, WIDE, close, draw, draw_cost, draw_weights, identical, on, spoken_costs
 
 pytestmark = pytest.mark.gpu
 
@@ -287,13 +287,29 @@ def test_small_reg(device, size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_items_stop_by_themselves(device, dtype):
     batch = draw(*RAGGED, D=WIDE, dtype=dtype)
-    options = {"reg": 0.2, "tol": 1e-4, "max_iter": 1000}
+    options = {"reg": 0.2, "tol": 1e-4, "max_iter": 1000, "accelerate": False}
     actual = otalign.solve(*on(batch, device), backend=BACKEND, **options)
     expected = otalign.solve(*batch.to(torch.float64), backend="reference", **options)
     assert actual.converged.all()
     late = (actual.n_iter.cpu() - expected.n_iter).abs()
     assert (late <= (0 if dtype == torch.float64 else 1)).all(), "float32 may stop one iteration earlier or later"
     assert len(set(actual.n_iter.tolist())) > 2
+
+
+@pytest.mark.parametrize("rho", [None, (0.5, 0.3)], ids=str)
+def test_fewer_passes(device, rho):
+    """The accelerated solver reaches the optimum, in fewer passes than plain iterations."""
+    C = torch.stack([spoken_costs(200, 60, seed=seed) for seed in range(2)])
+    C = (C - C.amin()) / (C.amax() - C.amin())
+    options = {"reg": 0.02, "unbalanced": rho, "tol": 1e-4, "max_iter": 5000}
+    fast, plain = (
+        otalign.solve_cost(C.float().to(device), backend=BACKEND, accelerate=accelerate, **options)
+        for accelerate in (True, False)
+    )
+    right = otalign.solve_cost(C, backend="reference", **options | {"tol": 1e-9, "max_iter": 20_000})
+    assert fast.converged.all()
+    assert ((fast.plan().cpu() - right.plan()).abs().sum((1, 2)) <= 3e-3).all()
+    assert fast.n_iter.sum() < 0.8 * plain.n_iter.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
