@@ -76,10 +76,10 @@ def advance(
     the verdict of plain iterations; `held` says whether floats hold the pass; `damping` is the product of both dampings.
     """
     if (mixing == 0) & accepted:
-        if is_slow(memory + VECTORS * BLOCK_M, seen, error, damping, limits, UNBALANCED):
-            if is_near(v, v_next, COUNT):
-                begin(memory, BLOCK_M)
-                mixing += 1
+        slow = is_slow(memory + VECTORS * BLOCK_M, seen, error, damping, limits, UNBALANCED)
+        if slow & is_near(v, v_next, COUNT):
+            begin(memory, BLOCK_M)
+            mixing += 1
         seen += 1
     way_on = tl.where(accepted, ON, REDO)
     if mixing > 0:
@@ -144,7 +144,7 @@ def begin(memory, BLOCK_M: tl.constexpr):
 def forget(memory, BLOCK_M: tl.constexpr):
     """Clear the changes, the moves, and the products."""
     T: tl.constexpr = memory.dtype.element_ty
-    CHUNK: tl.constexpr = min(BLOCK_M, 128)
+    CHUNK: tl.constexpr = min(BLOCK_M, 64)
     for first in range(CHANGES * BLOCK_M, VECTORS * BLOCK_M, CHUNK):
         tl.store(memory + first + tl.arange(0, CHUNK), tl.zeros([CHUNK], T))
     tl.store(memory + VECTORS * BLOCK_M + GRAM + tl.arange(0, 64), tl.zeros([64], T))
@@ -187,7 +187,7 @@ def mix(memory, held, left, limits, m, BLOCK_M: tl.constexpr, LOW: tl.constexpr,
         tl.store(numbers + BOUND, bound)
         tl.store(numbers + RATE, rate)
     elif way_on == BACK:
-        CHUNK: tl.constexpr = min(BLOCK_M, 128)
+        CHUNK: tl.constexpr = min(BLOCK_M, 64)
         for first in range(0, m, CHUNK):
             at = memory + first + tl.arange(0, CHUNK)
             tl.store(at + NEXT * BLOCK_M, tl.load(at + KEPT * BLOCK_M))
@@ -204,7 +204,7 @@ def mix(memory, held, left, limits, m, BLOCK_M: tl.constexpr, LOW: tl.constexpr,
 def observe(memory, slot, started, m, BLOCK_M: tl.constexpr):
     """Compute the residual; remember, in `slot`, what the last step changed about it; sum the products and the error."""
     T: tl.constexpr = memory.dtype.element_ty
-    CHUNK: tl.constexpr = min(BLOCK_M, 128)
+    CHUNK: tl.constexpr = min(BLOCK_M, 64)
     index = tl.arange(0, SUMS)
     row = index % PRODUCTS
     products = tl.zeros([SUMS, CHUNK], T)
@@ -286,7 +286,7 @@ def combine(memory, bold, m, BLOCK_M: tl.constexpr, LOW: tl.constexpr, HIGH: tl.
     It has to promise something, unless `bold`, to be short, and to leave v between LOW and HIGH.
     """
     T: tl.constexpr = memory.dtype.element_ty
-    CHUNK: tl.constexpr = min(BLOCK_M, 128)
+    CHUNK: tl.constexpr = min(BLOCK_M, 64)
     c, part = coefficients(memory + VECTORS * BLOCK_M)
     longest = tl.zeros([CHUNK], T)
     promises = (part <= USELESS) | (bold & (part < INFINITY))
@@ -306,7 +306,7 @@ def combine(memory, bold, m, BLOCK_M: tl.constexpr, LOW: tl.constexpr, HIGH: tl.
 @triton.jit
 def take(memory, mixed, m, BLOCK_M: tl.constexpr):
     """Take the mixed step or the plain update, and keep the plain update."""
-    CHUNK: tl.constexpr = min(BLOCK_M, 128)
+    CHUNK: tl.constexpr = min(BLOCK_M, 64)
     for first in range(0, m, CHUNK):
         at = memory + first + tl.arange(0, CHUNK)
         v, v_next = tl.load(at + CURRENT * BLOCK_M), tl.load(at + NEXT * BLOCK_M)
