@@ -46,6 +46,7 @@ WAS = tl.constexpr(24)  # the last step: PLAIN, MIXED, or 0 = none
 BEFORE = tl.constexpr(25)  # the error before it
 BOUND = tl.constexpr(26)  # the error that plain iterations would have reached, ...
 RATE = tl.constexpr(27)  # ... and the factor by which they reduce it
+ZERO = tl.constexpr(28)  # the number zero, which the compiler does not know
 GRAM = tl.constexpr(32)  # products of the changes, 8 numbers a row
 NUMBERS = tl.constexpr(GRAM.value + 64)
 
@@ -83,6 +84,8 @@ def advance(
         seen += 1
     way_on = tl.where(accepted, ON, REDO)
     if mixing > 0:
+        # A fence for the compiler, as in the kernel: without it, it keeps addresses in registers through all passes.
+        memory += tl.load(memory + VECTORS * BLOCK_M + ZERO, volatile=True).to(tl.int32)
         for s in tl.static_range(COUNT):
             columns = s * WIDTH + tl.arange(0, WIDTH)
             tl.store(memory + CURRENT * BLOCK_M + columns, v[s])
@@ -130,6 +133,7 @@ def begin(memory, BLOCK_M: tl.constexpr):
     """Start to mix, with nothing in memory."""
     numbers = memory + VECTORS * BLOCK_M
     forget(memory, BLOCK_M)
+    tl.store(numbers + ZERO, 0)
     tl.store(numbers + SLOT, 0)
     tl.store(numbers + STARTED, 0)
     tl.store(numbers + WARMING, WARM)
@@ -138,6 +142,7 @@ def begin(memory, BLOCK_M: tl.constexpr):
     tl.store(numbers + BEFORE, 1)
     tl.store(numbers + BOUND, 0)
     tl.store(numbers + RATE, 1)
+    tl.debug_barrier()
 
 
 @triton.jit
