@@ -93,13 +93,17 @@ def advance(
         tl.debug_barrier()
         way_on = mix(memory, held, limits.max_iter - n_iter, limits, m, BLOCK_M, LOW, HIGH)
         tl.debug_barrier()
+        at = memory + tl.where(way_on == REDO, CURRENT, NEXT) * BLOCK_M
         taken = ()
         for s in tl.static_range(COUNT):
-            taken = taken + (tl.load(memory + NEXT * BLOCK_M + s * WIDTH + tl.arange(0, WIDTH)),)
-        v_next = taken
+            taken = taken + (tl.load(at + s * WIDTH + tl.arange(0, WIDTH)),)
+        v = taken
         mixing = tl.where((way_on == BACK) | (way_on == ON), 1, 0)
         seen *= mixing
-    return v_next, way_on, mixing, seen
+    else:
+        if accepted:
+            v = v_next
+    return v, way_on, mixing, seen
 
 
 # When to begin ---------------------------------------------------------------------------------------------------------

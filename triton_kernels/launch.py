@@ -95,7 +95,7 @@ def solve(
         return out
     config = batch.launch_config()
     programs = config.in_flight * config.programs
-    accelerates = bool(numbers["accelerate"]) and numbers["tol"] > 0 and not batch.symmetric
+    accelerates = bool(numbers["accelerate"]) and numbers["tol"] > 0 and not batch.symmetric and config.mixes
     counters = empty_counters(batch, config)
     fill_costs(batch, out.saved, C, batch.prior, counters)
     constants = {

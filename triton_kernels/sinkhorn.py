@@ -446,10 +446,9 @@ def iterate_in_memory(
             )  # fmt: skip
             if way_on >= ON:
                 turn = 1 - turn
-            if way_on >= BACK:
-                v = taken[0]
-                n_iter += accepted
+            v = taken[0]
             accepted = tl.where(way_on >= BACK, 1, 0)
+            n_iter += accepted
         else:
             if accept:
                 if not SYMMETRIC:
@@ -585,16 +584,14 @@ def iterate_in_registers(
         active, error, accept = verdict(new_error, error, n_iter, limits, columns_in_range)
         if ACCELERATE:
             active = tl.maximum(active, mixing)
-            v_next, way_on, mixing, seen = advance(
+            v, way_on, mixing, seen = advance(
                 v, v_next, buffer, mixing, seen, accept, (new_error < INFINITY) & columns_in_range, error, n_iter, limits,
                 damping_x * damping_y, rows_of.m, SLAB, SLABS, BLOCK_M, RANGE_LOW, RANGE_HIGH, UNBALANCED,
             )  # fmt: skip
             if way_on >= ON:
                 u = u_next
-            if way_on >= BACK:
-                v = v_next
-                n_iter += accepted
             accepted = tl.where(way_on >= BACK, 1, 0)
+            n_iter += accepted
         else:
             if accept:
                 u = u_next
