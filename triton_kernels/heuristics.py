@@ -26,6 +26,10 @@ class TileShape(NamedTuple):
     min_programs: int
     max_programs: int
     max_before_hopper: int  # as `max_programs`, on chips whose compiler needs a few registers more
+    # Programs an item for which the variant that mixes has registers enough, with strict and with relaxed marginals. Before
+    # Hopper, relaxed tiles wider than 32 do not mix.
+    mixing_programs: tuple[int, ...] = (1, 2, 4, 8, 16)
+    mixing_relaxed: tuple[int, ...] = (1, 2, 4)
 
     @property
     def rows(self) -> int:
@@ -35,9 +39,11 @@ class TileShape(NamedTuple):
 TILE_SHAPES = (
     TileShape(width=32, groups=4, warps=8, min_programs=1, max_programs=16, max_before_hopper=16),
     TileShape(width=64, groups=2, warps=8, min_programs=1, max_programs=1, max_before_hopper=1),
-    TileShape(width=64, groups=4, warps=8, min_programs=1, max_programs=16, max_before_hopper=4),
+    TileShape(width=64, groups=4, warps=8, min_programs=1, max_programs=16, max_before_hopper=4, mixing_relaxed=(2, 4)),
     TileShape(width=128, groups=2, warps=8, min_programs=1, max_programs=1, max_before_hopper=4),
-    TileShape(width=128, groups=3, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
+    TileShape(
+        width=128, groups=3, warps=8, min_programs=2, max_programs=16, max_before_hopper=0, mixing_programs=(2, 4)
+    ),
     TileShape(width=256, groups=1, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
 )
 MAX_PROGRAMS_RELAXED = 4  # of a relaxed problem, whose updates take more registers
@@ -58,6 +64,7 @@ class LaunchConfig(NamedTuple):
     max_programs: int  # for which the exchange is compiled
     stages: int  # of the pipeline that loads the kernel matrix from memory
     warps: int
+    mixes: bool = True  # whether the variant that mixes iterations has registers enough
 
 
 def power_of_two(size: int, least: int = 1) -> int:
@@ -102,6 +109,7 @@ def launch_config(
                 if fits and tile.min_programs <= programs <= limit:
                     block_n = min(EXACT_ROWS, EXACT_ENTRIES // tile.width)
                     config = _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
+                    config = config._replace(mixes=lanes == 32 and _mixes(tile, programs, relaxed, generation))
                     return config._replace(warps=4) if relaxed and lanes == 64 and tile.width >= WIDE_TILE else config
             programs *= 2
     block_m = power_of_two(size_y, 32)
@@ -115,6 +123,12 @@ def launch_config(
     block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
     stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which chips of other makers have less
     return _config(items, most, processors, block_n, block_m, 0, warps, stages)
+
+
+def _mixes(tile: TileShape, programs: int, relaxed: bool, generation: int) -> bool:
+    if not relaxed:
+        return programs in tile.mixing_programs
+    return programs in tile.mixing_relaxed and (generation >= 90 or tile.width <= 32)
 
 
 def _config(

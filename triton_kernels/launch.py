@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import heuristics, runtime
+from .accelerated import memory_size
 from .adjoint import adjoint_kernel
 from .batch import Batch, Side
 from .cost import cost_kernel
@@ -94,6 +95,7 @@ def solve(
         return out
     config = batch.launch_config()
     programs = config.in_flight * config.programs
+    accelerates = bool(numbers["accelerate"]) and numbers["tol"] > 0 and not batch.symmetric and config.mixes
     counters = empty_counters(batch, config)
     fill_costs(batch, out.saved, C, batch.prior, counters)
     constants = {
@@ -104,6 +106,7 @@ def solve(
         "MAX_PROGRAMS": config.max_programs,
         "UNBALANCED": batch.relaxed,
         "SYMMETRIC": batch.symmetric,
+        "ACCELERATE": accelerates,
         "STAGES": config.stages,
     }
     others = {
@@ -117,7 +120,7 @@ def solve(
         "K": out.costs if config.groups else torch.empty_like(out.costs),
         "state": empty(4, batch.x.rows),
         "exchange": exchange_memory(batch, config, out.costs),
-        "buffers": empty(programs, config.block_m),
+        "buffers": empty(programs, memory_size(config.block_m) if accelerates else config.block_m),
         "counters": counters,
         "init": out.g if init is None else init,
         "has_init": int(init is not None),

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .accelerated import BACK, NUMBERS, ON, VECTORS, WEIGHTS, advance
 from .addressing import load_reg, load_weights, only_if, segment, up_to_four
 from .exchange import group_of, log_sum_over_programs, sum_over_programs
 from .math import (
@@ -411,10 +412,13 @@ def symmetric_memory_pass(
 def iterate_in_memory(
     rows_of, kernel_at, buffer, turn, gamma, b_j, v, inv_reg, damping_x, damping_y, unreachable, n_iter, error, active,
     limits, group, epoch, columns, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
-    UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, STAGES: tl.constexpr,
+    UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, ACCELERATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Iterate by multiply-adds, with K in memory, until the item ends or leaves the range."""
     build_in_memory(rows_of, kernel_at, turn, gamma, b_j, inv_reg, columns, BLOCK_N)
+    if ACCELERATE:
+        tl.store(buffer + WEIGHTS * BLOCK_M + columns, b_j)
+        mixing, seen = active * 0, active * 0
     accepted = active
     while accepted > 0:
         if SYMMETRIC:
@@ -434,12 +438,24 @@ def iterate_in_memory(
             )
             v_next, columns_in_range = column_scaling(totals, (b_j,), (gamma,), damping_y, BLOCK_M, 1, UNBALANCED)
         active, error, accept = verdict(new_error, error, n_iter, limits, columns_in_range)
-        if accept:
-            if not SYMMETRIC:
+        if ACCELERATE:
+            active = tl.maximum(active, mixing)
+            taken, way_on, mixing, seen = advance(
+                (v,), v_next, buffer, mixing, seen, accept, (new_error < INFINITY) & columns_in_range, error, n_iter,
+                limits, damping_x * damping_y, rows_of.m, BLOCK_M, 1, BLOCK_M, RANGE_LOW, RANGE_HIGH, UNBALANCED,
+            )  # fmt: skip
+            if way_on >= ON:
                 turn = 1 - turn
-            v = v_next[0]
+            v = taken[0]
+            accepted = tl.where(way_on >= BACK, 1, 0)
             n_iter += accepted
-        accepted = accept.to(tl.int32)
+        else:
+            if accept:
+                if not SYMMETRIC:
+                    turn = 1 - turn
+                v = v_next[0]
+                n_iter += accepted
+            accepted = accept.to(tl.int32)
     return v, turn, n_iter, error, active, epoch
 
 
@@ -524,7 +540,7 @@ def column_sums_in_registers(kernel, a, u, GROUPS: tl.constexpr, SLABS: tl.const
 def iterate_in_registers(
     rows_of, b, has_b, y_start, buffer, turn, gamma, b_j, inv_reg, damping_x, damping_y, unreachable, n_iter, error,
     active, limits, group, epoch, columns, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, ACCELERATE: tl.constexpr,
 ):  # fmt: skip
     """Iterate by multiply-adds, with K in registers, until the item ends or leaves the range."""
     SLAB: tl.constexpr = min(BLOCK_M, 32)
@@ -534,6 +550,10 @@ def iterate_in_registers(
     weights_x, absorbed_x, u, weights_y, absorbed_y, v, kernel = build_in_registers(
         rows_of, b, has_b, y_start, buffer, inv_reg, ROWS, GROUPS, SLAB, SLABS
     )
+    if ACCELERATE:
+        for s in tl.static_range(SLABS):
+            tl.store(buffer + WEIGHTS * BLOCK_M + s * SLAB + tl.arange(0, SLAB), weights_y[s])
+        mixing, seen = active * 0, active * 0
     accepted = active
     while accepted > 0:
         if SYMMETRIC:
@@ -562,11 +582,22 @@ def iterate_in_registers(
                 column_sums, weights_y, absorbed_y, damping_y, SLAB, SLABS, UNBALANCED
             )
         active, error, accept = verdict(new_error, error, n_iter, limits, columns_in_range)
-        if accept:
-            u = u_next
-            v = v_next
+        if ACCELERATE:
+            active = tl.maximum(active, mixing)
+            v, way_on, mixing, seen = advance(
+                v, v_next, buffer, mixing, seen, accept, (new_error < INFINITY) & columns_in_range, error, n_iter, limits,
+                damping_x * damping_y, rows_of.m, SLAB, SLABS, BLOCK_M, RANGE_LOW, RANGE_HIGH, UNBALANCED,
+            )  # fmt: skip
+            if way_on >= ON:
+                u = u_next
+            accepted = tl.where(way_on >= BACK, 1, 0)
             n_iter += accepted
-        accepted = accept.to(tl.int32)
+        else:
+            if accept:
+                u = u_next
+                v = v_next
+                n_iter += accepted
+            accepted = accept.to(tl.int32)
     for r in tl.static_range(GROUPS):
         rows = rows_of.begin + r * ROWS + tl.arange(0, ROWS)
         tl.store(rows_of.state + (2 + turn) * rows_of.stride + rows, u[r], mask=rows < rows_of.end)
@@ -678,13 +709,14 @@ def sinkhorn_kernel(
     x_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if x_addressing > 0
     y_offsets,  # (B,) lengths or (B + 1,) offsets in rows, int64; read if y_addressing > 0
     exchange,  # scratch: (items in flight, 2, programs, 2 * BLOCK_M + EXCHANGE_TAIL); see exchange.py
-    buffers,  # scratch: (programs of the launch, BLOCK_M), where a program's threads exchange a vector
+    buffers,  # scratch, a row for each program: BLOCK_M, where its threads exchange a vector; if ACCELERATE, memory_size()
     counters,  # int32, zero at the start; the first one stays zero; see exchange.py
     items, x_addressing, x_size, x_rows, y_addressing, y_size, y_rows, has_a, has_b, has_init, per_item, max_iter,
     reg_items,  # (B,) float64, in the units of the cost; read if per_item
     reg: tl.float64, rho_x: tl.float64, rho_y: tl.float64, tol: tl.float64, ld16, programs,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, STAGES: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, UNBALANCED: tl.constexpr, SYMMETRIC: tl.constexpr, ACCELERATE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Potentials f, g of every item, such that the plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg) solves
 
@@ -695,12 +727,17 @@ def sinkhorn_kernel(
     Grid: groups of `programs` <= MAX_PROGRAMS programs. A group takes items in turn, and its programs split the rows.
     Source: see the top of this file.
 
+    If ACCELERATE, items that have many iterations ahead take mixed steps: see accelerated.py. Needs tol > 0.
+
     A tile (BLOCK_N, BLOCK_M) has whole rows: BLOCK_M is at least the longest y. If GROUPS > 0, K stays in registers,
     GROUPS x ROWS rows of it, as many as a program can have of an item; else it lies in memory.
     """
     T: tl.constexpr = C.dtype.element_ty
     group = group_of(exchange, counters, programs, BLOCK_M)
-    buffer = buffers + tl.program_id(0) * BLOCK_M
+    if ACCELERATE:
+        buffer = buffers + tl.program_id(0).to(tl.int64) * (VECTORS * BLOCK_M + NUMBERS)
+    else:
+        buffer = buffers + tl.program_id(0) * BLOCK_M
     epoch = 0
     ld = ld16 * 16
     columns = tl.arange(0, BLOCK_M)
@@ -774,13 +811,13 @@ def sinkhorn_kernel(
                     v, n_iter, error, active, epoch = iterate_in_registers(
                         rows_of, b, has_b, y_start, buffer, turn, gamma, part_b, inv_reg, damping_x, damping_y,
                         unreachable, n_iter, error, active, limits, group, epoch, columns,
-                        BLOCK_M, ROWS, GROUPS, MAX_PROGRAMS, UNBALANCED, SYMMETRIC,
+                        BLOCK_M, ROWS, GROUPS, MAX_PROGRAMS, UNBALANCED, SYMMETRIC, ACCELERATE,
                     )  # fmt: skip
                 else:
                     v, turn, n_iter, error, active, epoch = iterate_in_memory(
                         rows_of, kernel_at, buffer, turn, gamma, part_b, v, inv_reg, damping_x, damping_y, unreachable,
                         n_iter, error, active, limits, group, epoch, columns,
-                        BLOCK_N, BLOCK_M, MAX_PROGRAMS, UNBALANCED, SYMMETRIC, STAGES,
+                        BLOCK_N, BLOCK_M, MAX_PROGRAMS, UNBALANCED, SYMMETRIC, ACCELERATE, STAGES,
                     )  # fmt: skip
                 tl.debug_barrier()
 

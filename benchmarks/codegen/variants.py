@@ -134,6 +134,7 @@ class Problem(NamedTuple):
     relaxed: bool = False
     layout: str = "full"
     weights: bool = False
+    accelerate: bool = False
 
     def launch(self, *, gradients: bool = True) -> None:
         """Launch the forward pass and, with `gradients`, every backward pass."""
@@ -163,7 +164,7 @@ class Problem(NamedTuple):
             device=META,
         )
         given = torch.empty(self.B, self.N, self.M, dtype=self.x, device=META) if self.cost == "given" else None
-        saved = launch.solve(batch, given, None, {"max_iter": 200, "tol": 1e-3}).saved
+        saved = launch.solve(batch, given, None, {"max_iter": 200, "tol": 1e-3, "accelerate": self.accelerate}).saved
         if not gradients:
             return
         wanted = {"C": given} if given is not None else {"x": x.points, "y": y.points}
@@ -196,8 +197,9 @@ PRIORS = ("none", "quadratic", "absolute", "order_preserving", "band")
 def solvers() -> Iterator[Problem]:
     """All problems that the heuristics of the iterations distinguish."""
     for B, N, M in itertools.product(ITEMS, SIZES_X, SIZES_Y):
-        for kind, relaxed in itertools.product((torch.float32, torch.float64), (False, True)):
-            yield Problem(B, N, M, 64, kind, kind, relaxed=relaxed)
+        for kind, *ways in itertools.product((torch.float32, torch.float64), (False, True), (False, True)):
+            relaxed, accelerate = ways
+            yield Problem(B, N, M, 64, kind, kind, relaxed=relaxed, accelerate=accelerate)
 
 
 def products() -> Iterator[Problem]:

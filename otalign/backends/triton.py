@@ -282,10 +282,8 @@ def _split(arguments: Sequence[Any]) -> tuple[_Inputs, Any, Any, Sequence[Any]]:
 
 def _align_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (init,) = unflatten(_Inputs, arguments)
-    numbers = inputs.options.numbers
-    if inputs.iterations != "cuda":
-        del numbers["accelerate"]  # the Triton kernels iterate plainly
-    return tuple(_kernels().solve(_batch(inputs), inputs.C, init, numbers, iterate=_iterate(inputs)))
+    kernels, numbers = _kernels(), inputs.options.numbers
+    return tuple(kernels.solve(_batch(inputs), inputs.C, init, numbers, iterate=_iterate(inputs)))
 
 
 def _wanted(inputs: _Inputs, wanted: Sequence[bool]) -> dict[str, Tensor]:
