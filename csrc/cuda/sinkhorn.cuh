@@ -312,7 +312,7 @@ class Sinkhorn {
     block.put_columns(sums, Sum());
     block.put_number(off);
     bool columns_in_range = true;
-    block.template exchange<true>(block.m, Sum(), [&](int j, float sum) {
+    block.template exchange<!kAccelerate>(block.m, Sum(), [&](int j, float sum) {
       const float b = block.columns(kB)[j];
       const float total = b > 0 ? sum : 1;
       const float next = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, block.current().damping_y);
