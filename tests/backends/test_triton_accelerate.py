@@ -57,6 +57,10 @@ def true_error(C: Tensor, result: otalign.OTResult, reg: float) -> float:
     return float((plan.sum(1) - 1 / len(f)).abs().sum() + (plan.sum(0) - 1 / len(g)).abs().sum())
 
 
+def slow(*values: object, **options: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
 # The policy ------------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +76,7 @@ def test_constants_are_those_of_the_engines():
 
 @pytest.mark.parametrize("marginals", MARGINALS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
-@pytest.mark.parametrize("reg", [0.05, 0.02])
+@pytest.mark.parametrize("reg", [0.05, slow(0.02)])
 def test_as_many_passes_as_the_cpu_engine(reg, dtype, marginals):
     """Where it mixes, and does no more than that. Sums are made in another order, so counts differ by a few passes."""
     C, *_ = costs((60, 30), dtype=dtype)
@@ -88,7 +92,7 @@ def test_as_many_passes_as_the_cpu_engine(reg, dtype, marginals):
 
 
 @pytest.mark.parametrize("marginals", MARGINALS)
-@pytest.mark.parametrize("reg", [0.05, 0.01, 0.005])
+@pytest.mark.parametrize("reg", [0.05, slow(0.01), slow(0.005)])
 def test_optimum_and_fewer_passes(reg, marginals):
     C, *_ = costs((50, 24))
     options = {"reg": reg, "unbalanced": MARGINALS[marginals]}
@@ -110,7 +114,9 @@ def test_small_tolerance_in_float64(rho):
     assert float(apart(ours, optimum(C, **options))) <= 1e-8
 
 
-@pytest.mark.parametrize("prior", [Prior.band(0.2), Prior.quadratic(1.0), Prior.order_preserving(0.05, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [Prior.band(0.2), slow(Prior.quadratic(1.0)), slow(Prior.order_preserving(0.05, 1.0))], ids=str
+)
 def test_priors(prior):
     C, *_ = costs((60, 30))
     options = {"reg": 0.02, "prior": prior}
@@ -127,7 +133,7 @@ def test_ragged_items_end_each_by_itself():
     assert bool((ours.error <= 1e-3).all())
     assert int(ours.n_iter[2]) == 0
     assert float(apart(ours, right).max()) <= 0.03
-    for item in (0, 3, 5):
+    for item in (3, 5):
         alone = solve(C[item : item + 1, : n[item], : m[item]].contiguous(), reg=0.02)
         identical(alone.value[0], ours.value[item])
         identical(alone.n_iter[0], ours.n_iter[item])
@@ -176,8 +182,8 @@ def shared(monkeypatch):
     heuristics.launch_config.cache_clear()
 
 
-@pytest.mark.parametrize("rho", [None, (0.5, 0.2)], ids=["strict", "relaxed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["registers", "memory"])
+@pytest.mark.parametrize("rho", [slow(None, id="strict"), pytest.param((0.5, 0.2), id="relaxed")])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64)], ids=["registers", "memory"])
 def test_programs_that_share_an_item_decide_alike(shared, dtype, rho):
     """If one of them went another way, it would wait for ever or sum something else."""
     C, n, m = costs((60, 30), (41, 30), dtype=dtype)
@@ -215,6 +221,7 @@ def test_reported_error_is_true_at_the_end(reg):
     assert float(ours.error) == pytest.approx(true_error(C, ours, reg), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_scalings_that_leave_the_range_while_mixing():
     """At 1000 times less reg than the range of the costs, exact passes come in between, and mixing starts anew."""
     C, *_ = costs((40, 20))
