@@ -25,7 +25,7 @@ from common.tables import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/accesses.csv"
-KERNELS = "cost_kernel COST=cosine|sinkhorn|points_gradient_kernel COST=cosine|barycentric"
+KERNELS = "cost_kernel .*COST=cosine|sinkhorn|points_gradient_kernel .*COST=cosine|barycentric"
 PROBLEMS = {
     ("A", "bf16"): variants.Problem(32, 750, 128, 1024),
     ("A", "fp32"): variants.Problem(32, 750, 128, 1024, torch.float32, torch.float32),

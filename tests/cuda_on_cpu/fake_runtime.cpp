@@ -8,11 +8,13 @@
 namespace otalign::cuda {
 
 // A kernel is an address.
-int kernel_places[kTileShapeCount][3];
+int kernel_places[kTileShapeCount][kAdjoint + 1];
 
 template <int shape>
 Kernels kernels() {
-  return {{&kernel_places[shape][kStrict], &kernel_places[shape][kRelaxed], &kernel_places[shape][kAdjoint]}};
+  Kernels found{};
+  for (int kind = 0; kind <= kAdjoint; ++kind) found.of[kind] = &kernel_places[shape][kind];
+  return found;
 }
 
 }  // namespace otalign::cuda

@@ -46,7 +46,7 @@ class Gpu:
 
     def loaded(self) -> set[tuple[int, int]]:
         """Shape and kind of the kernels that the driver has loaded."""
-        kinds = (host_cuda.STRICT, host_cuda.RELAXED, host_cuda.ADJOINT)
+        kinds = range(host_cuda.ADJOINT + 1)
         return {of for of in itertools.product(range(9), kinds) if library().fake_loaded(*of)}
 
     def launched(self, shape: int, kind: int) -> bool:

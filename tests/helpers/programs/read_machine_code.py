@@ -9,9 +9,9 @@ import re
 import torch
 from codegen import accesses, variants  # of the benchmarks
 
-POINTS = "cost_kernel COST=cosine|points_gradient_kernel COST=cosine|barycentric"
+POINTS = "cost_kernel .*COST=cosine|points_gradient_kernel .*COST=cosine|barycentric"
 COSTS = "sinkhorn|adjoint|plan_kernel|assign"
-LARGE = "cost_kernel COST=cosine|points_gradient_kernel COST=cosine"
+LARGE = "cost_kernel .*COST=cosine|points_gradient_kernel .*COST=cosine"
 HOPPER, ADA = 90, 89
 
 
