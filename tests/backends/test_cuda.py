@@ -303,7 +303,7 @@ def outcome(check: Path, seed: int = 0) -> tuple[bool, str]:
 
 
 def test_under_address_sanitizer(tmp_path):
-    right, said = outcome(program(tmp_path, "2", *ADDRESS, rows=80))
+    right, said = outcome(program(tmp_path, "2", *ADDRESS, rows=40))
     assert right, said
 
 

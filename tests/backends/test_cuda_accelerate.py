@@ -149,7 +149,7 @@ def test_fewer_passes(reg, fewer):
 
 
 @pytest.mark.parametrize("rho", MARGINALS.values(), ids=MARGINALS)
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 5, 6, 7, 9, 14, 20, 33, 50])
+@pytest.mark.parametrize("max_iter", [1, 3, 6, 9, 20, 50])
 def test_stopped_early(rho, max_iter):
     """No more passes than allowed, and the error is that of the plan."""
     C = costs(100, 30, seed=3)

@@ -126,6 +126,7 @@ def test_priors(prior):
     assert float(apart(ours, right)) <= 0.05
 
 
+@pytest.mark.slow
 def test_ragged_items_end_each_by_itself():
     """Full items, one of a single pair, an empty one, and one whose rows are a single point."""
     C, n, m = costs((60, 30), (1, 1), (0, 5), (40, 30), (1, 9), (33, 17))

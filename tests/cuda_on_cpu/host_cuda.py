@@ -53,6 +53,7 @@ def compile_command(source: Path, output: Path, *options: str) -> list[str]:
         "-Wall",
         "-Wextra",
         "-Werror",
+        "-Wno-maybe-uninitialized",  # at -O1 g++ does not see that two loops have the same condition
         *include,
         *options,
         str(source),
