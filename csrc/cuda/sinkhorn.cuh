@@ -73,8 +73,9 @@ class Sinkhorn {
       block.columns(kGamma)[j] = fabsf(start) <= kLargestStart ? start : NAN;
       v(0)[j] = 1;
     });
-    for (int i = intrinsics::thread(); i < block.count; i += Tile::kThreads) {
-      block.row(kA, i) = weight_of_row(i);
+    // Rows in registers that the block lacks have a weight of zero.
+    for (int i = intrinsics::thread(); i < block.count || i < Tile::kHeld; i += Tile::kThreads) {
+      block.row(kA, i) = i < block.count ? weight_of_row(i) : 0;
       block.row(kPhi, i) = 0;
       u(i, 0) = 1;
     }
@@ -276,10 +277,12 @@ class Sinkhorn {
     float off;
     const bool columns_in_range = pass(off);
     if (!kAccelerate || way == Way::plain) {
-      if (!(off < INFINITY)) return false;  // rows are out of range: the exact update computes the error
-      error = off;
-      if (should_stop(error, tol, n_iter, block.p.max_iter)) active = false;
-      if (!active || !columns_in_range) return false;
+      const bool rows_in_range = off < INFINITY, stops = should_stop(off, tol, n_iter, block.p.max_iter);
+      if (rows_in_range) error = off;                    // or else the exact update computes it
+      if (stops | !rows_in_range | !columns_in_range) {  // one branch, which is seldom taken
+        if (rows_in_range && stops) active = false;
+        return false;
+      }
     }
     ++n_iter;
     if constexpr (kAccelerate) {
@@ -292,34 +295,46 @@ class Sinkhorn {
     return true;
   }
 
+  // A row of a pass: its weight, u before, the sum over K w, and the next u.
+  struct UpdatedRow {
+    float a = 0, before = 0, sum = 0, next = 0;
+    OTALIGN_DEVICE operator float() const { return a * next; }
+  };
+
   // Puts the next u and v into the others, and w of them. `off` becomes the error of the rows, infinite if they are out
   // of range; returns whether the columns are in range.
   OTALIGN_DEVICE bool pass(float& off) {
-    off = 0;
-    float sums[C];
-    matrix.pass(block, sums, [&](int, float sum, bool mine, bool one, auto numbers) {
-      if (!mine) return 0.0f;
+    constexpr int N = Block<Tile>::kTurns;
+    float sums[C], weights[N], gammas[N], of_lane = 0;
+    // The accelerated kernels are long as they are: they do without straight code for every size of clusters.
+    const int direct = kAccelerate ? 0 : block.current().direct;
+    const auto update = [&](int, float sum, bool mine, bool, auto numbers) -> UpdatedRow {
+      if (!mine) return {};
       const float a = numbers(kA), before = numbers(kU + turn);
       if (!(a > 0)) sum = 1;
       const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, block.current().damping_x);
-      const float ratio = kRelaxed ? before / next : before * sum;
-      if (one) {
-        off += in_range(sum, next) ? a * fabsf(ratio - 1) : INFINITY;
-        numbers(kU + 1 - turn) = next;
-      }
-      return a * next;
-    });
+      return {a, before, sum, next};
+    };
+    const auto store = [&](const UpdatedRow& row, auto numbers) {
+      const float ratio = kRelaxed ? row.before / row.next : row.before * row.sum;
+      of_lane += in_range(row.sum, row.next) ? row.a * fabsf(ratio - 1) : INFINITY;
+      numbers(kU + 1 - turn) = row.next;
+    };
+    matrix.pass(block, sums, update, store);
     block.put_columns(sums, Sum());
-    block.put_number(off);
+    block.put_number(of_lane);
+    block.load_of_exchange(block.columns(kB), weights);
+    if (kRelaxed) block.load_of_exchange(block.columns(kGamma), gammas);
     bool columns_in_range = true;
-    block.template exchange<!kAccelerate>(block.m, Sum(), [&](int j, float sum) {
-      const float b = block.columns(kB)[j];
-      const float total = b > 0 ? sum : 1;
-      const float next = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, block.current().damping_y);
+    const auto use = [&](int k, int j, float sum) {
+      const float total = weights[k] > 0 ? sum : 1;
+      const float next = scaling(total, kRelaxed ? gammas[k] : 0, block.current().damping_y);
+      if (j >= block.m) return;
       columns_in_range = columns_in_range && in_range(total, next);
       v(1 - turn)[j] = next;
-      block.columns(kW)[j] = b * next;
-    });
+      block.columns(kW)[j] = weights[k] * next;
+    };
+    block.exchange_often(direct, block.m, Sum(), use);
 #ifndef OTALIGN_MUTATE_3
     columns_in_range = intrinsics::all_of_block(columns_in_range);
 #endif
