@@ -232,7 +232,7 @@ PYBIND11_MODULE(_C, module) {
              });
 #endif
 
-  py::module_ testing = module.def_submodule("testing", "Hooks for tests only.");
+  py::module_ testing = module.def_submodule("testing", "Hooks for tests and benchmarks only.");
   testing.def("address", [](const CudaProblem& p) { return reinterpret_cast<uintptr_t>(&p); });
   testing.def("address", [](const Adjoints& a) { return reinterpret_cast<uintptr_t>(&a); });
   testing.def("pool_idle", &pool_idle);
@@ -251,5 +251,6 @@ PYBIND11_MODULE(_C, module) {
     out["bytes"] = config.bytes;
     return out;
   });
+  testing.def("cuda_force", [](int shape, int cluster) { check(cuda::force(shape, cluster)); });
 #endif
 }

@@ -126,7 +126,7 @@ def cuda_solve(problem: CudaProblem, device: int, stream: int, wait: bool, /) ->
 def cuda_adjoint(problem: CudaProblem, adjoints: Adjoints, device: int, stream: int, wait: bool, /) -> None: ...
 
 class testing:
-    """A submodule: hooks for tests only."""
+    """A submodule: hooks for tests and benchmarks only."""
 
     @staticmethod
     def address(struct: CudaProblem | Adjoints, /) -> int: ...
@@ -134,3 +134,7 @@ class testing:
     def pool_idle() -> int: ...
     @staticmethod
     def cuda_config(problem: CudaProblem, adjoint: bool, device: int, /) -> dict[str, Any]: ...
+    @staticmethod
+    def cuda_force(shape: int, cluster: int, /) -> None:
+        """Every later batch of the process has this tile shape, an index into kTileShapes of csrc/cuda/tiling.h, and this
+        many blocks an item, or a RuntimeError says why it cannot. With the shape -1 the heuristics choose again."""

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "tiling.h"
 
@@ -93,6 +94,50 @@ LaunchConfig choose(const Chip& chip, int64_t items, int64_t size_x, int64_t siz
     }
   }
   return best;
+}
+
+// What a benchmark may put in the place of the heuristics' choice: a tile shape and a size of clusters. A negative
+// shape leaves the choice to the heuristics.
+struct Form {
+  int shape = -1;
+  int cluster = 0;
+
+  bool given() const { return shape >= 0; }
+};
+constexpr int kLargestCluster = 16;  // that any chip has
+
+// Why there is no such form, for any batch and any chip; "" if there is, or if none is given.
+inline std::string why_no_form(const Form& form) {
+  if (!form.given()) return "";
+  if (form.shape >= kTileShapeCount)
+    return "expected a tile shape from 0 to " + std::to_string(kTileShapeCount - 1) +
+           ", or -1 for the heuristics, got " + std::to_string(form.shape);
+  if (form.cluster < 1 || form.cluster > kLargestCluster)
+    return "expected a cluster of 1 to " + std::to_string(kLargestCluster) + " blocks, got " +
+           std::to_string(form.cluster);
+  return "";
+}
+
+// The configuration of a form that is given. Returns why this batch cannot have it on this chip, or "".
+template <class MaxResident>
+std::string choose(const Chip& chip, const Form& form, int64_t items, int64_t size_x, int64_t size_y, bool ragged,
+                   bool accelerate, MaxResident max_resident, LaunchConfig* out) {
+  const TileShape& shape = kTileShapes[form.shape];
+  const std::string name =
+      "tile shape " + std::to_string(form.shape) + " in clusters of " + std::to_string(form.cluster);
+  if (size_y > shape.width)
+    return name + " has " + std::to_string(shape.width) + " columns, and y has items of up to " +
+           std::to_string(size_y) + " points";
+  if (form.cluster > 1 && !chip.clusters)
+    return name + ": this chip, or the code that its driver has loaded, has no clusters of blocks";
+  *out = choose(chip, form.shape, form.cluster, items, size_x, ragged, accelerate, max_resident);
+  if (out->in_flight > 0) return "";
+  LaunchConfig least = *out;  // without rows of the matrix in shared memory
+  least.shared = std::max(0, least.shared);
+  const int bytes = 4 * shared_memory(shape, least).end;
+  const std::string needs = name + " needs " + std::to_string(bytes) + " bytes of shared memory for a block";
+  return bytes > chip.shared_of_block ? needs + ", which has at most " + std::to_string(chip.shared_of_block)
+                                      : needs + ", and finds no room on this chip";
 }
 
 }  // namespace otalign::cuda

@@ -86,20 +86,22 @@ const char* chip(int device, const void* kernel, Chip* out) {
   return nullptr;
 }
 
+std::mutex mutex;  // of what find() shares among threads
+Form form;         // that a benchmark asks for
+
 // The heuristics query the runtime for every size of clusters, so their result is kept for every kind of batch.
 const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out) {
-  using Key = std::tuple<int, int, int64_t, int64_t, int64_t, bool>;
-  static std::mutex mutex;
+  using Key = std::tuple<int, int, int64_t, int64_t, int64_t, bool, int, int>;
   static std::map<Key, LaunchConfig> known;
   OTALIGN_TRY(cudaSetDevice(device));
   const bool ragged = p.x.lengths || p.x.starts || p.y.lengths || p.y.starts;
   const std::lock_guard<std::mutex> lock(mutex);
-  const Key key{device, kind, p.items, p.x.size, p.y.size, ragged};
+  const Key key{device, kind, p.items, p.x.size, p.y.size, ragged, form.shape, form.cluster};
   if (const auto found = known.find(key); found != known.end()) {
     *out = found->second;
     return nullptr;
   }
-  const ShapeRange shapes = shapes_for(p.y.size);
+  const ShapeRange shapes = form.given() ? ShapeRange{form.shape, form.shape + 1} : shapes_for(p.y.size);
   if (shapes.begin == shapes.end)
     return message("no kernel fits: y has items of up to " + std::to_string(p.y.size) + " points, " +
                    std::to_string(kTileShapes[kTileShapeCount - 1].width) + " are the most");
@@ -109,9 +111,18 @@ const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out)
   // Only these: the first query for a kernel loads it, and where the driver has to compile it from PTX, that takes
   // seconds.
   for (int shape = shapes.begin; shape < shapes.end; ++shape) OTALIGN_TRY(prepare(kernel(shape, kind), on));
-  *out = choose(on, p.items, p.x.size, p.y.size, ragged, is_accelerated(kind),
-                [&](const LaunchConfig& config) { return max_resident(kernel(config.shape, kind), config, on); });
-  if (out->in_flight == 0) return message("no kernel fits into the shared memory of device " + std::to_string(device));
+  const auto resident = [&](const LaunchConfig& config) {
+    return max_resident(kernel(config.shape, kind), config, on);
+  };
+  const bool accelerate = is_accelerated(kind);
+  if (form.given()) {
+    const std::string error = choose(on, form, p.items, p.x.size, p.y.size, ragged, accelerate, resident, out);
+    if (!error.empty()) return message(error);
+  } else {
+    *out = choose(on, p.items, p.x.size, p.y.size, ragged, accelerate, resident);
+    if (out->in_flight == 0)
+      return message("no kernel fits into the shared memory of device " + std::to_string(device));
+  }
   if (known.size() >= 4096) known.clear();
   known[key] = *out;
   return nullptr;
@@ -133,6 +144,14 @@ const char* run(const CudaProblem& problem, const Adjoints& adjoints, Kind kind,
 const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch) {
   if (const char* error = find(problem, kind_of(problem, adjoint), device, config)) return error;
   *scratch = off_chip_rows(*config, problem.x.size) > 0 ? scratch_bytes(problem) : 0;
+  return nullptr;
+}
+
+const char* force(int shape, int cluster) {
+  const Form wanted{shape, cluster};
+  if (const std::string error = why_no_form(wanted); !error.empty()) return message(error);
+  const std::lock_guard<std::mutex> lock(mutex);
+  form = wanted.given() ? wanted : Form{};
   return nullptr;
 }
 

@@ -22,6 +22,10 @@ Kernels kernels();
 // How the batch is to be launched, and the bytes of scratch memory that it needs. Of the problem it reads sizes, items,
 // relaxation, and whether it is accelerated.
 const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch);
+// For benchmarks: from now on every batch has this tile shape and this many blocks an item, or an error. A negative
+// shape gives the choice back to the heuristics. Of the whole process; no other thread may be between `configure` and
+// `solve`.
+const char* force(int shape, int cluster);
 // Solves the batch; with `wait`, faults of the kernel are among the errors.
 const char* solve(const CudaProblem& problem, int device, void* stream, bool wait);
 // Solves the implicit system.

@@ -15,8 +15,8 @@ import torch
 from otalign import backends
 from otalign.cli import doctor
 
-from ..cuda_on_cpu.fake_runtime import Gpu
-from ..cuda_on_cpu.host_cuda import ADJOINT, STRICT
+from ..cuda_on_cpu.fake_runtime import Gpu, force
+from ..cuda_on_cpu.host_cuda import ADJOINT, STRICT, STRICT_ACCELERATED
 
 SHAPES = {32: (0, 1), 64: (2, 3), 128: (4, 5), 256: (6,), 512: (7,), 1024: (8,)}
 NO_IMAGE, UNSUPPORTED_PTX, NO_MEMORY, NO_JIT = 209, 222, 2, 223  # of cudaError_t
@@ -67,7 +67,7 @@ def test_a_call_loads_only_the_kernels_that_it_may_choose(size_y):
     shapes = SHAPES[min(width for width in SHAPES if width >= size_y)]
     assert gpu.configure(8, 100, size_y).shape in shapes
     assert gpu.loaded() == {(shape, STRICT) for shape in shapes}
-    gpu.configure(8, 100, size_y, adjoint=True)
+    gpu.configure(8, 100, size_y, ADJOINT)
     assert gpu.loaded() == {(shape, kind) for shape in shapes for kind in (STRICT, ADJOINT)}
 
 
@@ -114,6 +114,108 @@ def test_too_long_items_load_nothing():
     with pytest.raises(RuntimeError, match="no kernel fits: y has items of up to 1025 points, 1024 are the most"):
         gpu.configure(8, 100, 1025)
     assert not gpu.loaded()
+
+
+# A form that a benchmark asks for ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forced():
+    """`force` until the test ends."""
+    yield force
+    force(-1, 0)
+
+
+@pytest.mark.parametrize("kind", range(ADJOINT + 1))
+@pytest.mark.parametrize("form", [(4, 6), (5, 1), (7, 3), (8, 16)], ids=str)
+def test_a_form_takes_the_place_of_the_choice(form, kind, forced):
+    gpu = Gpu()
+    forced(*form)
+    config = gpu.configure(32, 750, 128, kind)
+    assert (config.shape, config.cluster) == form
+    assert config.in_flight > 0
+    assert gpu.loaded() == {(form[0], kind)}, "no other kernel"
+
+
+def test_shape_a_in_two_blocks_a_processor(forced):
+    """128 threads with 255 registers: two blocks fit. All rows are in registers, and all items run at once."""
+    forced(4, 6)
+    config = Gpu().configure(32, 750, 128)
+    assert config.in_flight == 32
+    assert config.in_flight * config.cluster > 132
+    assert config.shared == 0
+
+
+def test_chosen_and_forced_forms_are_kept_apart(forced):
+    """The same batch on the same device, in any order."""
+    gpu = Gpu()
+    chosen = bytes(gpu.configure(32, 750, 128))
+    found = {form: [] for form in ((4, 6), (4, 2), (5, 6))}
+    for _ in range(2):
+        for form in found:
+            forced(*form)
+            config = gpu.configure(32, 750, 128)
+            gpu.solve(32, 750, 128)
+            assert gpu.launched(form[0], STRICT)
+            found[form].append(bytes(config))
+            forced(-1, 0)
+            assert bytes(gpu.configure(32, 750, 128)) == chosen
+    assert all(first == second for first, second in found.values())
+    assert len({chosen, *(first for first, _ in found.values())}) == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ((9, 1), "expected a tile shape from 0 to 8, or -1 for the heuristics, got 9"),
+        ((4, 0), "expected a cluster of 1 to 16 blocks, got 0"),
+        ((4, 17), "expected a cluster of 1 to 16 blocks, got 17"),
+    ],
+)
+def test_forms_that_no_batch_can_have(form, message, forced):
+    gpu = Gpu()
+    chosen = bytes(gpu.configure(32, 750, 128))
+    with pytest.raises(RuntimeError) as refusal:
+        forced(*form)
+    assert str(refusal.value) == message
+    assert bytes(gpu.configure(32, 750, 128)) == chosen, "nothing has changed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "form", "kind", "message"),
+    [
+        ({}, (3, 4), STRICT, r"tile shape 3 in clusters of 4 has 64 columns, and y has items of up to 128 points"),
+        (
+            {"code": 80},
+            (4, 6),
+            STRICT,
+            r"tile shape 4 in clusters of 6: this chip, or the code that its driver has loaded, has no clusters of blocks",
+        ),
+        (
+            {"largest_cluster": 8},
+            (4, 16),
+            ADJOINT,
+            r"tile shape 4 in clusters of 16 needs \d+ bytes of shared memory for a block, and finds no room on this chip",
+        ),
+        (
+            {"shared": 64 * 1024},
+            (8, 1),
+            STRICT_ACCELERATED,
+            r"tile shape 8 in clusters of 1 needs \d+ bytes of shared memory for a block, which has at most 65536",
+        ),
+    ],
+    ids=["columns", "no clusters", "no room", "shared memory"],
+)
+def test_forms_that_a_batch_cannot_have_are_refused(changes, form, kind, message, forced):
+    """Nothing else is launched in its place, and the heuristics choose afterwards."""
+    gpu = Gpu(**changes)
+    forced(*form)
+    for _ in range(2):  # a refusal is not kept as a configuration
+        with pytest.raises(RuntimeError) as refusal:
+            gpu.configure(32, 750, 128, kind)
+        assert re.fullmatch(message, str(refusal.value))
+    forced(-1, 0)
+    assert gpu.configure(32, 750, 128, kind).in_flight > 0
 
 
 # Python --------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,61 @@ def test_weights(zeros, rho):
     compare(HostExtension(shape=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
 
 
+# Tile shapes and clusters that a benchmark asks for ------------------------------------------------------------------------
+
+
+H100 = {"processors": 132, "largest_cluster": 16}
+KINDS = {
+    "strict": {"tol": 0, "max_iter": 12},
+    "relaxed": {"unbalanced": 0.5, "tol": 0, "max_iter": 12},
+    "accelerated": {"tol": 1e-4},
+}
+# `make test` runs every form and every kind, `make test-all` every combination of them.
+FORMS_AND_KINDS = [
+    pytest.param(form, KINDS[kind], id=f"{form}, {kind}", marks=[] if kind == usual else pytest.mark.slow)
+    for form, usual in {(4, 6): "strict", (5, 3): "relaxed", (6, 2): "accelerated", (7, 1): "strict"}.items()
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS_AND_KINDS)
+def test_a_form_gives_the_results_of_the_chosen_one(form, options):
+    """To rounding, with the gradients through the implicit system. The heuristics choose again afterwards."""
+    batch = draw([150, 1, 70, 31], [100, 5, 64, 9], D=8).to(torch.float32)
+    extension = HostExtension(chip=H100)
+
+    def run() -> list[torch.Tensor]:
+        del extension.configs[:]
+        result, gradients = everything(batch, "cuda", reg=0.1, **options)
+        assert len(extension.configs) == 3, "the iterations, and two implicit systems"
+        return [result.value, result.value_linear, result.plan(), *gradients]
+
+    with emulated(extension):
+        chosen, of = run(), [bytes(config) for config in extension.configs]
+        extension.testing.cuda_force(*form)
+        forced = run()
+        assert [(config.shape, config.cluster) for config in extension.configs] == [form] * 3
+        extension.testing.cuda_force(-1, 0)
+        again = run()
+    assert [bytes(config) for config in extension.configs] == of
+    for actual, expected, first in zip(forced, chosen, again, strict=True):
+        scale = float(expected.detach().abs().max())
+        close(actual.detach() / scale, expected.detach() / scale, 2e-5 if options["tol"] == 0 else 2e-3)
+        identical(first, expected)
+
+
+def test_a_form_that_cannot_be_is_refused():
+    batch = draw(*RAGGED, D=8).to(torch.float32)
+    extension = HostExtension()  # a small chip, with clusters of four blocks
+    with emulated(extension):
+        for form, message in (((4, 6), "finds no room on this chip"), ((0, 1), "has 32 columns"), ((9, 1), "0 to 8")):
+            extension.testing.cuda_force(*form)
+            with pytest.raises(RuntimeError, match=message):
+                otalign.solve_cost(torch.rand(2, 40, 33), reg=0.1, backend="cuda")
+        extension.testing.cuda_force(-1, 0)
+        assert otalign.solve(*batch, reg=0.1, backend="cuda").value.isfinite().all()
+
+
 # How items end -----------------------------------------------------------------------------------------------------------
 
 

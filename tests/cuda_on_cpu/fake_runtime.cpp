@@ -135,16 +135,19 @@ bool fake_launched(int shape, int kind) { return launched_kernel == &kernel_plac
 int fake_capture_mode() { return capture_mode; }
 
 const char* fake_reason_missing(int device) { return cuda::reason_missing(device); }
-// An error, or null.
-const char* fake_configure(int device, int64_t items, int64_t size_x, int64_t size_y, bool adjoint,
-                           LaunchConfig* config) {
+const char* fake_force(int shape, int cluster) { return force(shape, cluster); }
+// The configuration of a kind of batch; an error, or null.
+const char* fake_configure(int device, int64_t items, int64_t size_x, int64_t size_y, int kind, LaunchConfig* config) {
   CudaProblem problem{};
   problem.items = items;
   problem.x.size = size_x;
   problem.y.size = size_y;
-  problem.rho_x = problem.rho_y = HUGE_VAL;
+  problem.rho_x = HUGE_VAL;
+  problem.rho_y = kind == kRelaxed || kind == kRelaxedAccelerated ? 1.0 : HUGE_VAL;
+  problem.accelerate = kind == kStrictAccelerated || kind == kRelaxedAccelerated;
+  problem.tol = 1e-3;
   int64_t scratch = 0;
-  return configure(problem, adjoint, device, config, &scratch);
+  return configure(problem, kind == kAdjoint, device, config, &scratch);
 }
 const char* fake_solve(int device, int64_t items, int64_t size_x, int64_t size_y) {
   CudaProblem problem{};

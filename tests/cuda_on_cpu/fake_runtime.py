@@ -34,11 +34,11 @@ class Gpu:
     def reason_missing(self) -> str | None:
         return _text(library().fake_reason_missing(self.device))
 
-    def configure(self, items: int, size_x: int, size_y: int, adjoint: bool = False) -> LaunchConfig:
+    def configure(self, items: int, size_x: int, size_y: int, kind: int = host_cuda.STRICT) -> LaunchConfig:
         """The configuration of a batch; a RuntimeError if there is none."""
         config = LaunchConfig()
         sizes = (ctypes.c_int64(size) for size in (items, size_x, size_y))
-        _check(library().fake_configure(self.device, *sizes, adjoint, ctypes.byref(config)))
+        _check(library().fake_configure(self.device, *sizes, kind, ctypes.byref(config)))
         return config
 
     def solve(self, items: int, size_x: int, size_y: int) -> None:
@@ -64,11 +64,16 @@ def library() -> Any:
     sources = [*folder.glob("runtime/*.h"), folder / "fake_runtime.cpp"]
     sources += [*(host_cuda.ROOT / "csrc").glob("*.h"), *(host_cuda.ROOT / "csrc/cuda").glob("*.*")]
     loaded = host_cuda.built("fake_runtime.cpp", sorted(sources), f"-I{folder / 'runtime'}")
-    for name in ("fake_reason_missing", "fake_configure", "fake_solve"):
+    for name in ("fake_reason_missing", "fake_force", "fake_configure", "fake_solve"):
         getattr(loaded, name).restype = ctypes.c_char_p
     for name in ("fake_loaded", "fake_launched"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
+
+
+def force(shape: int, cluster: int) -> None:
+    """The form of all later batches; with the shape -1 the heuristics choose."""
+    _check(library().fake_force(shape, cluster))
 
 
 def _text(of: bytes | None) -> str | None:

@@ -1,5 +1,7 @@
 // The kernels of csrc/cuda, compiled for the CPU over cuda/intrinsics.h of this folder, as a library that Python loads
 // with ctypes.
+#include <string>
+
 #include "cuda/adjoint.cuh"
 #include "cuda/heuristics.h"
 #include "cuda/sinkhorn.cuh"
@@ -39,17 +41,26 @@ using namespace otalign::cuda;
 
 extern "C" {
 
-// The configuration that the heuristics choose for a chip with this many processors, bytes of shared memory for a
-// block, and blocks in the largest cluster.
-void host_choose(int processors, int shared_of_block, int largest_cluster, int64_t items, int64_t size_x,
-                 int64_t size_y, bool accelerate, LaunchConfig* out) {
+// The configuration for a chip with this many processors, bytes of shared memory for a block, and blocks in the largest
+// cluster: that of a form as cuda_force takes it, or, with the shape -1, the one that the heuristics choose. Returns
+// why the form cannot be, or null.
+const char* host_choose(int processors, int shared_of_block, int largest_cluster, int64_t items, int64_t size_x,
+                        int64_t size_y, bool accelerate, int shape, int cluster, LaunchConfig* out) {
   const Chip chip{processors, shared_of_block, largest_cluster > 1};
-  *out = choose(chip, items, size_x, size_y, true, accelerate, [&](const LaunchConfig& config) {
+  const auto resident = [&](const LaunchConfig& config) {
     if (config.cluster > largest_cluster) return 0;
     const int by_registers = 65536 / (256 * kTileShapes[config.shape].threads());
     const int by_memory = (shared_of_block + 1024) / (config.bytes + 1024);
     return std::min(by_registers, by_memory) * processors / config.cluster;
-  });
+  };
+  if (const Form form{shape, cluster}; form.given()) {
+    thread_local std::string error;
+    error = why_no_form(form);
+    if (error.empty()) error = choose(chip, form, items, size_x, size_y, true, accelerate, resident, out);
+    return error.empty() ? nullptr : error.c_str();
+  }
+  *out = choose(chip, items, size_x, size_y, true, accelerate, resident);
+  return nullptr;
 }
 
 // A given configuration: tile shape, blocks an item, rows of a block in shared memory, clusters.

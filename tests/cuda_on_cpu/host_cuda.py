@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ def library() -> ctypes.CDLL:
     loaded = built("host.cpp", sources())
     loaded.host_run.restype = ctypes.c_bool
     loaded.host_scratch.restype = ctypes.c_int64
+    loaded.host_choose.restype = ctypes.c_char_p
     return loaded
 
 
@@ -86,12 +88,21 @@ def built(name: str, sources: list[Path], *options: str) -> ctypes.CDLL:
 
 
 class HostExtension:
-    """Replaces the extension for the CUDA backend. Launch configurations are those for a small chip, unless `force` sets them."""
+    """Replaces the extension for the CUDA backend. Launch configurations are those for a small chip, or for `chip`, unless
+    `force` sets all of them, or `testing.cuda_force` the tile shape and the cluster."""
 
-    def __init__(self, seed: int = 0, **force: int) -> None:
-        self.seed, self.force = seed, force
+    def __init__(self, seed: int = 0, chip: dict[str, int] | None = None, **force: int) -> None:
+        self.seed, self.chip, self.force, self.form = seed, chip or {}, force, (-1, 0)
         self.configs: list[LaunchConfig] = []
         self.CudaProblem, self.Adjoints = backends.extension.module().CudaProblem, backends.extension.module().Adjoints
+        self.testing = SimpleNamespace(cuda_force=self._cuda_force, cuda_config=self._cuda_config)
+
+    def _cuda_force(self, shape: int, cluster: int) -> None:
+        self.form = (shape, cluster)
+
+    def _cuda_config(self, problem: Any, adjoint: bool, device: int | None) -> dict[str, Any]:
+        config = self.config(problem, ADJOINT if adjoint else self.kind(problem))
+        return {name: getattr(config, name) for name in ("cluster", "in_flight", "shared", "bytes")}
 
     def cuda_scratch(self, problem: Any, adjoint: bool, device: int | None) -> int:
         return library().host_scratch(
@@ -120,7 +131,8 @@ class HostExtension:
         accelerate = kind in (STRICT_ACCELERATED, RELAXED_ACCELERATED)
         if self.force:
             return forced(**{"in_flight": 1, "accelerate": accelerate, **self.force})
-        return chosen(problem.items, problem.x.size, problem.y.size, accelerate=accelerate)
+        of = problem.items, problem.x.size, problem.y.size
+        return chosen(*of, accelerate=accelerate, form=self.form, **self.chip)
 
 
 def address(struct: Any) -> ctypes.c_void_p:
@@ -137,10 +149,16 @@ def chosen(
     processors: int = 8,
     shared: int = 227 * 1024,
     largest_cluster: int = 4,
+    form: tuple[int, int] = (-1, 0),
 ) -> LaunchConfig:
+    """The configuration that the heuristics choose, or that of a form: a tile shape and a cluster. A RuntimeError says why
+    this form cannot be."""
     config = LaunchConfig()
     of = (ctypes.c_int64(number) for number in (items, size_x, size_y))
-    library().host_choose(processors, shared, largest_cluster, *of, accelerate, ctypes.byref(config))
+    chip = (processors, shared, largest_cluster)
+    error = library().host_choose(*chip, *of, accelerate, *form, ctypes.byref(config))
+    if error is not None:
+        raise RuntimeError(error.decode())
     return config
 
 
