@@ -30,7 +30,7 @@ from common.tables import replace_block
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE, WARPS, HELD, CLUSTER = 5, 8, 256, 4  # what the heuristics choose for 32 items of 750 x 128 on an H100
 SCHEDULERS = 4
-KERNEL = "ELb0E"  # in the symbol of the kernel for strict marginals
+KERNEL = r"sinkhorn_kernel\w*(ELb0E|KindE0E)EEv"  # the symbol of the kernel for strict marginals, of old and of new
 
 # Cycles until a result is there, of instructions that take a variable time and report to a scoreboard.
 LATENCY = {"LDS": 29, "SHFL": 24, "MUFU": 22, "S2R": 25, "S2UR": 25, "LDC": 30, "SYNCS": 20, "B2R": 20, "LDG": 500}
@@ -66,9 +66,9 @@ class Code(NamedTuple):
 
 
 def parse(listing: str, kernel: str) -> Code:
-    """The kernel whose symbol contains `kernel`, from the output of `nvdisasm -hex`."""
+    """The kernel whose symbol matches `kernel`, from the output of `nvdisasm -hex`."""
     sections = re.split(r"\.section\s+\.text\.", listing)[1:]
-    (section,) = (section for section in sections if kernel in section.split(",")[0])
+    (section,) = (section for section in sections if re.search(kernel, section.split(",")[0]))
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     pending: tuple[int, str] | None = None

@@ -18,8 +18,9 @@
 
 namespace otalign::cuda {
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 class Sinkhorn {
+  static constexpr bool kAccelerate = kKind == kAccelerated;
   static constexpr int C = Block<Tile>::C, kRowsAtOnce = Block<Tile>::kRowsAtOnce;
   // Indices for Block::columns and Block::row. v and u of two iterations take turns: kV and kV + 1, kU and kU + 1.
   enum ColumnVector { kW, kB, kGamma, kV };
@@ -264,10 +265,11 @@ class Sinkhorn {
   // Multiply-adds ----------------------------------------------------------------------------------------------------
 
   OTALIGN_DEVICE float scaling(float sum, float absorbed, float damping) const {
-    return kRelaxed ? expf(-(1 - damping) * absorbed - damping * logf(sum)) : intrinsics::reciprocal(sum);
+    if (kKind == kStrict || (kKind == kAccelerated && damping == 1)) return intrinsics::reciprocal(sum);
+    return expf(-(1 - damping) * absorbed - damping * logf(sum));
   }
   OTALIGN_DEVICE static bool in_range(float sum, float scaling) {
-    return in_scaling_range(sum) && (!kRelaxed || in_scaling_range(scaling));
+    return in_scaling_range(sum) && (kKind == kStrict || in_scaling_range(scaling));
   }
 
   // One iteration, or another pass of the accelerated solver. Returns false if K has to be built again, because a
@@ -312,11 +314,11 @@ class Sinkhorn {
       if (!mine) return {};
       const float a = numbers(kA), before = numbers(kU + turn);
       if (!(a > 0)) sum = 1;
-      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, block.current().damping_x);
+      const float next = scaling(sum, kKind == kStrict ? 0 : numbers(kPhi), block.current().damping_x);
       return {a, before, sum, next};
     };
     const auto store = [&](const UpdatedRow& row, auto numbers) {
-      const float ratio = kRelaxed ? row.before / row.next : row.before * row.sum;
+      const float ratio = kKind == kStrict ? row.before * row.sum : row.before / row.next;
       of_lane += in_range(row.sum, row.next) ? row.a * fabsf(ratio - 1) : INFINITY;
       numbers(kU + 1 - turn) = row.next;
     };
@@ -324,11 +326,11 @@ class Sinkhorn {
     block.put_columns(sums, Sum());
     block.put_number(of_lane);
     block.load_of_exchange(block.columns(kB), weights);
-    if (kRelaxed) block.load_of_exchange(block.columns(kGamma), gammas);
+    if (kKind != kStrict) block.load_of_exchange(block.columns(kGamma), gammas);
     bool columns_in_range = true;
     const auto use = [&](int k, int j, float sum) {
       const float total = weights[k] > 0 ? sum : 1;
-      const float next = scaling(total, kRelaxed ? gammas[k] : 0, block.current().damping_y);
+      const float next = scaling(total, kKind == kStrict ? 0 : gammas[k], block.current().damping_y);
       if (j >= block.m) return;
       columns_in_range = columns_in_range && in_range(total, next);
       v(1 - turn)[j] = next;
@@ -383,10 +385,11 @@ class Sinkhorn {
   OTALIGN_DEVICE void finish() {
     const CudaProblem& p = block.p;
     put_last_potentials();
+    const bool balanced = kKind == kStrict || (p.rho_x == HUGE_VAL && p.rho_y == HUGE_VAL);
     float shift = 0;  // moves from g to f, so that <b, g> = 0 if the problem is balanced
     block.for_columns([&](int j) {
       const float b = block.columns(kB)[j];
-      if (!kRelaxed && b > 0) shift += b * block.columns(kW)[j];
+      if (balanced && b > 0) shift += b * block.columns(kW)[j];
     });
     shift = block.sum_block(shift);
     intrinsics::sync_block();
@@ -412,7 +415,7 @@ class Sinkhorn {
       }
       if (block.across != 0) return;
       const float f = block.current().reg * (potential + shift);
-      if (a > 0) total.z += a * (kRelaxed ? dual_term(f, block.p.rho_x) : f);
+      if (a > 0) total.z += a * (kKind == kStrict ? f : dual_term(f, block.p.rho_x));
       p.x.potential[block.current().first + i] = broken ? NAN : f;
     });
     block.put_numbers(total);
@@ -487,7 +490,7 @@ class Sinkhorn {
     float of_y = 0;
     block.for_columns([&](int j) {
       const float b = block.columns(kB)[j], g = block.current().reg * (block.columns(kW)[j] - shift);
-      if (b > 0) of_y += b * (kRelaxed ? dual_term(g, block.p.rho_y) : g);
+      if (b > 0) of_y += b * (kKind == kStrict ? g : dual_term(g, block.p.rho_y));
     });
     of_y = block.sum_block(of_y);
     const float value = total.z + of_y - block.current().reg * (total.x - 1);

@@ -31,6 +31,11 @@ constexpr TileShape kTileShapes[] = {
 };
 constexpr int kTileShapeCount = sizeof kTileShapes / sizeof *kTileShapes;
 
+// The kernels of a shape. The accelerated one is for all marginals: it is the longest, and plain passes are not all
+// that it does.
+enum Kind { kStrict, kRelaxed, kAccelerated, kAdjoint };
+constexpr int kKinds = 4;
+
 // How a batch is launched; from heuristics.h.
 struct LaunchConfig {
   int32_t shape;       // index into kTileShapes
