@@ -308,7 +308,7 @@ class Sinkhorn {
   OTALIGN_DEVICE bool pass(float& off) {
     constexpr int N = Block<Tile>::kTurns;
     float sums[C], weights[N], gammas[N], of_lane = 0;
-    // The accelerated kernels are long as they are: they do without straight code for every size of clusters.
+    // The accelerated kernel is long as it is: it does without straight code for every size of clusters.
     const int direct = kAccelerate ? 0 : block.current().direct;
     const auto update = [&](int, float sum, bool mine, bool, auto numbers) -> UpdatedRow {
       if (!mine) return {};
