@@ -24,6 +24,7 @@ MEASUREMENTS = {
     "memory": Benchmark("cpu.memory", "How much memory does one loss with gradients need on a CPU?"),
     "gpu": Benchmark("gpu.benchmark", "How fast is a loss on a GPU, against its peers and the floor?"),
     "stages": Benchmark("gpu.stages", "Where does the time of a loss on a GPU go, launch by launch?"),
+    "forms": Benchmark("gpu.forms", "Which tile shape and cluster of the CUDA kernels is the fastest at shape A?"),
     "launch": Benchmark("codegen.launch_cost", "What does a call of the Triton backend cost the host? Needs no GPU."),
     "variants": Benchmark("codegen.variants", "Which Triton kernels are compiled, and do they spill? Needs no GPU."),
     "accesses": Benchmark(
@@ -54,7 +55,7 @@ REPORTS = {
 }
 SESSION = {
     "session": Benchmark(
-        "gpu.session.run", "The whole session of `make gpu`; it runs the steps below, gpu and stages."
+        "gpu.session.run", "The whole session of `make gpu`; it runs the steps below, gpu, forms and stages."
     ),
     "build": Benchmark("gpu.session.build", "Is the package built with what this machine has?"),
     "first-look": Benchmark("gpu.session.first_look", "Does a backend end, is it right, and how long does it take?"),

@@ -17,7 +17,7 @@ from common.tables import number, replace_block
 from gpu.rows import read as read_all
 
 RESULTS = Path(__file__).parents[1] / "results"
-KEPT = ("summary.json", "first.csv", "tests.csv", "benchmark.csv", "stages.csv", "targets.txt")
+KEPT = ("summary.json", "first.csv", "tests.csv", "benchmark.csv", "forms.csv", "stages.csv", "targets.txt")
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "gpu.png"
 NOTHING = "Not measured on a GPU."
 Rows = list[dict[str, str]]

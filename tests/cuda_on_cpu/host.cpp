@@ -81,6 +81,11 @@ bool host_run(const CudaProblem* problem, const Adjoints* adjoints, const Launch
   return run_any(arguments, kind, seed, std::integer_sequence<int, OTALIGN_TILE_SHAPES>());
 }
 
+// Width, lanes, rows and warps of a tile shape.
+void host_shape(int shape, int32_t* out) {
+  const TileShape& found = kTileShapes[shape];
+  out[0] = found.width, out[1] = found.lanes, out[2] = found.rows, out[3] = found.warps;
+}
 int host_held(int shape) { return kTileShapes[shape].held(); }
 int host_step(int shape) { return kTileShapes[shape].step(); }
 }

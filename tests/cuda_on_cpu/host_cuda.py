@@ -102,7 +102,10 @@ class HostExtension:
 
     def _cuda_config(self, problem: Any, adjoint: bool, device: int | None) -> dict[str, Any]:
         config = self.config(problem, ADJOINT if adjoint else self.kind(problem))
-        return {name: getattr(config, name) for name in ("cluster", "in_flight", "shared", "bytes")}
+        shape = (ctypes.c_int32 * 4)()
+        library().host_shape(config.shape, shape)
+        numbers = {name: getattr(config, name) for name in ("cluster", "in_flight", "shared", "bytes")}
+        return {"shape": tuple(shape), **numbers}
 
     def cuda_scratch(self, problem: Any, adjoint: bool, device: int | None) -> int:
         return library().host_scratch(

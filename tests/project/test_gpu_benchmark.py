@@ -191,6 +191,62 @@ def test_targets():
     assert lines[1] == "A full: not measured (target 130 us, stretch 105 us)"
 
 
+def forms_run(tmp_path):
+    from gpu import forms
+
+    code = forms.main(["--dry", "--out", str(tmp_path)])
+    with (tmp_path / "forms.csv").open(newline="") as file:
+        return code, {row["form"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.triton
+def test_forms(tmp_path, monkeypatch):
+    """The kernels run on the CPU in the chosen form and in the forced one. Afterwards nothing is forced."""
+    from gpu import forms
+
+    forces, extension = [], forms.extension
+
+    def told():
+        found = extension()
+        force = found.testing.cuda_force
+        found.testing.cuda_force = lambda *form: (forces.append(form), force(*form))
+        monkeypatch.setattr(forms, "extension", lambda: found)
+        return found
+
+    monkeypatch.setattr(forms, "extension", told)
+    code, rows = forms_run(tmp_path)
+    assert code == 0
+    assert list(rows) == ["chosen", "two blocks a processor"]
+    assert (4, 6) in forces
+    assert forces[-1] == (-1, 0)
+    assert rows["two blocks a processor"]["tile"] == "128 x 128, 4 warps"
+    assert rows["two blocks a processor"]["cluster"] == "6"
+    assert rows["chosen"]["tile"] != rows["two blocks a processor"]["tile"]
+    for row in rows.values():
+        assert row["match"] == "True"
+        assert float(row["median_us"]) > 0
+        assert row["iterations"] == "5"
+        assert "dry run" in row["device"]
+
+
+@pytest.mark.triton
+def test_a_form_that_is_refused_or_wrong_has_no_time(tmp_path, monkeypatch):
+    from gpu import forms, oracle
+
+    monkeypatch.setattr(forms, "FORMS", (forms.Form("chosen"), forms.Form("unknown", 9, 1), forms.Form("x", 4, 17)))
+    code, rows = forms_run(tmp_path)
+    assert code == 0
+    assert rows["chosen"]["match"] == "True"
+    assert rows["unknown"]["match"].startswith("missing: expected a tile shape from 0 to 8")
+    assert rows["x"]["match"].startswith("missing: expected a cluster of 1 to 16 blocks")
+    assert not rows["unknown"]["median_us"]
+    monkeypatch.setattr(oracle, "matches", lambda *_, **__: False)
+    code, rows = forms_run(tmp_path)
+    assert code == 1
+    assert rows["chosen"]["match"] == "False"
+    assert not rows["chosen"]["median_us"]
+
+
 def test_stages_of_equal_runs():
     from gpu import stages
 

@@ -265,6 +265,7 @@ def test_the_order_is_that_of_worth(tmp_path):
         "tests: triton",
         "tests: cuda",
         "times",
+        "forms",
         "peers",
         "stages",
         "memcheck",

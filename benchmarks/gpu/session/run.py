@@ -3,7 +3,7 @@
 It needs no network and no virtual environment. torch, Triton and a compiler must be installed; other packages may come
 as wheels in a folder. Each step is a process with its own time limit. If one fails or is late, the summary records it and
 the next step runs. Results are in the folder as soon as they are known: summary.json, log.txt, first.csv, tests.csv,
-benchmark.csv, targets.txt, stages.csv.
+benchmark.csv, targets.txt, forms.csv, stages.csv.
 """
 
 from __future__ import annotations

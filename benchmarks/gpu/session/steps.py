@@ -20,7 +20,7 @@ from gpu.session.jobs import Step
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCHMARKS = [sys.executable, str(ROOT / "benchmarks")]
-SELECTABLE = ("doctor", "first", "tests", "times", "peers", "stages", "memcheck", "racecheck", "long-tests")
+SELECTABLE = ("doctor", "first", "tests", "times", "forms", "peers", "stages", "memcheck", "racecheck", "long-tests")
 QUICK = ("doctor", "first", "tests", "times")
 SECONDS, QUICK_SECONDS = 590.0, 175.0  # at most for all steps together
 DRY_FACTOR = 2  # a rehearsal may share two cores with other work
@@ -113,6 +113,10 @@ def measurements(plan: Plan) -> Iterator[Step]:
         yield Step("times", few, 35, spare=12, **both)
         return
     yield Step("times", few, 90, spare=25, **both)
+    # A rehearsal first compiles the CUDA kernels for the CPU.
+    forms = [*BENCHMARKS, "forms", "--out", str(plan.out), *dry]
+    kernels = () if plan.dry else ("cuda",)
+    yield Step("forms", forms, 60 if plan.dry else 30, backends=kernels, waits=True, writes=("forms.csv",))
     seconds, spare = (40, 70) if plan.dry else (120, 30)
     yield Step("peers", measure, seconds, spare=spare, **both)
     both["writes"] = ("stages.csv",)
