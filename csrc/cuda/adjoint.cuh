@@ -186,12 +186,12 @@ class Adjoint {
   template <class Update>
   OTALIGN_DEVICE void product(Update update) {
     float sums[C];
-    const int direct = block.current().direct;
+    const int straight = block.current().straight;
     matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
       return mine ? update(i, sum, one, numbers) : 0.0f;
     });
     put(sums);
-    block.exchange_often(direct, block.m, Sum(), [&](int, int j, float sum) {
+    block.exchange_often(straight, block.m, Sum(), [&](int, int j, float sum) {
       if (j < block.m) block.columns(kProduct)[j] = sum;
     });
     intrinsics::sync_block();

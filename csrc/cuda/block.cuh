@@ -160,7 +160,7 @@ struct CurrentItem {
   float damping_x, damping_y;  // exponents of the two updates
   float missing;               // mass that a strict marginal demands of points without a finite cost to any mass
   int since;                   // iteration after which all passes were plain, on the same matrix
-  int direct;                  // SharedMemory::direct
+  int straight;                // SharedMemory::straight
   bool fresh;                  // whether u does not belong to v
 };
 static_assert(sizeof(CurrentItem) <= 4 * (kFixed - kCurrentItem));
@@ -321,16 +321,16 @@ class Block {
       if (j < width) use(j, total);
     });
   }
-  // The same for the loops of iterations: straight code for every size of clusters. `direct` is at.direct, which the
-  // caller reads early. Calls use(k, j, value) in all threads, for the k-th column of the thread; there is no such
-  // column if j is not below `width`.
+  // The same for the loops of iterations: straight code for every size of clusters. `straight` is that of the current
+  // item, which the caller reads early. Calls use(k, j, value) in all threads, for the k-th column of the thread; there
+  // is no such column if j is not below `width`.
   template <class Combine, class F>
-  OTALIGN_DEVICE void exchange_often(int direct, int width, Combine combine, F use) {
+  OTALIGN_DEVICE void exchange_often(int straight, int width, Combine combine, F use) {
     float totals[kTurns];
-    if (direct == 4)  // the most usual size first: a jump through a table takes longer
+    if (straight == 4)  // the most usual size first: a jump through a table takes longer
       combine_all<4>(width, totals, combine);
     else
-      switch (direct) {
+      switch (straight) {
         case 1:
           combine_all<1>(width, totals, combine);
           break;
@@ -351,6 +351,9 @@ class Block {
           break;
         case 8:
           combine_all<8>(width, totals, combine);
+          break;
+        case 16:
+          combine_all<16>(width, totals, combine);
           break;
         default:
           combine_all<0>(width, totals, combine);
@@ -506,7 +509,7 @@ class Block {
                                                                 damping_of(p.rho_y),
                                                                 0,
                                                                 0,
-                                                                at.direct,
+                                                                at.straight,
                                                                 true};
     intrinsics::sync_block();
   }
@@ -571,6 +574,26 @@ class Block {
     }
   }
 
+  // Where an exchange among kBlocks blocks has its numbers; known to the compiler if kBlocks is not zero.
+  template <int kBlocks>
+  OTALIGN_DEVICE bool scatter() const {
+    return kBlocks ? scatters(Tile::kWidth, kBlocks) : config.scatter;
+  }
+  template <int kBlocks>
+  OTALIGN_DEVICE int slice_pitch() const {
+    constexpr int known = Tile::places_in(kBlocks ? kBlocks : 1).slice;
+    return 4 * (kBlocks ? known : at.slice);
+  }
+  template <int kBlocks>
+  OTALIGN_DEVICE int inbox_pitch() const {
+    constexpr int known = Tile::places_in(kBlocks ? kBlocks : 1).inbox_pitch;
+    return kBlocks ? known : at.inbox_pitch;
+  }
+  template <int kBlocks>
+  OTALIGN_DEVICE int blocks() const {
+    return kBlocks ? kBlocks : config.cluster;
+  }
+
   // The thread's columns, and numbers behind them, combined over all warps of kBlocks blocks, or of config.cluster if
   // it is zero. Threads beyond the last number combine that one: a branch would take longer.
   template <int kBlocks, class Combine>
@@ -578,9 +601,8 @@ class Block {
 #ifndef OTALIGN_MUTATE_1
     intrinsics::sync_block();
 #endif
-    constexpr int kParts = kBlocks == 1 ? Tile::kWarps : kBlocks;
-    const int blocks = kBlocks ? kBlocks : config.cluster;
-    const Parts parts = blocks == 1 ? of_warps() : of_blocks<kBlocks>((width + 3) / 4, combine);
+    constexpr int kParts = kBlocks == 1 ? Tile::kWarps : scatters(Tile::kWidth, kBlocks) ? 1 : kBlocks;
+    const Parts parts = blocks<kBlocks>() == 1 ? of_warps() : of_blocks<kBlocks>((width + 3) / 4, combine);
     const int first = intrinsics::computed_anew(intrinsics::thread());
     OTALIGN_UNROLL
     for (int k = 0; k < kTurns; ++k) {
@@ -609,36 +631,35 @@ class Block {
 #ifdef OTALIGN_MUTATE_4
     const int inbox = Tile::kInboxAt;
 #else
-    const int inbox = Tile::kInboxAt + epoch % 2 * (kBlocks ? kBlocks * Tile::kPitch : at.inbox_pitch);
+    const int inbox = Tile::kInboxAt + epoch % 2 * inbox_pitch<kBlocks>();
 #endif
     intrinsics::Mailbox* const box = mailbox(epoch % 2);
     const int parity = epoch / 2 % 2;
     ++epoch;
-    if (kBlocks == 0 && config.scatter) return of_slices(groups, inbox, box, parity, combine);
-    const int blocks = kBlocks ? kBlocks : config.cluster;
-    if (intrinsics::thread() == kReceiver) intrinsics::expect(box, blocks * (groups + 1) * 16);
+    if (scatter<kBlocks>()) return of_slices<kBlocks>(groups, inbox, box, parity, combine);
+    if (intrinsics::thread() == kReceiver) intrinsics::expect(box, blocks<kBlocks>() * (groups + 1) * 16);
     for_threads<Tile::kWidth / 4 + 1>(groups + 1, [&](int g) {
       float* const to = shared + inbox + intrinsics::rank() * Tile::kPitch + place(g, groups);
       send_to_all<kBlocks>(over_warps(g, groups, combine), to, box);
     });
     intrinsics::wait(box, parity);
-    return {inbox, Tile::kPitch, blocks};
+    return {inbox, Tile::kPitch, blocks<kBlocks>()};
   }
-  template <class Combine>
+  template <int kBlocks, class Combine>
   OTALIGN_DEVICE Parts of_slices(int groups, int inbox, intrinsics::Mailbox* box, int parity, Combine combine) {
     intrinsics::Mailbox* const box_of_totals = box + 2;
-    const int totals = inbox + config.cluster * at.slice * 4;
+    const int pitch = slice_pitch<kBlocks>(), totals = inbox + blocks<kBlocks>() * pitch;
     // An exchange of the four numbers alone has one group, which is the slice of the first block.
     const int slice = groups ? current().slice : 1, inv_slice = groups ? current().inv_slice : 65536;
     const int mine = intrinsics::rank() * slice;
     const int size = static_cast<int>(within(groups + 1 - mine, 0, slice));
     if (intrinsics::thread() == kReceiver) {
-      intrinsics::expect(box, config.cluster * size * 16);
+      intrinsics::expect(box, blocks<kBlocks>() * size * 16);
       intrinsics::expect(box_of_totals, (groups + 1) * 16);
     }
     for_threads<Tile::kWidth / 4 + 1>(groups + 1, [&](int g) {
       const int to = g * inv_slice >> 16;  // g / slice
-      float* const there = shared + inbox + (intrinsics::rank() * at.slice + g - to * slice) * 4;
+      float* const there = shared + inbox + intrinsics::rank() * pitch + (g - to * slice) * 4;
       intrinsics::send(over_warps(g, groups, combine), there, box, to);
     });
     intrinsics::wait(box, parity);
@@ -646,8 +667,8 @@ class Block {
       // A slice starts with its first group; the group of the four numbers follows the others directly.
       const int g = mine + k;
       const float* const first = shared + inbox + k * 4;
-      const float4 total = over<0, float4>(first, at.slice * 4, config.cluster, g < groups, combine);
-      send_to_all<0>(total, shared + totals + place(g, groups), box_of_totals);
+      const float4 total = over<kBlocks, float4>(first, pitch, blocks<kBlocks>(), g < groups, combine);
+      send_to_all<kBlocks>(total, shared + totals + place(g, groups), box_of_totals);
     });
     intrinsics::wait(box_of_totals, parity);
     return {totals, 0, 1};

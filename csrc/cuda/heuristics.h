@@ -38,7 +38,7 @@ LaunchConfig choose(const Chip& chip, int shape_index, int cluster, int64_t item
   LaunchConfig config{};
   config.shape = shape_index;
   config.cluster = cluster;
-  config.scatter = cluster * shape.width > kScatterFrom;
+  config.scatter = scatters(shape.width, cluster);
   config.ordered = ragged && items <= kOrdered;
   config.accelerate = accelerate;
   const int64_t rows = (size_x + cluster - 1) / cluster;

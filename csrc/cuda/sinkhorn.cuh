@@ -309,7 +309,7 @@ class Sinkhorn {
     constexpr int N = Block<Tile>::kTurns;
     float sums[C], weights[N], gammas[N], of_lane = 0;
     // The accelerated kernel is long as it is: it does without straight code for every size of clusters.
-    const int direct = kAccelerate ? 0 : block.current().direct;
+    const int straight = kAccelerate ? 0 : block.current().straight;
     const auto update = [&](int, float sum, bool mine, bool, auto numbers) -> UpdatedRow {
       if (!mine) return {};
       const float a = numbers(kA), before = numbers(kU + turn);
@@ -336,7 +336,7 @@ class Sinkhorn {
       v(1 - turn)[j] = next;
       block.columns(kW)[j] = weights[k] * next;
     };
-    block.exchange_often(direct, block.m, Sum(), use);
+    block.exchange_often(straight, block.m, Sum(), use);
 #ifndef OTALIGN_MUTATE_3
     columns_in_range = intrinsics::all_of_block(columns_in_range);
 #endif

@@ -49,7 +49,9 @@ struct LaunchConfig {
 };
 
 constexpr int kOrdered = 256;  // most items that are put in order; among more, the lengths of a block's items even out
-constexpr int kScatterFrom = 1024;  // most numbers that a block receives without `scatter`
+// Whether blocks of a cluster sum slices for each other: not if a block receives at most so many numbers otherwise.
+constexpr int kScatterFrom = 1024;
+OTALIGN_ANYWHERE constexpr bool scatters(int width, int cluster) { return cluster * width > kScatterFrom; }
 
 // The map of a block's shared memory, in floats. First come the mailboxes (four of eight bytes), then:
 constexpr int kSums = 8;          // (warps,) partial sums over the block
@@ -75,17 +77,17 @@ struct SharedMemory {
   int32_t end;          // floats in all
   int32_t inbox_pitch;  // floats from one of the two inboxes to the other
   int32_t slice;        // columns that a block sums for the others, in groups of four
-  int32_t direct;       // blocks of a cluster whose blocks send all sums to each other; 0 = they send slices
+  int32_t straight;     // blocks of the cluster, if straight code may serve the exchange: if they scatter by the rule
 };
 
-constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig& config) {
+OTALIGN_ANYWHERE constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig& config) {
   SharedMemory at{};
   const bool alone = config.cluster == 1;
   at.slice = alone ? 0 : (shape.width / 4 + config.cluster) / config.cluster;
   at.inbox_pitch = alone            ? 0
                    : config.scatter ? config.cluster * at.slice * 4 + shape.pitch()
                                     : config.cluster * shape.pitch();
-  at.direct = config.scatter ? 0 : config.cluster;
+  at.straight = (config.scatter != 0) == scatters(shape.width, config.cluster) ? config.cluster : 0;
   at.columns = kFixed;
   at.parts = at.columns + 5 * shape.width;
   at.factors = at.parts + shape.warps * shape.pitch();
@@ -101,6 +103,8 @@ constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig&
   return at;
 }
 
+constexpr LaunchConfig kAlone{0, 1, 0, 0, 0, 0, 0, 0};  // one block an item
+
 // A shape at compile time.
 template <int N>
 struct Tiling {
@@ -111,8 +115,15 @@ struct Tiling {
   static constexpr int kStep = kShape.step(), kHeld = kShape.held(), kPitch = kShape.pitch();
   static constexpr int kAtOnce = kRows * kColumns > 64 ? 1 : 2;  // rows of a lane that are read from memory together
   OTALIGN_ANYWHERE static constexpr TileShape shape() { return {kWidth, kLanes, kRows, kWarps}; }
-  // What shared_memory() places in every launch alike.
-  static constexpr SharedMemory kPlaces = shared_memory(kShape, LaunchConfig{N, 1});
+  // The map for a size of clusters, as far as it does not depend on rows in shared memory.
+  OTALIGN_ANYWHERE static constexpr SharedMemory places_in(int cluster) {
+    LaunchConfig config{};
+    config.cluster = cluster;
+    config.scatter = scatters(kShape.width, cluster);
+    return shared_memory(kShape, config);
+  }
+  // What lies at the same place in every launch.
+  static constexpr SharedMemory kPlaces = shared_memory(kShape, kAlone);
   static constexpr int kColumnsAt = kPlaces.columns, kPartsAt = kPlaces.parts, kFactorsAt = kPlaces.factors;
   static constexpr int kRowsAt = kPlaces.rows, kInboxAt = kPlaces.inbox;
   static_assert(kColumns % 4 == 0 && kColumns <= 32 && kRows % 4 == 0 && kWarps <= 8);

@@ -77,6 +77,21 @@ def test_forms_and_clusters(shape, cluster):
     assert [config.cluster for config in extension.configs] == [cluster] * 3  # the iterations, and two implicit systems
 
 
+@pytest.mark.parametrize(
+    ("shape", "cluster"),
+    [
+        pytest.param(shape, cluster, marks=[] if (shape, cluster) in ((5, 3), (6, 5), (6, 16), (4, 7)) else pytest.mark.slow)
+        for shape in (1, 4, 5, 6, 7, 8)
+        for cluster in (2, 3, 4, 5, 6, 7, 8, 16)
+    ],
+)
+def test_straight_code_for_every_cluster(shape, cluster):
+    """Blocks scatter or not by the rule of the heuristics, so that the exchange is the one compiled for this cluster."""
+    extension = HostExtension(shape=shape, cluster=cluster, scatter=-1)
+    compare(extension, draw(*RAGGED, D=8), reg=0.1, tol=0, max_iter=4)
+    assert {config.scatter for config in extension.configs} == {int(cluster * WIDTHS[shape] > 1024)}
+
+
 @pytest.mark.parametrize("scatter", [0, 1])
 @pytest.mark.parametrize(("cluster", "shared"), [(1, 0), (1, 24), (3, 8), (2, 64)])
 @pytest.mark.parametrize("shape", [2, 7, 8])

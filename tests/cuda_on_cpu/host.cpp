@@ -1,39 +1,9 @@
-// The kernels of csrc/cuda, compiled for the CPU over cuda/intrinsics.h of this folder, as a library that Python loads
-// with ctypes.
+// What the tests ask of the heuristics and of the sizes in csrc/cuda, as a library that Python loads with ctypes.
+#include <algorithm>
 #include <string>
 
-#include "cuda/adjoint.cuh"
+#include "cuda/arguments.h"
 #include "cuda/heuristics.h"
-#include "cuda/sinkhorn.cuh"
-
-namespace otalign::cuda {
-namespace {
-
-#ifndef OTALIGN_TILE_SHAPES
-#define OTALIGN_TILE_SHAPES 0, 1, 2, 3, 4, 5, 6, 7, 8
-#endif
-
-template <int N>
-bool run_shape(const Arguments& arguments, int kind, unsigned seed) {
-  using Tile = Tiling<N>;
-  const LaunchConfig& config = arguments.config;
-  if (config.shape != N) return false;
-  intrinsics::launch(config.in_flight, config.cluster, Tile::kThreads, config.bytes, seed, [&] {
-    if (kind == kStrict) Sinkhorn<Tile, kStrict>(arguments).run();
-    if (kind == kRelaxed) Sinkhorn<Tile, kRelaxed>(arguments).run();
-    if (kind == kAccelerated) Sinkhorn<Tile, kAccelerated>(arguments).run();
-    if (kind == kAdjoint) Adjoint<Tile>(arguments).run();
-  });
-  return true;
-}
-
-template <int... N>
-bool run_any(const Arguments& arguments, int kind, unsigned seed, std::integer_sequence<int, N...>) {
-  return (run_shape<N>(arguments, kind, seed) || ...);
-}
-
-}  // namespace
-}  // namespace otalign::cuda
 
 using namespace otalign;
 using namespace otalign::cuda;
@@ -62,23 +32,17 @@ const char* host_choose(int processors, int shared_of_block, int largest_cluster
   return nullptr;
 }
 
-// A given configuration: tile shape, blocks an item, rows of a block in shared memory, clusters.
+// A given configuration: tile shape, blocks an item, rows of a block in shared memory, clusters. With the scatter -1,
+// blocks scatter by the rule of the heuristics.
 void host_force(int shape, int cluster, int shared, int in_flight, int scatter, int ordered, int accelerate,
                 LaunchConfig* out) {
+  if (scatter < 0) scatter = scatters(kTileShapes[shape].width, cluster);
   *out = {shape, cluster, in_flight, shared, 0, scatter, ordered, accelerate};
   out->bytes = 4 * shared_memory(kTileShapes[shape], *out).end;
 }
 
 int64_t host_scratch(const CudaProblem* problem, const LaunchConfig* config) {
   return off_chip_rows(*config, problem->x.size) > 0 ? scratch_bytes(*problem) : 0;
-}
-
-// Kinds as in launch.h. False if the shape is not among those compiled.
-bool host_run(const CudaProblem* problem, const Adjoints* adjoints, const LaunchConfig* config, int kind,
-              unsigned seed) {
-  const Arguments arguments{*problem, adjoints ? *adjoints : Adjoints{}, *config,
-                            shared_memory(kTileShapes[config->shape], *config), static_cast<float>(problem->tol)};
-  return run_any(arguments, kind, seed, std::integer_sequence<int, OTALIGN_TILE_SHAPES>());
 }
 
 // Width, lanes, rows and warps of a tile shape.

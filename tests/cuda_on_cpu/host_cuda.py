@@ -65,17 +65,23 @@ def compile_command(source: Path, output: Path, *options: str) -> list[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels."""
+    """The heuristics and the sizes."""
     loaded = built("host.cpp", sources())
-    loaded.host_run.restype = ctypes.c_bool
     loaded.host_scratch.restype = ctypes.c_int64
     loaded.host_choose.restype = ctypes.c_char_p
     return loaded
 
 
+@functools.cache
+def kernels(shape: int) -> ctypes.CDLL:
+    """The compiled kernels of a tile shape: several processes of tests compile several shapes at the same time."""
+    return built("host_kernels.cpp", sources(), f"-DOTALIGN_TILE_SHAPE={shape}")
+
+
 def built(name: str, sources: list[Path], *options: str) -> ctypes.CDLL:
-    """A file of this folder as a library. Each version of its sources is built once."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    """A file of this folder as a library. Each version of its sources is built once for the same options."""
+    contents = b"".join(path.read_bytes() for path in sources) + " ".join(options).encode()
+    digest = hashlib.sha256(contents).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"otalign-{Path(name).stem}-cuda-{os.getuid()}-{digest}.so"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
@@ -121,8 +127,8 @@ class HostExtension:
     def _run(self, problem: Any, adjoints: Any, kind: int) -> None:
         config = self.config(problem, kind)
         self.configs.append(config)
-        done = library().host_run(address(problem), address(adjoints), ctypes.byref(config), kind, self.seed)
-        assert done
+        of = address(problem), address(adjoints), ctypes.byref(config)
+        kernels(config.shape).host_run(*of, kind, self.seed)
 
     @staticmethod
     def kind(problem: Any) -> int:
