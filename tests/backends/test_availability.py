@@ -133,7 +133,17 @@ def test_too_long_items_load_nothing():
         ({"cudart": 12030, "driver": 12020}, False),
         ({"cudart": 12020, "driver": 13000}, False),
     ],
-    ids=["H100", "capturing", "no room for clusters", "RTX 5090", "A100", "code for 8.0", "12.3", "older driver", "older"],
+    ids=[
+        "H100",
+        "capturing",
+        "no room for clusters",
+        "RTX 5090",
+        "A100",
+        "code for 8.0",
+        "12.3",
+        "older driver",
+        "older",
+    ],
 )
 def test_kernels_begin_early_where_their_code_waits(changes, early, adjoint):
     """And where a graph may have such an edge. The attribute stands beside that of the cluster, and changes nothing else."""

@@ -74,7 +74,9 @@ def library(cudart: int = CUDART) -> Any:
     folder = host_cuda.ROOT / "tests/cuda_on_cpu"
     sources = [*folder.glob("runtime/*.h"), folder / "fake_runtime.cpp"]
     sources += [*(host_cuda.ROOT / "csrc").glob("*.h"), *(host_cuda.ROOT / "csrc/cuda").glob("*.*")]
-    loaded = host_cuda.built("fake_runtime.cpp", sorted(sources), f"-I{folder / 'runtime'}", f"-DCUDART_VERSION={cudart}")
+    loaded = host_cuda.built(
+        "fake_runtime.cpp", sorted(sources), f"-I{folder / 'runtime'}", f"-DCUDART_VERSION={cudart}"
+    )
     for name in ("fake_reason_missing", "fake_force", "fake_configure", "fake_solve"):
         getattr(loaded, name).restype = ctypes.c_char_p
     for name in ("fake_loaded", "fake_launched", "fake_launched_early"):
