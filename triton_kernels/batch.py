@@ -110,8 +110,11 @@ class Batch:
         other.set_points(x, y)
         return other
 
-    def launch_config(self, *, in_memory: bool = False) -> heuristics.LaunchConfig:
-        """How the iterations are launched; if `in_memory`, with a kernel matrix that is not in registers in any case."""
+    def launch_config(self, *, in_memory: bool = False, mixes: bool = False) -> heuristics.LaunchConfig:
+        """How the iterations are launched; if `in_memory`, with a kernel matrix that is not in registers in any case.
+
+        `mixes` asks for iterations that mix.
+        """
         return heuristics.launch_config(
             self.items,
             self.x.size,
@@ -122,6 +125,7 @@ class Batch:
             generation=runtime.generation(self.device),
             lanes=runtime.lanes(self.device),
             in_memory=in_memory,
+            mixes=mixes,
         )
 
     def empty_tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

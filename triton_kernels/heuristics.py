@@ -27,7 +27,7 @@ class TileShape(NamedTuple):
     max_programs: int
     max_before_hopper: int  # as `max_programs`, on chips whose compiler needs a few registers more
     # Programs an item for which the variant that mixes has registers enough, with strict and with relaxed marginals. Before
-    # Hopper, relaxed tiles wider than 32 do not mix.
+    # Hopper, relaxed tiles wider than 32 do not mix. Where a warp has 64 lanes, all tiles do.
     mixing_programs: tuple[int, ...] = (1, 2, 4, 8, 16)
     mixing_relaxed: tuple[int, ...] = (1, 2, 4)
 
@@ -47,8 +47,8 @@ TILE_SHAPES = (
     TileShape(width=256, groups=1, warps=8, min_programs=2, max_programs=16, max_before_hopper=0),
 )
 MAX_PROGRAMS_RELAXED = 4  # of a relaxed problem, whose updates take more registers
-# Where a warp has 64 lanes, eight warps leave 256 registers for a thread, and four leave 512. Relaxed problems need more than
-# 256 in tiles as wide as this.
+# Where a warp has 64 lanes, eight warps leave 256 registers for a thread, and four leave 512. Relaxed problems, and iterations
+# that mix, need more than 256 in tiles as wide as this.
 WIDE_TILE = 128
 
 
@@ -64,7 +64,7 @@ class LaunchConfig(NamedTuple):
     max_programs: int  # for which the exchange is compiled
     stages: int  # of the pipeline that loads the kernel matrix from memory
     warps: int
-    mixes: bool = True  # whether the variant that mixes iterations has registers enough
+    mixes: bool = False  # whether the iterations mix: if that is asked for, and the variant has registers enough
 
 
 def power_of_two(size: int, least: int = 1) -> int:
@@ -89,11 +89,13 @@ def launch_config(
     generation: int,
     lanes: int = 32,
     in_memory: bool = False,
+    mixes: bool = False,
 ) -> LaunchConfig:
     """The launch of Sinkhorn's iterations.
 
     `processors` is how many programs certainly run at the same time: the number of multiprocessors if launches can be
     cooperative, else 1. `generation` is NVIDIA's compute capability, 90 for 9.0, or 0. `lanes` are the threads of a warp.
+    `mixes` asks for iterations that mix.
     An item gets the fewest programs that keep the kernel matrix in registers. If no number of programs does, or with
     `in_memory`, the matrix lies in memory, and the item gets as many programs as are allowed, each reading its own rows.
     """
@@ -109,8 +111,10 @@ def launch_config(
                 if fits and tile.min_programs <= programs <= limit:
                     block_n = min(EXACT_ROWS, EXACT_ENTRIES // tile.width)
                     config = _config(items, programs, processors, block_n, tile.width, tile.groups, tile.warps, 1)
-                    config = config._replace(mixes=lanes == 32 and _mixes(tile, programs, relaxed, generation))
-                    return config._replace(warps=4) if relaxed and lanes == 64 and tile.width >= WIDE_TILE else config
+                    mixes = mixes and (lanes == 64 or _mixes(tile, programs, relaxed, generation))
+                    config = config._replace(mixes=mixes)
+                    wide = lanes == 64 and tile.width >= WIDE_TILE
+                    return config._replace(warps=4) if wide and (relaxed or mixes) else config
             programs *= 2
     block_m = power_of_two(size_y, 32)
     if block_m > MAX_SIZE_Y:
@@ -121,11 +125,14 @@ def launch_config(
     warps = 4 if block_m <= 64 else 8 if block_m <= 4096 else 16 if block_m <= 8192 else 32
     warps = min(warps, MAX_THREADS // lanes)
     block_n = max(1, min(64, numbers * min(warps, 8) // 8 // block_m))
+    if mixes and double and lanes == 64 and block_m == 256:
+        block_n //= 2  # with more rows, strict marginals need scratch on gfx942
     stages = 3 if generation and block_n > 1 else 1  # in shared memory, of which chips of other makers have less
-    return _config(items, most, processors, block_n, block_m, 0, warps, stages)
+    return _config(items, most, processors, block_n, block_m, 0, warps, stages)._replace(mixes=mixes)
 
 
 def _mixes(tile: TileShape, programs: int, relaxed: bool, generation: int) -> bool:
+    """Whether the variant that mixes has registers enough where a warp has 32 lanes."""
     if not relaxed:
         return programs in tile.mixing_programs
     return programs in tile.mixing_relaxed and (generation >= 90 or tile.width <= 32)

@@ -93,9 +93,9 @@ def solve(
         fill_costs(batch, out.saved, C, batch.prior, empty(0, dtype=torch.int32))
         iterate(batch, out, init, numbers)
         return out
-    config = batch.launch_config()
+    accelerates = bool(numbers["accelerate"]) and numbers["tol"] > 0 and not batch.symmetric
+    config = batch.launch_config(mixes=accelerates)
     programs = config.in_flight * config.programs
-    accelerates = bool(numbers["accelerate"]) and numbers["tol"] > 0 and not batch.symmetric and config.mixes
     counters = empty_counters(batch, config)
     fill_costs(batch, out.saved, C, batch.prior, counters)
     constants = {
@@ -106,7 +106,7 @@ def solve(
         "MAX_PROGRAMS": config.max_programs,
         "UNBALANCED": batch.relaxed,
         "SYMMETRIC": batch.symmetric,
-        "ACCELERATE": accelerates,
+        "ACCELERATE": config.mixes,
         "STAGES": config.stages,
     }
     others = {
@@ -120,7 +120,7 @@ def solve(
         "K": out.costs if config.groups else torch.empty_like(out.costs),
         "state": empty(4, batch.x.rows),
         "exchange": exchange_memory(batch, config, out.costs),
-        "buffers": empty(programs, memory_size(config.block_m) if accelerates else config.block_m),
+        "buffers": empty(programs, memory_size(config.block_m) if config.mixes else config.block_m),
         "counters": counters,
         "init": out.g if init is None else init,
         "has_init": int(init is not None),

@@ -28,9 +28,9 @@ import triton
 from common.tables import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE, WARPS, CLUSTER = 5, 8, 4  # what the heuristics choose for 32 items of 750 x 128 on an H100
+SHAPE, WARPS, HELD, CLUSTER = 5, 8, 256, 4  # what the heuristics choose for 32 items of 750 x 128 on an H100
 SCHEDULERS = 4
-KERNEL = "ELb0E"  # in the symbol of the kernel for strict marginals
+KERNEL = r"sinkhorn_kernel\w*(ELb0E|KindE0E)EEv"  # the symbol of the kernel for strict marginals, of old and of new
 
 # Cycles until a result is there, of instructions that take a variable time and report to a scoreboard.
 LATENCY = {"LDS": 29, "SHFL": 24, "MUFU": 22, "S2R": 25, "S2UR": 25, "LDC": 30, "SYNCS": 20, "B2R": 20, "LDG": 500}
@@ -66,9 +66,9 @@ class Code(NamedTuple):
 
 
 def parse(listing: str, kernel: str) -> Code:
-    """The kernel whose symbol contains `kernel`, from the output of `nvdisasm -hex`."""
+    """The kernel whose symbol matches `kernel`, from the output of `nvdisasm -hex`."""
     sections = re.split(r"\.section\s+\.text\.", listing)[1:]
-    (section,) = (section for section in sections if kernel in section.split(",")[0])
+    (section,) = (section for section in sections if re.search(kernel, section.split(",")[0]))
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     pending: tuple[int, str] | None = None
@@ -133,6 +133,15 @@ class Progress(NamedTuple):
         return self.sent <= cluster and self.combined <= 4 * (cluster - 1)
 
 
+def skips_memory(instructions: list[Instruction], k: int) -> bool:
+    """Whether k is the branch around the rows in memory, taken unless the block has more rows than its registers hold."""
+    if not (branch := re.match(r"@!(P\d) BRA", instructions[k].text)):
+        return False
+    sets = re.compile(rf"\w*SETP\S* {branch[1]}\b")
+    before = next((each.text for each in instructions[k - 1 :: -1] if sets.match(each.text)), "")
+    return re.search(rf"GE\.AND {branch[1]}, PT, R\d+, {HELD + 1:#x}, PT", before) is not None
+
+
 def path(code: Code, cluster: int) -> list[Instruction]:
     """The way through an iteration of a thread that has rows and columns, in a block without rows in memory.
 
@@ -158,7 +167,9 @@ def path(code: Code, cluster: int) -> list[Instruction]:
             continue
         instruction = code.instructions[k]
         followers = [code.labels[target] for target in instruction.targets if k < code.labels[target] <= end]
-        if (not instruction.targets or instruction.text.startswith("@")) and instruction.kind not in ("BRX", "EXIT"):
+        if skips_memory(code.instructions, k):
+            pass
+        elif (not instruction.targets or instruction.text.startswith("@")) and instruction.kind not in ("BRX", "EXIT"):
             followers.append(k + 1)
         for before, (length, _, _) in known[k - start].items():
             after = before.after(instruction)

@@ -21,12 +21,12 @@ from otalign import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-KINDS = ("strict", "relaxed", "strict accelerated", "relaxed accelerated", "adjoint")
+KINDS = ("strict", "relaxed", "accelerated", "adjoint")  # Kind in csrc/cuda/tiling.h
 
 
 class Kernel(NamedTuple):
     architecture: str
-    kind: str  # of KINDS: strict or relaxed marginals, or the implicit system
+    kind: str  # of KINDS
     form: int
 
 
@@ -53,12 +53,11 @@ def cuobjdump(*options: str) -> str:
 
 
 def kernel(symbol: str, architecture: str) -> Kernel | None:
-    """The kernel of a symbol, whose template arguments are the form and, of the iterations, two flags."""
-    found = re.search(r"TilingILi(\d+)E+(?:Lb(\d)ELb(\d)E)?", symbol)
+    """The kernel of a symbol, whose template arguments are the form and, of the iterations, the kind."""
+    found = re.search(r"TilingILi(\d+)E+(?:L\w*4KindE(\d)E)?", symbol)
     if not found:
         return None
-    kind = "adjoint" if found[2] is None else "relaxed" if found[2] == "1" else "strict"
-    return Kernel(architecture, kind + " accelerated" * (found[3] == "1"), int(found[1]))
+    return Kernel(architecture, KINDS[int(found[2])] if found[2] else "adjoint", int(found[1]))
 
 
 def usages() -> dict[Kernel, Usage]:
@@ -88,7 +87,7 @@ def code(architecture: str) -> dict[Kernel, list[tuple[int, str]]]:
 
 def loops(architecture: str) -> dict[Kernel, Loop]:
     """The iterations of all plain kernels for an architecture; in the accelerated ones a pass is in several loops."""
-    plain = {of: lines for of, lines in code(architecture).items() if "accelerated" not in of.kind}
+    plain = {of: lines for of, lines in code(architecture).items() if of.kind != "accelerated"}
     return {of: min(candidates(lines), key=lambda loop: sum(loop.words.values())) for of, lines in plain.items()}
 
 

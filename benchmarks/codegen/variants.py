@@ -12,13 +12,14 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import triton
@@ -286,6 +287,19 @@ def report(variants: Iterable[Variant], arch: int | str, processes: int) -> list
         return list(pool.map(compile_variant, variants, [arch] * len(variants), chunksize=4))
 
 
+def others(path: Path, archs: list[str], only: str) -> list[list[str]]:
+    """The rows of a CSV that are not made anew: those of other chips, and of variants that `only` leaves out."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [row for row in rows if row[0] not in archs or not re.search(only, f"{row[1]} {row[2]}")]
+
+
+def write(rows: list[list[str]], out: TextIO) -> None:
+    """By chip: first the compute capabilities, then AMD's chips."""
+    in_order = sorted(rows, key=lambda row: (not row[0].isdigit(), len(row[0]), row[0]))
+    csv.writer(out).writerows([Report._fields, *in_order])
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python benchmarks variants", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities (90), or AMD chips (gfx942)")
@@ -293,13 +307,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--every", type=int, default=1, help="compile only every n-th variant")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a CSV file; printed if not given")
+    parser.add_argument("--update", action="store_true", help="keep the rows of --out that these options leave out")
     args = parser.parse_args(arguments)
-    archs = [int(arch) if arch.isdigit() else arch for arch in args.arch]
-    with args.out.open("w") if args.out else open(os.dup(1), "w") as out:
-        writer = csv.writer(out)
-        writer.writerow(Report._fields)
-        for arch in archs:
-            variants = [v for v in all_variants(arch) if re.search(args.only, f"{v.kernel} {v.label()}")]
-            writer.writerows(report(variants[:: args.every], arch, args.processes))
-            out.flush()
+    if args.update and not args.out:
+        parser.error("--update: expected --out")
+    rows = others(args.out, args.arch, args.only) if args.update else []
+    for arch in (int(name) if name.isdigit() else name for name in args.arch):
+        variants = [v for v in all_variants(arch) if re.search(args.only, f"{v.kernel} {v.label()}")]
+        reports = report(variants[:: args.every], arch, args.processes)
+        rows = [[str(value) for value in found] for found in reports] + rows
+        if args.out:
+            with args.out.open("w", newline="") as out:
+                write(rows, out)
+    if not args.out:
+        write(rows, sys.stdout)
     return 0

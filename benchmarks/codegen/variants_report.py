@@ -1,6 +1,7 @@
 """The table of compiled variants in docs/performance.md, from variants.csv: `python benchmarks variants-table`.
 
-The CSV is what `python benchmarks variants --arch 80 90 100 gfx942 gfx950 --out benchmarks/results/variants.csv` writes.
+The CSV is what `python benchmarks variants --arch 80 90 100 120 gfx942 gfx950 --out benchmarks/results/variants.csv` writes.
+With `--update --only "sinkhorn.*GROUPS=[1-9]"`, only the variants that keep the kernel matrix in registers are compiled anew.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ def in_registers(row: dict[str, str]) -> bool:
     return row["kernel"] == "sinkhorn_kernel" and constant(row, "GROUPS") != "0"
 
 
+def mixes(row: dict[str, str]) -> bool:
+    return "ACCELERATE=True" in row["label"]
+
+
 def resident_table(rows: Rows) -> list[str]:
     """A line for every variant that keeps the kernel matrix in registers: registers and spills on every chip."""
     archs = list(dict.fromkeys(row["arch"] for row in rows))
-    found: dict[tuple[int, int, int, str], dict[str, str]] = defaultdict(dict)
+    found: dict[tuple[int, int, int, str, str], dict[str, str]] = defaultdict(dict)
     for row in filter(in_registers, rows):
         held = int(constant(row, "GROUPS")) * int(constant(row, "ROWS"))
         marginals = "relaxed" if constant(row, "UNBALANCED") == "True" else "strict"
-        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, PROGRAMS)), marginals)
+        iterations = "mixed" if mixes(row) else "plain"
+        key = (int(constant(row, "BLOCK_M")), held, int(constant(row, PROGRAMS)), marginals, iterations)
         found[key][row["arch"]] = f"{row['registers']} / {row['spills']}"
-    lines = ["| columns | rows a program | programs, up to | marginals | " + " | ".join(map(chip, archs)) + " |"]
-    lines.append("|---" * (4 + len(archs)) + "|")
-    for (columns, held, programs, marginals), cells in sorted(found.items()):
+    titles = ["columns", "rows a program", "programs, up to", "marginals", "iterations", *map(chip, archs)]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for (columns, held, programs, marginals, iterations), cells in sorted(found.items()):
         cells_text = " | ".join(cells.get(arch, "-") for arch in archs)
-        lines.append(f"| {columns} | {held} | {programs} | {marginals} | {cells_text} |")
+        lines.append(f"| {columns} | {held} | {programs} | {marginals} | {iterations} | {cells_text} |")
     return lines
 
 
@@ -49,7 +55,7 @@ def summary_table(rows: Rows) -> list[str]:
     for row in rows:
         name = row["kernel"].removesuffix("_kernel")
         if name == "sinkhorn":
-            name += ", in registers" if in_registers(row) else ", in memory"
+            name += (", in registers" if in_registers(row) else ", in memory") + (", mixed" if mixes(row) else "")
         groups[name, row["arch"]].append(row)
     lines = ["| kernel | chip | variants | registers, at most | shared memory, at most | spilling | bytes, at most |"]
     lines.append("|---" * 7 + "|")

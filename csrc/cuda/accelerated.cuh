@@ -16,33 +16,32 @@ namespace otalign::cuda {
 
 // Plain iterations ----------------------------------------------------------------------------------------------------
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 template <class F>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::for_columns_with_mass(F f) const {
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::for_columns_with_mass(F f) const {
   block.for_columns([&](int j) {
     if (block.columns(kB)[j] > 0) f(j);
   });
 }
 
 // Calls f(course) in one thread.
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 template <class F>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::decide(F f) {
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::decide(F f) {
   intrinsics::sync_block();
   if (intrinsics::thread() == 0) f(course());
   intrinsics::sync_block();
 }
 
 // After a pass that was made plainly: whether the next one is plain, too.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE bool Sinkhorn<Tile, kRelaxed, kAccelerate>::stays_plain() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE bool Sinkhorn<Tile, kKind>::stays_plain() {
   if (way != Way::plain) return false;
   const int before = n_iter - block.current().since - 1;  // other passes whose errors are comparable
   float ahead = course().ahead(before, error, tol);
-  if (kRelaxed) {  // each iteration contracts the largest norm at least so much
-    const float contraction = block.current().damping_x * block.current().damping_y;
-    if (contraction < 1) ahead = fminf(ahead, logf(error / tol) / -logf(contraction));
-  }
+  // Where a marginal is relaxed, each iteration contracts the largest norm at least so much.
+  const float contraction = block.current().damping_x * block.current().damping_y;
+  if (contraction < 1) ahead = fminf(ahead, logf(error / tol) / -logf(contraction));
   if (intrinsics::thread() == 0) course().put_error(before, error);
   if (!(ahead > float(Accelerate::kAhead)) || block.current().missing > 0) return true;
   if (Course::needs_spread(ahead) && course().spread == 0 && left() > 1) measure_spread();
@@ -65,8 +64,8 @@ OTALIGN_DEVICE bool Sinkhorn<Tile, kRelaxed, kAccelerate>::stays_plain() {
 }
 
 // The mean over the rows of the largest difference of finite costs.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::measure_spread() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::measure_spread() {
   float spread = 0;
   block.for_rows([&](int i, bool mine) {
     float cost[C], low = INFINITY, high = -INFINITY;
@@ -90,8 +89,8 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::measure_spread() {
 // Decisions -----------------------------------------------------------------------------------------------------------
 
 // Decides how to go on after a pass, which floats hold or do not.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::judge(bool held) {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::judge(bool held) {
   const bool plain = way == Way::plain;  // this pass was
   way = course().way;
   if (way == Way::mixing) {
@@ -115,8 +114,8 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::judge(bool held) {
   }
 }
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::sum_for_mixing(float (&sums)[MixingSums::kCount]) {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::sum_for_mixing(float (&sums)[MixingSums::kCount]) {
   constexpr int depth = MixingSums::kDepth;
   OTALIGN_UNROLL
   for (int k = 0; k < MixingSums::kCount; ++k) sums[k] = 0;
@@ -145,8 +144,8 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::sum_for_mixing(float 
 // Moves ---------------------------------------------------------------------------------------------------------------
 
 // Makes the moves that were decided until the next pass. Returns false if K has to be built before it.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE bool Sinkhorn<Tile, kRelaxed, kAccelerate>::move() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE bool Sinkhorn<Tile, kKind>::move() {
   for (;;) {
     if (course().keep != Keep::nothing) keep_potentials(course().keep);
     if (course().forgot) forget();
@@ -189,8 +188,8 @@ OTALIGN_DEVICE bool Sinkhorn<Tile, kRelaxed, kAccelerate>::move() {
 }
 
 // Keeps the potentials of y at v, in the unit of the cost.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::keep_potentials(Keep what) {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::keep_potentials(Keep what) {
   const float reg = block.current().reg;
   for_columns_with_mass([&](int j) {
     const float potential = reg * (block.columns(kGamma)[j] + logf(v(turn)[j]));
@@ -204,24 +203,24 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::keep_potentials(Keep 
   if (what == Keep::start && course().spread == 0) measure_spread();
 }
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::forget() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::forget() {
   block.for_columns([&](int j) {
     OTALIGN_UNROLL
     for (int k = kChanges; k < kRemembered; ++k) remembered(k)[j] = 0;
   });
 }
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::take_plain_update() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::take_plain_update() {
   turn = 1 - turn;
   move_columns([&](int j) { return v(turn)[j]; });
 }
 
 // Moves v, and w with it, to next(j) where columns have mass.
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 template <class F>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::move_columns(F next) {
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::move_columns(F next) {
   block.for_columns([&](int j) {
     const float b = block.columns(kB)[j];
     if (b > 0) v(turn)[j] = next(j);
@@ -231,8 +230,8 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::move_columns(F next) 
 }
 
 // Takes the step of the residual less its combination with what is remembered; the plain update where that is too long.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::mix() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::mix() {
   bool is_short = true;
   for_columns_with_mass([&](int j) {
     float step = remembered(kResidual)[j];
@@ -251,8 +250,8 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::mix() {
 }
 
 // Goes to the level of the course, from a point on the line through the solutions of the last two.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::enter_level() {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::enter_level() {
   const float level = course().level, reach = course().reach, inv_level = 1 / level;
   const bool from_start = course().from_start;
   block.set_reg(level);
@@ -270,23 +269,23 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::enter_level() {
 
 // Computes a step of log v after a pass, and whether it is at most kNear and kFar long. The other u stays, u itself
 // becomes the factors of the rows.
-template <class Tile, bool kRelaxed, bool kAccelerate>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::compute_step(bool& is_near, bool& is_within) {
+template <class Tile, Kind kKind>
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::compute_step(bool& is_near, bool& is_within) {
   const float damping_x = block.current().damping_x, damping_y = block.current().damping_y;
   // The sums over K that a pass made these scalings of.
   const auto sum = [](float scaling, float absorbed, float damping) {
-    return kRelaxed ? expf(-(logf(scaling) + (1 - damping) * absorbed) / damping) : 1 / scaling;
+    return damping == 1 ? 1 / scaling : expf(-(logf(scaling) + (1 - damping) * absorbed) / damping);
   };
   for (int i = intrinsics::thread(); i < block.count; i += Tile::kThreads) {
     const float a = block.row(kA, i), next = u(i, 1 - turn);
-    u(i, turn) = a > 0 ? damping_x * a * next / sum(next, kRelaxed ? block.row(kPhi, i) : 0, damping_x) : 0;
+    u(i, turn) = a > 0 ? damping_x * a * next / sum(next, block.row(kPhi, i), damping_x) : 0;
   }
   intrinsics::sync_block();
   multiply<true>();
   float totals[2] = {};  // the energy of the residual, and D
   for_columns_with_mass([&](int j) {
     const float base = v(turn)[j], next = v(1 - turn)[j], w = block.columns(kB)[j] * base;
-    const float of_column = sum(next, kRelaxed ? block.columns(kGamma)[j] : 0, damping_y);
+    const float of_column = sum(next, block.columns(kGamma)[j], damping_y);
     const float weight = w * of_column / damping_y, update = logf(next / base);
     const float diagonal = fmaxf(weight - w * w * remembered(kProduct)[j], 1e-4f * weight);
     remembered(kKept)[j] = next;
@@ -346,12 +345,12 @@ OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::compute_step(bool& is
 
 // Puts K^T t into kProduct, where t is K w times the factors of the rows; or, if `kSquare`, the sums over the squares
 // of K times the factors alone. It counts as a pass.
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 template <bool kSquare>
-OTALIGN_DEVICE void Sinkhorn<Tile, kRelaxed, kAccelerate>::multiply() {
+OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::multiply() {
   float sums[C];
-  matrix.template pass<kSquare>(block, sums, [&](int, float sum, bool mine, bool, auto numbers) {
-    return mine ? (kSquare ? 1 : sum) * numbers(kU + turn) : 0.0f;
+  matrix.template pass<kSquare>(block, sums, [&](int i, float sum, bool, bool, auto numbers) {
+    return i < block.count ? (kSquare ? 1 : sum) * numbers(kU + turn) : 0.0f;
   });
   block.put_columns(sums, Sum());
   block.put_number(0);

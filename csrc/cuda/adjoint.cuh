@@ -186,11 +186,14 @@ class Adjoint {
   template <class Update>
   OTALIGN_DEVICE void product(Update update) {
     float sums[C];
+    const int direct = block.current().direct;
     matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
       return mine ? update(i, sum, one, numbers) : 0.0f;
     });
     put(sums);
-    block.template exchange<true>(block.m, Sum(), [&](int j, float sum) { block.columns(kProduct)[j] = sum; });
+    block.exchange_often(direct, block.m, Sum(), [&](int, int j, float sum) {
+      if (j < block.m) block.columns(kProduct)[j] = sum;
+    });
     intrinsics::sync_block();
   }
   OTALIGN_DEVICE void put(float (&sums)[C]) {
@@ -203,8 +206,8 @@ class Adjoint {
     intrinsics::sync_block();
     float* const s = adjoints.x + block.current().first;
     float sums[C];
-    matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
-      if (mine && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
+    matrix.pass(block, sums, [&](int i, float sum, bool, bool one, auto numbers) {
+      if (i < block.count && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
       return 0.0f;
     });
     float* const t = adjoints.y + block.current().y.start;

@@ -160,6 +160,7 @@ struct CurrentItem {
   float damping_x, damping_y;  // exponents of the two updates
   float missing;               // mass that a strict marginal demands of points without a finite cost to any mass
   int since;                   // iteration after which all passes were plain, on the same matrix
+  int direct;                  // SharedMemory::direct
   bool fresh;                  // whether u does not belong to v
 };
 static_assert(sizeof(CurrentItem) <= 4 * (kFixed - kCurrentItem));
@@ -207,7 +208,7 @@ class Block {
 
   OTALIGN_DEVICE int column(int c) const { return ((c / 4) * Tile::kLanes + across) * 4 + c % 4; }
   // (width,) a vector with one number for every column, in shared memory.
-  OTALIGN_DEVICE float* columns(int which) const { return shared + at.columns + which * Tile::kWidth; }
+  OTALIGN_DEVICE float* columns(int which) const { return shared + Tile::kColumnsAt + which * Tile::kWidth; }
   OTALIGN_DEVICE void load_columns(const float* from, float (&to)[C]) const {
     OTALIGN_UNROLL
     for (int c = 0; c < C; c += 4) {
@@ -229,11 +230,14 @@ class Block {
   // Row r of the lanes `below`, in registers. Its numbers are placed so that the lanes of a warp access different
   // banks.
   OTALIGN_DEVICE RowNumbers<int> register_row(int r) const {
-    return {shared + at.rows + below * Tile::kRows + r, on_chip()};
+    return {shared + Tile::kRowsAt + below * Tile::kRows + r, Tile::kHeld};
+  }
+  OTALIGN_DEVICE RowNumbers<int> shared_row(int i) const {
+    return {shared + at.shared_rows + i - Tile::kHeld, config.shared};
   }
   OTALIGN_DEVICE RowNumbers<int> on_chip_row(int i) const {
-    const int place = i < Tile::kHeld ? i % Tile::kStep * Tile::kRows + i / Tile::kStep : i;
-    return {shared + at.rows + place, on_chip()};
+    if (i >= Tile::kHeld) return shared_row(i);
+    return {shared + Tile::kRowsAt + i % Tile::kStep * Tile::kRows + i / Tile::kStep, Tile::kHeld};
   }
   OTALIGN_DEVICE RowNumbers<int64_t> off_chip_row(int i) const { return {p.scratch + current().first + i, p.x.rows}; }
   OTALIGN_DEVICE float& row(int which, int i) const {
@@ -277,7 +281,7 @@ class Block {
   template <class Combine>
   OTALIGN_DEVICE void put_columns(float (&values)[C], Combine combine) {
     const int first = fold<C, 16, Tile::kLanes>(values, lane, combine);
-    float* const mine = shared + at.parts + warp * Tile::kPitch;
+    float* const mine = shared + Tile::kPartsAt + warp * Tile::kPitch;
     constexpr int left = folded(C, 16, Tile::kLanes);
     OTALIGN_UNROLL
     for (int k = 0; k < left; k += left % 4 == 0 ? 4 : left) {
@@ -295,7 +299,7 @@ class Block {
     OTALIGN_UNROLL
     for (int k = 0; k < 4; ++k) {
       const float sum = over_lanes<32>(part(values, k), Sum());
-      if (lane == 0) shared[at.parts + warp * Tile::kPitch + Tile::kWidth + k] = sum;
+      if (lane == 0) shared[Tile::kPartsAt + warp * Tile::kPitch + Tile::kWidth + k] = sum;
     }
   }
   // Puts one number a lane, whose sum is number() then. Four lanes put sums of eight lanes each: that is faster than to
@@ -303,53 +307,64 @@ class Block {
   OTALIGN_DEVICE void put_number(float value) {
     OTALIGN_UNROLL
     for (int bit = 16; bit > 2; bit /= 2) value += intrinsics::swap(value, bit);
-    if (lane < 4) shared[at.parts + warp * Tile::kPitch + Tile::kWidth + lane] = value;
+    if (lane < 4) shared[Tile::kPartsAt + warp * Tile::kPitch + Tile::kWidth + lane] = value;
   }
 
   // Combines what the warps of all blocks of the cluster have put, in the order of warps and blocks, so that all blocks
   // get the same bits. Calls use(j, value) for the columns up to `width`, each by one thread. After the next
-  // sync_block, numbers() are the sums of the four numbers; before it, no thread may put anything again. If `kOften`,
-  // there is straight code for every size of clusters.
-  template <bool kOften = false, class Combine, class F>
+  // sync_block, numbers() are the sums of the four numbers; before it, no thread may put anything again.
+  template <class Combine, class F>
   OTALIGN_DEVICE void exchange(int width, Combine combine, F use) {
     float totals[kTurns];
-    const int blocks = kOften && !config.scatter ? config.cluster : 0;
-    switch (__builtin_expect(blocks, 4)) {
-      case 1:
-        combine_all<1>(width, totals, combine);
-        break;
-      case 2:
-        combine_all<2>(width, totals, combine);
-        break;
-      case 3:
-        combine_all<3>(width, totals, combine);
-        break;
-      case 4:
-        combine_all<4>(width, totals, combine);
-        break;
-      case 5:
-        combine_all<5>(width, totals, combine);
-        break;
-      case 6:
-        combine_all<6>(width, totals, combine);
-        break;
-      case 7:
-        combine_all<7>(width, totals, combine);
-        break;
-      case 8:
-        combine_all<8>(width, totals, combine);
-        break;
-      default:
-        combine_all<0>(width, totals, combine);
-    }
-    const int first = intrinsics::computed_anew(intrinsics::thread());
+    combine_all<0>(width, totals, combine);
+    hand_out(totals, [&](int, int j, float total) {
+      if (j < width) use(j, total);
+    });
+  }
+  // The same for the loops of iterations: straight code for every size of clusters. `direct` is at.direct, which the
+  // caller reads early. Calls use(k, j, value) in all threads, for the k-th column of the thread; there is no such
+  // column if j is not below `width`.
+  template <class Combine, class F>
+  OTALIGN_DEVICE void exchange_often(int direct, int width, Combine combine, F use) {
+    float totals[kTurns];
+    if (direct == 4)  // the most usual size first: a jump through a table takes longer
+      combine_all<4>(width, totals, combine);
+    else
+      switch (direct) {
+        case 1:
+          combine_all<1>(width, totals, combine);
+          break;
+        case 2:
+          combine_all<2>(width, totals, combine);
+          break;
+        case 3:
+          combine_all<3>(width, totals, combine);
+          break;
+        case 5:
+          combine_all<5>(width, totals, combine);
+          break;
+        case 6:
+          combine_all<6>(width, totals, combine);
+          break;
+        case 7:
+          combine_all<7>(width, totals, combine);
+          break;
+        case 8:
+          combine_all<8>(width, totals, combine);
+          break;
+        default:
+          combine_all<0>(width, totals, combine);
+      }
+    hand_out(totals, use);
+  }
+  // The numbers of a column vector that belong to the thread's columns in exchange_often().
+  static constexpr int kTurns = (Tile::kPitch + Tile::kThreads - 1) / Tile::kThreads;
+  OTALIGN_DEVICE void load_of_exchange(const float* from, float (&to)[kTurns]) const {
+    const int first = intrinsics::thread();
     OTALIGN_UNROLL
     for (int k = 0; k < kTurns; ++k) {
       const int j = first + k * Tile::kThreads;
-      if (j < width)
-        use(j, totals[k]);
-      else if (j >= Tile::kWidth && j < Tile::kPitch)
-        shared[kNumbers + j - Tile::kWidth] = totals[k];
+      to[k] = from[j < Tile::kWidth ? j : 0];
     }
   }
   OTALIGN_DEVICE float4 numbers() const { return load4(shared + kNumbers); }
@@ -430,7 +445,6 @@ class Block {
   int count, m;             // rows of the item that this block has, and all of its columns
 
  private:
-  static constexpr int kTurns = (Tile::kPitch + Tile::kThreads - 1) / Tile::kThreads;  // columns of a thread
   static constexpr int kReceiver = Tile::kThreads - 1;  // the thread that opens mailboxes: one that seldom sends
 
   // (16,) what a warp has summed.
@@ -492,6 +506,7 @@ class Block {
                                                                 damping_of(p.rho_y),
                                                                 0,
                                                                 0,
+                                                                at.direct,
                                                                 true};
     intrinsics::sync_block();
   }
@@ -502,7 +517,7 @@ class Block {
     int pitch;  // floats from one to the next
     int count;
   };
-  OTALIGN_DEVICE Parts of_warps() const { return {at.parts, Tile::kPitch, Tile::kWarps}; }
+  OTALIGN_DEVICE static Parts of_warps() { return {Tile::kPartsAt, Tile::kPitch, Tile::kWarps}; }
   OTALIGN_DEVICE static int place(int g, int groups) { return g < groups ? 4 * g : Tile::kWidth; }
 
   // Calls f(k) for k < count <= kMost, each by one thread.
@@ -540,7 +555,7 @@ class Block {
   // The same of the warps' numbers in group g; `groups` is the number of groups of columns.
   template <class Combine>
   OTALIGN_DEVICE float4 over_warps(int g, int groups, Combine combine) const {
-    const float* const first = shared + at.parts + place(g, groups);
+    const float* const first = shared + Tile::kPartsAt + place(g, groups);
     return over<Tile::kWarps, float4>(first, Tile::kPitch, Tile::kWarps, g < groups, combine);
   }
 
@@ -557,7 +572,7 @@ class Block {
   }
 
   // The thread's columns, and numbers behind them, combined over all warps of kBlocks blocks, or of config.cluster if
-  // it is zero.
+  // it is zero. Threads beyond the last number combine that one: a branch would take longer.
   template <int kBlocks, class Combine>
   OTALIGN_DEVICE void combine_all(int width, float (&totals)[kTurns], Combine combine) {
 #ifndef OTALIGN_MUTATE_1
@@ -569,9 +584,19 @@ class Block {
     const int first = intrinsics::computed_anew(intrinsics::thread());
     OTALIGN_UNROLL
     for (int k = 0; k < kTurns; ++k) {
+      const int beyond = first + k * Tile::kThreads, j = beyond < Tile::kPitch ? beyond : Tile::kPitch - 1;
+      totals[k] = over<kParts, float>(shared + parts.at + j, parts.pitch, parts.count, j < Tile::kWidth, combine);
+    }
+  }
+
+  template <class F>
+  OTALIGN_DEVICE void hand_out(const float (&totals)[kTurns], F use) const {
+    const int first = intrinsics::computed_anew(intrinsics::thread());
+    OTALIGN_UNROLL
+    for (int k = 0; k < kTurns; ++k) {
       const int j = first + k * Tile::kThreads;
-      if (j < width || (j >= Tile::kWidth && j < Tile::kPitch))
-        totals[k] = over<kParts, float>(shared + parts.at + j, parts.pitch, parts.count, j < Tile::kWidth, combine);
+      if (j >= Tile::kWidth && j < Tile::kPitch) shared[kNumbers + j - Tile::kWidth] = totals[k];
+      use(k, j, totals[k]);
     }
   }
 
@@ -582,9 +607,9 @@ class Block {
   template <int kBlocks, class Combine>
   OTALIGN_DEVICE Parts of_blocks(int groups, Combine combine) {
 #ifdef OTALIGN_MUTATE_4
-    const int inbox = at.inbox;
+    const int inbox = Tile::kInboxAt;
 #else
-    const int inbox = at.inbox + epoch % 2 * at.inbox_pitch;
+    const int inbox = Tile::kInboxAt + epoch % 2 * (kBlocks ? kBlocks * Tile::kPitch : at.inbox_pitch);
 #endif
     intrinsics::Mailbox* const box = mailbox(epoch % 2);
     const int parity = epoch / 2 % 2;

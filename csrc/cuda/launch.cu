@@ -27,11 +27,9 @@ const void* kernel(int shape, Kind kind) {
 
 bool is_relaxed(const CudaProblem& p) { return p.rho_x < HUGE_VAL || p.rho_y < HUGE_VAL; }
 
-bool is_accelerated(Kind kind) { return kind == kStrictAccelerated || kind == kRelaxedAccelerated; }
-
 Kind kind_of(const CudaProblem& p, bool adjoint) {
   if (adjoint) return kAdjoint;
-  if (p.accelerate && p.tol > 0) return is_relaxed(p) ? kRelaxedAccelerated : kStrictAccelerated;
+  if (p.accelerate && p.tol > 0) return kAccelerated;
   return is_relaxed(p) ? kRelaxed : kStrict;
 }
 
@@ -140,7 +138,7 @@ const char* find(const CudaProblem& p, Kind kind, int device, Found* out) {
   const auto resident = [&](const LaunchConfig& config) {
     return max_resident(kernel(config.shape, kind), config, on);
   };
-  const bool accelerate = is_accelerated(kind);
+  const bool accelerate = kind == kAccelerated;
   LaunchConfig config;
   if (form.given()) {
     const std::string error = choose(on, form, p.items, p.x.size, p.y.size, ragged, accelerate, resident, &config);

@@ -8,9 +8,8 @@
 
 namespace otalign::cuda {
 
-enum Kind { kStrict, kRelaxed, kStrictAccelerated, kRelaxedAccelerated, kAdjoint };  // kernels of a shape
 struct Kernels {
-  const void* of[5];  // the device functions, by Kind
+  const void* of[kKinds];  // the device functions, by Kind
 };
 // The kernels of kTileShapes[shape]; tile_shape.cu defines it.
 template <int shape>

@@ -30,30 +30,38 @@ class Matrix {
   }
 
   // One pass over the matrix: sums = K^T t with t_i = update(i, (K w)_i, mine, one, numbers), where w is the column
-  // vector of index 0. A row exists if it is `mine`, and has these numbers. Of the lanes that hold the row only one has
-  // `one` set, and only that one may store something. If `kSquare`, sums = (K * K)^T t instead, by entries.
-  template <bool kSquare = false, class Update>
-  OTALIGN_DEVICE void pass(const Block<Tile>& block, float (&sums)[C], Update update) {
+  // vector of index 0. A row has these numbers if it is `mine`. Rows in registers are, even those that the block lacks:
+  // their entries are zero. Of the lanes that hold the row only one has `one` set, and only that one may store
+  // something. If `kSquare`, sums = (K * K)^T t instead, by entries.
+  //
+  // What the columns do not wait for is done later, by one lane of a row: store(t_i as update returned it, numbers).
+  template <bool kSquare = false, class Update, class Store>
+  OTALIGN_DEVICE void pass(const Block<Tile>& block, float (&sums)[C], Update update, Store store) {
     float w[C];
     block.load_columns(block.columns(0), w);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c) sums[c] = 0;
-    if constexpr (R > 0) pass_registers<kSquare>(block, w, sums, update);
+    if constexpr (R > 0) pass_registers<kSquare>(block, w, sums, update, store);
     if (block.count > Tile::kHeld) {
       const int on_chip = block.count < block.on_chip() ? block.count : block.on_chip();
       pass_memory<kSquare>(block, shared_row(block, Tile::kHeld), Tile::kWidth, Tile::kHeld, on_chip, w, sums, update,
-                           OnChip());
+                           store, OnChip());
+      if (block.count > block.on_chip()) {
+        const float* const rows = scratch_row(block, block.on_chip());
+        pass_memory<kSquare>(block, rows, block.p.pitch, block.on_chip(), block.count, w, sums, update, store,
+                             OffChip());
+      }
     }
-    if (block.count > block.on_chip()) {
-      const float* const rows = scratch_row(block, block.on_chip());
-      pass_memory<kSquare>(block, rows, block.p.pitch, block.on_chip(), block.count, w, sums, update, OffChip());
-    }
+  }
+  template <bool kSquare = false, class Update>
+  OTALIGN_DEVICE void pass(const Block<Tile>& block, float (&sums)[C], Update update) {
+    pass<kSquare>(block, sums, update, [](float, auto) {});
   }
 
  private:
   // The numbers of a row in memory.
   struct OnChip {
-    OTALIGN_DEVICE auto operator()(const Block<Tile>& block, int i) const { return block.on_chip_row(i); }
+    OTALIGN_DEVICE auto operator()(const Block<Tile>& block, int i) const { return block.shared_row(i); }
   };
   struct OffChip {
     OTALIGN_DEVICE auto operator()(const Block<Tile>& block, int i) const { return block.off_chip_row(i); }
@@ -100,14 +108,15 @@ class Matrix {
     return block.off_chip_matrix() + i * block.p.pitch;
   }
 
-  template <bool kSquare, class Update>
-  OTALIGN_DEVICE void pass_registers(const Block<Tile>& block, const float (&w)[C], float (&sums)[C], Update update) {
+  template <bool kSquare, class Update, class Store>
+  OTALIGN_DEVICE void pass_registers(const Block<Tile>& block, const float (&w)[C], float (&sums)[C], Update update,
+                                     Store store) {
     float dots[R];
     OTALIGN_UNROLL
     for (int r = 0; r < R; r += 4) {
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) dots[r + k] = 0;
-      if (r * Tile::kStep >= block.count) continue;  // a short item has no such rows
+      if (r > 0 && r * Tile::kStep >= block.count) continue;  // a short item has no such rows
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) {
         OTALIGN_UNROLL
@@ -116,20 +125,21 @@ class Matrix {
     }
     const int first = fold<R, Tile::kLanes / 2, 1>(dots, block.lane, Sum());
     constexpr int left = folded(R, Tile::kLanes / 2, 1), same = folded_twice(R, Tile::kLanes / 2, 1);
-    float* const factors = block.shared + block.at.factors + block.below * R;  // (R,) of the lane's rows
+    float* const factors = block.shared + Tile::kFactorsAt + block.below * R;  // (R,) of the lane's rows
+    const bool one = (block.lane & same) == 0;
+    decltype(update(0, 0.0f, true, true, block.register_row(0))) updated[left];
     OTALIGN_UNROLL
     for (int k = 0; k < left; ++k) {
       const int i = (first + k) * Tile::kStep + block.below;
-      const bool one = (block.lane & same) == 0;
-      const float factor = update(i, dots[k], i < block.count, one, block.register_row(first + k));
-      if (one) factors[first + k] = factor;
+      updated[k] = update(i, dots[k], true, one, block.register_row(first + k));
+      if (one) factors[first + k] = updated[k];
     }
 #ifndef OTALIGN_MUTATE_2
     intrinsics::sync_warp();
 #endif
     OTALIGN_UNROLL
     for (int r = 0; r < R; r += 4) {
-      if (r * Tile::kStep >= block.count) continue;
+      if (r > 0 && r * Tile::kStep >= block.count) continue;
       const float4 four = load4(factors + r);
       OTALIGN_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -137,12 +147,16 @@ class Matrix {
         for (int c = 0; c < C; ++c) sums[c] += (kSquare ? held[r + k][c] : 1) * held[r + k][c] * part(four, k);
       }
     }
+    OTALIGN_UNROLL
+    for (int k = 0; k < left; ++k)
+      if (one) store(updated[k], block.register_row(first + k));
   }
 
   // Rows from `from` to `to` in memory, `rows` (to - from, pitch); a lane reads kAtOnce of its rows at once.
-  template <bool kSquare, class Update, class Rows>
+  template <bool kSquare, class Update, class Store, class Rows>
   OTALIGN_DEVICE static void pass_memory(const Block<Tile>& block, const float* rows, int64_t pitch, int from, int to,
-                                         const float (&w)[C], float (&sums)[C], Update update, Rows numbers) {
+                                         const float (&w)[C], float (&sums)[C], Update update, Store store,
+                                         Rows numbers) {
     constexpr int N = Tile::kAtOnce;
     OTALIGN_ROLLED
     for (int i = from + block.below; i - block.below < to; i += N * Tile::kStep) {
@@ -171,7 +185,10 @@ class Matrix {
       OTALIGN_UNROLL
       for (int k = 0; k < N; ++k) {
         const int at = i + k * Tile::kStep;
-        const float factor = update(at, dots[k], at < to, block.across == 0, numbers(block, at));
+        const bool mine = at < to, one = block.across == 0;
+        const auto updated = update(at, dots[k], mine, one, numbers(block, at));
+        if (mine && one) store(updated, numbers(block, at));
+        const float factor = updated;
         OTALIGN_UNROLL
         for (int c = 0; c < C; ++c) sums[c] += (kSquare ? row[k][c] : 1) * row[k][c] * factor;
       }

@@ -18,8 +18,9 @@
 
 namespace otalign::cuda {
 
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 class Sinkhorn {
+  static constexpr bool kAccelerate = kKind == kAccelerated;
   static constexpr int C = Block<Tile>::C, kRowsAtOnce = Block<Tile>::kRowsAtOnce;
   // Indices for Block::columns and Block::row. v and u of two iterations take turns: kV and kV + 1, kU and kU + 1.
   enum ColumnVector { kW, kB, kGamma, kV };
@@ -73,8 +74,9 @@ class Sinkhorn {
       block.columns(kGamma)[j] = fabsf(start) <= kLargestStart ? start : NAN;
       v(0)[j] = 1;
     });
-    for (int i = intrinsics::thread(); i < block.count; i += Tile::kThreads) {
-      block.row(kA, i) = weight_of_row(i);
+    // Rows in registers that the block lacks have a weight of zero.
+    for (int i = intrinsics::thread(); i < block.count || i < Tile::kHeld; i += Tile::kThreads) {
+      block.row(kA, i) = i < block.count ? weight_of_row(i) : 0;
       block.row(kPhi, i) = 0;
       u(i, 0) = 1;
     }
@@ -263,10 +265,11 @@ class Sinkhorn {
   // Multiply-adds ----------------------------------------------------------------------------------------------------
 
   OTALIGN_DEVICE float scaling(float sum, float absorbed, float damping) const {
-    return kRelaxed ? expf(-(1 - damping) * absorbed - damping * logf(sum)) : intrinsics::reciprocal(sum);
+    if (kKind == kStrict || (kKind == kAccelerated && damping == 1)) return intrinsics::reciprocal(sum);
+    return expf(-(1 - damping) * absorbed - damping * logf(sum));
   }
   OTALIGN_DEVICE static bool in_range(float sum, float scaling) {
-    return in_scaling_range(sum) && (!kRelaxed || in_scaling_range(scaling));
+    return in_scaling_range(sum) && (kKind == kStrict || in_scaling_range(scaling));
   }
 
   // One iteration, or another pass of the accelerated solver. Returns false if K has to be built again, because a
@@ -276,10 +279,12 @@ class Sinkhorn {
     float off;
     const bool columns_in_range = pass(off);
     if (!kAccelerate || way == Way::plain) {
-      if (!(off < INFINITY)) return false;  // rows are out of range: the exact update computes the error
-      error = off;
-      if (should_stop(error, tol, n_iter, block.p.max_iter)) active = false;
-      if (!active || !columns_in_range) return false;
+      const bool rows_in_range = off < INFINITY, stops = should_stop(off, tol, n_iter, block.p.max_iter);
+      if (rows_in_range) error = off;                    // or else the exact update computes it
+      if (stops | !rows_in_range | !columns_in_range) {  // one branch, which is seldom taken
+        if (rows_in_range && stops) active = false;
+        return false;
+      }
     }
     ++n_iter;
     if constexpr (kAccelerate) {
@@ -292,34 +297,46 @@ class Sinkhorn {
     return true;
   }
 
+  // A row of a pass: its weight, u before, the sum over K w, and the next u.
+  struct UpdatedRow {
+    float a = 0, before = 0, sum = 0, next = 0;
+    OTALIGN_DEVICE operator float() const { return a * next; }
+  };
+
   // Puts the next u and v into the others, and w of them. `off` becomes the error of the rows, infinite if they are out
   // of range; returns whether the columns are in range.
   OTALIGN_DEVICE bool pass(float& off) {
-    off = 0;
-    float sums[C];
-    matrix.pass(block, sums, [&](int, float sum, bool mine, bool one, auto numbers) {
-      if (!mine) return 0.0f;
+    constexpr int N = Block<Tile>::kTurns;
+    float sums[C], weights[N], gammas[N], of_lane = 0;
+    // The accelerated kernel is long as it is: it does without straight code for every size of clusters.
+    const int direct = kAccelerate ? 0 : block.current().direct;
+    const auto update = [&](int, float sum, bool mine, bool, auto numbers) -> UpdatedRow {
+      if (!mine) return {};
       const float a = numbers(kA), before = numbers(kU + turn);
       if (!(a > 0)) sum = 1;
-      const float next = scaling(sum, kRelaxed ? numbers(kPhi) : 0, block.current().damping_x);
-      const float ratio = kRelaxed ? before / next : before * sum;
-      if (one) {
-        off += in_range(sum, next) ? a * fabsf(ratio - 1) : INFINITY;
-        numbers(kU + 1 - turn) = next;
-      }
-      return a * next;
-    });
+      const float next = scaling(sum, kKind == kStrict ? 0 : numbers(kPhi), block.current().damping_x);
+      return {a, before, sum, next};
+    };
+    const auto store = [&](const UpdatedRow& row, auto numbers) {
+      const float ratio = kKind == kStrict ? row.before * row.sum : row.before / row.next;
+      of_lane += in_range(row.sum, row.next) ? row.a * fabsf(ratio - 1) : INFINITY;
+      numbers(kU + 1 - turn) = row.next;
+    };
+    matrix.pass(block, sums, update, store);
     block.put_columns(sums, Sum());
-    block.put_number(off);
+    block.put_number(of_lane);
+    block.load_of_exchange(block.columns(kB), weights);
+    if (kKind != kStrict) block.load_of_exchange(block.columns(kGamma), gammas);
     bool columns_in_range = true;
-    block.template exchange<!kAccelerate>(block.m, Sum(), [&](int j, float sum) {
-      const float b = block.columns(kB)[j];
-      const float total = b > 0 ? sum : 1;
-      const float next = scaling(total, kRelaxed ? block.columns(kGamma)[j] : 0, block.current().damping_y);
+    const auto use = [&](int k, int j, float sum) {
+      const float total = weights[k] > 0 ? sum : 1;
+      const float next = scaling(total, kKind == kStrict ? 0 : gammas[k], block.current().damping_y);
+      if (j >= block.m) return;
       columns_in_range = columns_in_range && in_range(total, next);
       v(1 - turn)[j] = next;
-      block.columns(kW)[j] = b * next;
-    });
+      block.columns(kW)[j] = weights[k] * next;
+    };
+    block.exchange_often(direct, block.m, Sum(), use);
 #ifndef OTALIGN_MUTATE_3
     columns_in_range = intrinsics::all_of_block(columns_in_range);
 #endif
@@ -368,10 +385,11 @@ class Sinkhorn {
   OTALIGN_DEVICE void finish() {
     const CudaProblem& p = block.p;
     put_last_potentials();
+    const bool balanced = kKind == kStrict || (p.rho_x == HUGE_VAL && p.rho_y == HUGE_VAL);
     float shift = 0;  // moves from g to f, so that <b, g> = 0 if the problem is balanced
     block.for_columns([&](int j) {
       const float b = block.columns(kB)[j];
-      if (!kRelaxed && b > 0) shift += b * block.columns(kW)[j];
+      if (balanced && b > 0) shift += b * block.columns(kW)[j];
     });
     shift = block.sum_block(shift);
     intrinsics::sync_block();
@@ -397,7 +415,7 @@ class Sinkhorn {
       }
       if (block.across != 0) return;
       const float f = block.current().reg * (potential + shift);
-      if (a > 0) total.z += a * (kRelaxed ? dual_term(f, block.p.rho_x) : f);
+      if (a > 0) total.z += a * (kKind == kStrict ? f : dual_term(f, block.p.rho_x));
       p.x.potential[block.current().first + i] = broken ? NAN : f;
     });
     block.put_numbers(total);
@@ -472,7 +490,7 @@ class Sinkhorn {
     float of_y = 0;
     block.for_columns([&](int j) {
       const float b = block.columns(kB)[j], g = block.current().reg * (block.columns(kW)[j] - shift);
-      if (b > 0) of_y += b * (kRelaxed ? dual_term(g, block.p.rho_y) : g);
+      if (b > 0) of_y += b * (kKind == kStrict ? g : dual_term(g, block.p.rho_y));
     });
     of_y = block.sum_block(of_y);
     const float value = total.z + of_y - block.current().reg * (total.x - 1);

@@ -8,10 +8,10 @@
 namespace otalign::cuda {
 
 // Solves a batch. Grid: config.in_flight clusters of config.cluster blocks, which take the items in turn.
-template <class Tile, bool kRelaxed, bool kAccelerate>
+template <class Tile, Kind kKind>
 __global__ void __launch_bounds__(Tile::kThreads) sinkhorn_kernel(const __grid_constant__ Arguments arguments) {
   intrinsics::wait_for_kernels_before();
-  Sinkhorn<Tile, kRelaxed, kAccelerate>(arguments).run();
+  Sinkhorn<Tile, kKind>(arguments).run();
 }
 
 // Solves the implicit system of a batch; the same grid.
@@ -24,10 +24,9 @@ __global__ void __launch_bounds__(Tile::kThreads) adjoint_kernel(const __grid_co
 template <int shape>
 Kernels kernels() {
   using Tile = Tiling<shape>;
-  return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false, false>),
-           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true, false>),
-           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, false, true>),
-           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, true, true>),
+  return {{reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, kStrict>),
+           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, kRelaxed>),
+           reinterpret_cast<const void*>(&sinkhorn_kernel<Tile, kAccelerated>),
            reinterpret_cast<const void*>(&adjoint_kernel<Tile>)}};
 }
 

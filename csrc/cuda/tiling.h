@@ -31,18 +31,10 @@ constexpr TileShape kTileShapes[] = {
 };
 constexpr int kTileShapeCount = sizeof kTileShapes / sizeof *kTileShapes;
 
-// A shape at compile time.
-template <int N>
-struct Tiling {
-  static constexpr TileShape kShape = kTileShapes[N];
-  static constexpr int kWidth = kShape.width, kLanes = kShape.lanes, kColumns = kShape.columns(), kRows = kShape.rows;
-  static constexpr int kWarps = kShape.warps, kThreads = kShape.threads();
-  static constexpr int kBelow = 32 / kLanes;  // lanes below each other
-  static constexpr int kStep = kShape.step(), kHeld = kShape.held(), kPitch = kShape.pitch();
-  static constexpr int kAtOnce = kRows * kColumns > 64 ? 1 : 2;  // rows of a lane that are read from memory together
-  OTALIGN_ANYWHERE static constexpr TileShape shape() { return {kWidth, kLanes, kRows, kWarps}; }
-  static_assert(kColumns % 4 == 0 && kColumns <= 32 && kRows % 4 == 0 && kWarps <= 8);
-};
+// The kernels of a shape. The accelerated one is for all marginals: it is the longest, and plain passes are not all
+// that it does.
+enum Kind { kStrict, kRelaxed, kAccelerated, kAdjoint };
+constexpr int kKinds = 4;
 
 // How a batch is launched; from heuristics.h.
 struct LaunchConfig {
@@ -67,11 +59,14 @@ constexpr int kFixed = 48;
 constexpr int kRemembered = 13;  // column vectors of the accelerated solver
 constexpr int kCourse = 80;      // its Course of course.h
 struct SharedMemory {
-  int32_t columns;      // (5, width) column vectors
-  int32_t parts;        // (warps, width + 4) what the warps have summed
-  int32_t inbox;        // (2, inbox_pitch) what other blocks send
-  int32_t factors;      // (held,) factors of the rows in registers
-  int32_t rows;         // (4, held + shared) row vectors
+  // The tile shape alone places these.
+  int32_t columns;  // (5, width) column vectors
+  int32_t parts;    // (warps, width + 4) what the warps have summed
+  int32_t factors;  // (held,) factors of the rows in registers
+  int32_t rows;     // (4, held) their row vectors
+  int32_t inbox;    // (2, inbox_pitch) what other blocks send
+  // The launch places these.
+  int32_t shared_rows;  // (4, shared) row vectors of the rows in shared memory
   int32_t kernel;       // (shared, width) rows of the matrix
   int32_t remembered;   // (13, width) column vectors of the accelerated solver
   int32_t products;     // (2, warps, 16) what the warps have summed for it, then (16,) the sums of the block
@@ -80,6 +75,7 @@ struct SharedMemory {
   int32_t end;          // floats in all
   int32_t inbox_pitch;  // floats from one of the two inboxes to the other
   int32_t slice;        // columns that a block sums for the others, in groups of four
+  int32_t direct;       // blocks of a cluster whose blocks send all sums to each other; 0 = they send slices
 };
 
 constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig& config) {
@@ -89,12 +85,14 @@ constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig&
   at.inbox_pitch = alone            ? 0
                    : config.scatter ? config.cluster * at.slice * 4 + shape.pitch()
                                     : config.cluster * shape.pitch();
+  at.direct = config.scatter ? 0 : config.cluster;
   at.columns = kFixed;
   at.parts = at.columns + 5 * shape.width;
-  at.inbox = at.parts + shape.warps * shape.pitch();
-  at.factors = at.inbox + 2 * at.inbox_pitch;
+  at.factors = at.parts + shape.warps * shape.pitch();
   at.rows = at.factors + shape.held();
-  at.kernel = at.rows + 4 * (shape.held() + config.shared);
+  at.inbox = at.rows + 4 * shape.held();
+  at.shared_rows = at.inbox + 2 * at.inbox_pitch;
+  at.kernel = at.shared_rows + 4 * config.shared;
   at.remembered = at.kernel + config.shared * shape.width;
   at.products = at.remembered + (config.accelerate ? kRemembered * shape.width : 0);
   at.course = at.products + (config.accelerate ? 2 * shape.warps * 16 + 16 : 0);
@@ -102,6 +100,23 @@ constexpr SharedMemory shared_memory(const TileShape& shape, const LaunchConfig&
   at.end = at.order + (config.ordered ? kOrdered + kOrdered / 2 : 0);
   return at;
 }
+
+// A shape at compile time.
+template <int N>
+struct Tiling {
+  static constexpr TileShape kShape = kTileShapes[N];
+  static constexpr int kWidth = kShape.width, kLanes = kShape.lanes, kColumns = kShape.columns(), kRows = kShape.rows;
+  static constexpr int kWarps = kShape.warps, kThreads = kShape.threads();
+  static constexpr int kBelow = 32 / kLanes;  // lanes below each other
+  static constexpr int kStep = kShape.step(), kHeld = kShape.held(), kPitch = kShape.pitch();
+  static constexpr int kAtOnce = kRows * kColumns > 64 ? 1 : 2;  // rows of a lane that are read from memory together
+  OTALIGN_ANYWHERE static constexpr TileShape shape() { return {kWidth, kLanes, kRows, kWarps}; }
+  // What shared_memory() places in every launch alike.
+  static constexpr SharedMemory kPlaces = shared_memory(kShape, LaunchConfig{N, 1});
+  static constexpr int kColumnsAt = kPlaces.columns, kPartsAt = kPlaces.parts, kFactorsAt = kPlaces.factors;
+  static constexpr int kRowsAt = kPlaces.rows, kInboxAt = kPlaces.inbox;
+  static_assert(kColumns % 4 == 0 && kColumns <= 32 && kRows % 4 == 0 && kWarps <= 8);
+};
 
 // Rows of a block that have no place on the chip and lie in scratch memory.
 inline int off_chip_rows(const LaunchConfig& config, int64_t size_x) {

@@ -16,7 +16,7 @@ from otalign import backends
 from otalign.cli import doctor
 
 from ..cuda_on_cpu.fake_runtime import Gpu, allow_early_launch, force
-from ..cuda_on_cpu.host_cuda import ADJOINT, STRICT, STRICT_ACCELERATED
+from ..cuda_on_cpu.host_cuda import ACCELERATED, ADJOINT, STRICT
 
 SHAPES = {32: (0, 1), 64: (2, 3), 128: (4, 5), 256: (6,), 512: (7,), 1024: (8,)}
 NO_IMAGE, UNSUPPORTED_PTX, NO_MEMORY, NO_JIT = 209, 222, 2, 223  # of cudaError_t
@@ -251,7 +251,7 @@ def test_forms_that_no_batch_can_have(form, message, forced):
         (
             {"shared": 64 * 1024},
             (8, 1),
-            STRICT_ACCELERATED,
+            ACCELERATED,
             r"tile shape 8 in clusters of 1 needs \d+ bytes of shared memory for a block, which has at most 65536",
         ),
     ],

@@ -157,10 +157,15 @@ def most_registers(row: dict[str, str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100", "120", *AMD])
 def test_kernel_matrix_stays_in_registers(tmp_path, arch):
-    """No variant that keeps the kernel matrix in registers spills: on NVIDIA since Ampere, and on AMD's CDNA 3 and 4."""
+    """No variant that keeps the kernel matrix in registers spills: on NVIDIA since Ampere, and on AMD's CDNA 3 and 4.
+
+    This includes the variants that mix.
+    """
     rows = reports(tmp_path / "a.csv", "--arch", arch, "--only", "sinkhorn.*GROUPS=[1-9]")
     assert {row["arch"] for row in rows} == {arch}
-    assert len(rows) >= (8 if arch in AMD else 12)
+    plain, mixed = (8, 8) if arch in AMD else (15, 10) if arch == "80" else (20, 18)
+    assert sum("ACCELERATE=False" in row["label"] for row in rows) == plain
+    assert sum("ACCELERATE=True" in row["label"] for row in rows) == mixed
     for row in rows:
         assert int(row["spills"]) == 0, row
         assert int(row["registers"]) <= most_registers(row), row
@@ -186,15 +191,61 @@ def columns(row: dict[str, str]) -> int:
     return int(found[1]) if found else 0
 
 
-def test_tightest_variants_for_amd_have_no_scratch():
-    """128 rows of 128 columns in registers, strict and relaxed. (The slow tests above try all.)"""
-    rows = json.loads(run_compiler(program("compile_for_amd"), *AMD))
-    assert [(row["arch"], row["warps"]) for row in rows] == [(arch, warps) for arch in AMD for warps in (8, 4)]
-    for row in rows:
-        assert "BLOCK_M=128 ROWS=64 GROUPS=2 MAX_PROGRAMS=1" in row["label"]
+WIDE, NARROW = "BLOCK_M=128 ROWS=64 GROUPS=2 MAX_PROGRAMS=1", "BLOCK_M=64 ROWS=64 GROUPS=4 MAX_PROGRAMS="
+
+
+@pytest.mark.parametrize("arch", ["120", "gfx942"])
+def test_tightest_variants_do_not_spill(arch):
+    """Plain iterations with 128 rows of 128 columns, and mixed ones with 256 relaxed rows of 64 columns.
+
+    (The slow tests above try all.)
+    """
+    rows = json.loads(run_compiler(program("compile_tightest"), arch))
+    tiles = [WIDE, NARROW + "1"] if arch in AMD else [NARROW + "4"]
+    for row, tile in zip(rows, tiles, strict=True):
+        relaxed = mixes = tile != WIDE
+        assert f"{tile} UNBALANCED={relaxed} SYMMETRIC=False ACCELERATE={mixes}" in row["label"]
         assert (row["stack"], row["spills"]) == (0, 0), row
-        assert row["registers"] <= most_registers(row), row
-        assert row["shared"] <= SHARED[row["arch"]], row
+        assert row["registers"] <= most_registers(row | {"arch": arch}), row
+        assert row["shared"] <= SHARED[arch], row
+
+
+def mixing(relaxed: bool, generation: int, lanes: int = 32) -> dict[tuple[int, int, int], bool]:
+    """Whether the iterations mix, if asked to: by columns, rows a program, and programs an item."""
+    found = {}
+    for tile in heuristics.TILE_SHAPES:
+        for programs in (1, 2, 4, 8, 16):
+            config = heuristics.launch_config(
+                1, programs * tile.rows, tile.width, double=False, relaxed=relaxed, processors=programs,
+                generation=generation, lanes=lanes, mixes=True,
+            )  # fmt: skip
+            if config.groups and config.programs == programs:
+                found[config.block_m, config.groups * config.rows, programs] = config.mixes
+    return found
+
+
+def test_where_iterations_are_plain():
+    """In registers, iterations mix except where the slow tests above would find spills."""
+    for generation in (90, 100, 120):
+        strict, relaxed = mixing(False, generation), mixing(True, generation)
+        assert [shape for shape, mixes in strict.items() if not mixes] == [(128, 192, 8), (128, 192, 16)]
+        assert [shape for shape, mixes in relaxed.items() if not mixes] == [(64, 256, 1)]
+    assert all(mixing(False, 80).values())
+    assert {columns for (columns, *_), mixes in mixing(True, 80).items() if mixes} == {32}
+    for relaxed in (False, True):
+        assert all(mixing(relaxed, 0, lanes=64).values())
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_wide_tiles_on_amd_take_four_warps(relaxed, mixes):
+    """If they need more than 256 registers. Their rows are the same."""
+    for width in (64, 128):
+        config = heuristics.launch_config(
+            4, 128, width, double=False, relaxed=relaxed, processors=1, generation=0, lanes=64, mixes=mixes
+        )
+        assert config.warps == (4 if width == 128 and (relaxed or mixes) else 8)
+        assert config.groups * config.rows == 128
 
 
 # Accesses to memory ----------------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ CHIPS = {
     "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H100, H200": (9, 0), "B200": (10, 0), "B300": (10, 3),
     "RTX 5090": (12, 0), "DGX Spark": (12, 1),
 }  # fmt: skip
-SPILLED = 64  # bytes of a thread that the accelerated kernels put aside, at most
+SPILLED = 64  # bytes of a thread that an accelerated kernel puts aside, at most
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,7 @@ def test_no_kernel_uses_local_memory(machine_code):
         ARCHITECTURES, len(machine_code.KINDS) * len(ANY_SHAPE)
     )
     for kernel, usage in usages.items():
-        assert usage.local <= (SPILLED if "accelerated" in kernel.kind else 0), kernel
+        assert usage.local <= (SPILLED if kernel.kind == "accelerated" else 0), kernel
         assert usage.registers <= 255, kernel
 
 
@@ -606,7 +606,7 @@ def test_loops_of_the_iteration(machine_code, architecture):
 def test_kernels_wait_for_those_before_them(machine_code, architecture):
     """On chips with clusters a kernel may begin early. It waits (ACQBULK) before it reads or writes global memory."""
     kernels = machine_code.code(architecture)
-    assert len(kernels) == 5 * len(ANY_SHAPE)
+    assert len(kernels) == len(machine_code.KINDS) * len(ANY_SHAPE)
     for kernel, instructions in kernels.items():
         words = [text.split(".")[0].split()[0] for _, text in instructions]
         access = next(place for place, word in enumerate(words) if word in ("LDG", "STG", "LD", "ST", "ATOMG", "RED"))
@@ -625,7 +625,7 @@ def test_compiler_reports_no_spill(tmp_path):
             command += [str(host_cuda.ROOT / "csrc/cuda/tile_shape.cu")]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-            assert len(spills) == 5, f"{shape} {architecture}"
+            assert len(spills) == 4, f"{shape} {architecture}"
             assert spills.count(("0", "0", "0")) >= 3, f"{shape} {architecture}"
             assert all(int(stack) <= SPILLED for stack, _, _ in spills), f"{shape} {architecture}"
 

@@ -160,10 +160,11 @@ sizes = st.integers(1, 20000)
     generation=st.sampled_from([0, 80, 90, 100]),
     lanes=st.sampled_from([32, 64]),
     in_memory=st.booleans(),
+    mixes=st.booleans(),
 )
 @hypothesis.settings(max_examples=500)
 def test_heuristics_for_the_iterations(
-    items, size_x, size_y, double, relaxed, processors, generation, lanes, in_memory
+    items, size_x, size_y, double, relaxed, processors, generation, lanes, in_memory, mixes
 ):
     choice = heuristics.launch_config(
         items,
@@ -175,7 +176,9 @@ def test_heuristics_for_the_iterations(
         generation=generation,
         lanes=lanes,
         in_memory=in_memory,
+        mixes=mixes,
     )
+    assert choice.mixes <= mixes
     assert choice.warps * lanes <= 1024, "the most threads of a program on any chip"
     assert choice.programs in (1, 2, 4, 8, 16)
     assert choice.programs <= choice.max_programs

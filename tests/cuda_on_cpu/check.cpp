@@ -209,8 +209,7 @@ bool check(const Case& c, unsigned seed) {
     intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed, run);
   };
   const bool relaxed = c.rho_x < kInfinity || c.rho_y < kInfinity;
-  launch(
-      [&] { relaxed ? Sinkhorn<Tile, true, false>(arguments).run() : Sinkhorn<Tile, false, false>(arguments).run(); });
+  launch([&] { relaxed ? Sinkhorn<Tile, kRelaxed>(arguments).run() : Sinkhorn<Tile, kStrict>(arguments).run(); });
   launch([&] { Adjoint<Tile>(arguments).run(); });
   bool right = true;
   double worst = 0, worst_residual = 0;
@@ -256,10 +255,8 @@ bool check_accelerated(const Case& c, unsigned seed) {
   arguments.memory = shared_memory(Tile::shape(), arguments.config);
   std::vector<float> scratch(off_chip_rows(arguments.config, size_x) ? scratch_bytes(arguments.problem) / 4 : 0);
   arguments.problem.scratch = scratch.data();
-  const bool relaxed = c.rho_x < kInfinity || c.rho_y < kInfinity;
-  intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed, [&] {
-    relaxed ? Sinkhorn<Tile, true, true>(arguments).run() : Sinkhorn<Tile, false, true>(arguments).run();
-  });
+  intrinsics::launch(c.in_flight, c.cluster, Tile::kThreads, 4 * arguments.memory.end, seed,
+                     [&] { Sinkhorn<Tile, kAccelerated>(arguments).run(); });
   bool right = true;
   for (int64_t item = 0; item < 4; ++item) {
     if (batch.n[item] == 0) continue;

@@ -157,8 +157,8 @@ const char* fake_configure(int device, int64_t items, int64_t size_x, int64_t si
   problem.x.size = size_x;
   problem.y.size = size_y;
   problem.rho_x = HUGE_VAL;
-  problem.rho_y = kind == kRelaxed || kind == kRelaxedAccelerated ? 1.0 : HUGE_VAL;
-  problem.accelerate = kind == kStrictAccelerated || kind == kRelaxedAccelerated;
+  problem.rho_y = kind == kRelaxed ? 1.0 : HUGE_VAL;
+  problem.accelerate = kind == kAccelerated;
   problem.tol = 1e-3;
   int64_t scratch = 0;
   return configure(problem, kind == kAdjoint, device, config, &scratch);

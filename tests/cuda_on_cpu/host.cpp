@@ -19,11 +19,10 @@ bool run_shape(const Arguments& arguments, int kind, unsigned seed) {
   const LaunchConfig& config = arguments.config;
   if (config.shape != N) return false;
   intrinsics::launch(config.in_flight, config.cluster, Tile::kThreads, config.bytes, seed, [&] {
-    if (kind == 0) Sinkhorn<Tile, false, false>(arguments).run();
-    if (kind == 1) Sinkhorn<Tile, true, false>(arguments).run();
-    if (kind == 2) Sinkhorn<Tile, false, true>(arguments).run();
-    if (kind == 3) Sinkhorn<Tile, true, true>(arguments).run();
-    if (kind == 4) Adjoint<Tile>(arguments).run();
+    if (kind == kStrict) Sinkhorn<Tile, kStrict>(arguments).run();
+    if (kind == kRelaxed) Sinkhorn<Tile, kRelaxed>(arguments).run();
+    if (kind == kAccelerated) Sinkhorn<Tile, kAccelerated>(arguments).run();
+    if (kind == kAdjoint) Adjoint<Tile>(arguments).run();
   });
   return true;
 }

@@ -21,7 +21,7 @@ from otalign import backends
 from otalign.backends import cuda_launch
 
 ROOT = Path(__file__).parents[2]
-STRICT, RELAXED, STRICT_ACCELERATED, RELAXED_ACCELERATED, ADJOINT = range(5)  # Kind in csrc/cuda/launch.h
+STRICT, RELAXED, ACCELERATED, ADJOINT = range(4)  # Kind in csrc/cuda/tiling.h
 
 
 class LaunchConfig(ctypes.Structure):
@@ -131,12 +131,12 @@ class HostExtension:
 
     @staticmethod
     def kind(problem: Any) -> int:
-        accelerated = problem.accelerate and problem.tol > 0
-        relaxed = problem.rho_x < float("inf") or problem.rho_y < float("inf")
-        return (STRICT_ACCELERATED if accelerated else STRICT) + relaxed
+        if problem.accelerate and problem.tol > 0:
+            return ACCELERATED
+        return RELAXED if min(problem.rho_x, problem.rho_y) < float("inf") else STRICT
 
     def config(self, problem: Any, kind: int) -> LaunchConfig:
-        accelerate = kind in (STRICT_ACCELERATED, RELAXED_ACCELERATED)
+        accelerate = kind == ACCELERATED
         if self.force:
             return forced(**{"in_flight": 1, "accelerate": accelerate, **self.force})
         of = problem.items, problem.x.size, problem.y.size

@@ -315,6 +315,30 @@ def test_table_of_variants_is_made_from_the_committed_results(tmp_path):
     assert table in copy.read_text()
 
 
+def test_variants_that_are_left_out_keep_their_rows(tmp_path, monkeypatch):
+    """`--update` replaces the rows of what is compiled anew; chips stay in order."""
+    from codegen import variants
+
+    table = tmp_path / "variants.csv"
+    kept = ["90,cost_kernel,COST=dot,8,1,0,0,0,1.0", "gfx942,sinkhorn_kernel,GROUPS=2,8,1,0,0,0,1.0"]
+    old = ["80,sinkhorn_kernel,GROUPS=1,8,1,0,0,0,1.0", "90,sinkhorn_kernel,GROUPS=2,8,1,0,0,0,1.0"]
+    header = ",".join(variants.Report._fields)
+    table.write_text("\n".join([header, *old, *kept]))
+    found = variants.Variant("sinkhorn_kernel", (), (("GROUPS", 3),), (("num_warps", 8),), ())
+    other = found._replace(kernel="cost_kernel")
+    monkeypatch.setattr(variants, "all_variants", lambda arch: [found, other])
+    monkeypatch.setattr(
+        variants,
+        "report",
+        lambda chosen, arch, _: [variants.Report(arch, v.kernel, v.label(), 8, 2, 0, 0, 0, 0.5) for v in chosen],
+    )
+    variants.main(["--arch", "120", "90", "80", "--only", "sinkhorn", "--update", "--out", str(table)])
+    new = [f"{arch},sinkhorn_kernel,none GROUPS=3,8,2,0,0,0,0.5" for arch in (80, 90, 120)]
+    assert table.read_text().splitlines() == [header, new[0], new[1], kept[0], new[2], kept[1]]
+    with pytest.raises(SystemExit):
+        variants.main(["--update"])
+
+
 def test_results_are_added_by_device(tmp_path):
     from gpu import report
 
