@@ -252,5 +252,6 @@ PYBIND11_MODULE(_C, module) {
     return out;
   });
   testing.def("cuda_force", [](int shape, int cluster) { check(cuda::force(shape, cluster)); });
+  testing.def("cuda_allow_early_launch", &cuda::allow_early_launch);
 #endif
 }

@@ -138,3 +138,7 @@ class testing:
     def cuda_force(shape: int, cluster: int, /) -> None:
         """Every later batch of the process has this tile shape, an index into kTileShapes of csrc/cuda/tiling.h, and this
         many blocks an item, or a RuntimeError says why it cannot. With the shape -1 the heuristics choose again."""
+
+    @staticmethod
+    def cuda_allow_early_launch(allowed: bool, /) -> None:
+        """Whether kernels may begin before the kernel before them has ended, where this is possible. At first they may."""

@@ -71,19 +71,24 @@ def usages() -> dict[Kernel, Usage]:
     return found
 
 
-def loops(architecture: str) -> dict[Kernel, Loop]:
-    """The iterations of all plain kernels for an architecture; in the accelerated ones a pass is in several loops."""
+def code(architecture: str) -> dict[Kernel, list[tuple[int, str]]]:
+    """The instructions of all kernels for an architecture, with their addresses."""
     instructions: list[tuple[int, str]] = []
-    code: dict[Kernel, list[tuple[int, str]]] = {}
+    found: dict[Kernel, list[tuple[int, str]]] = {}
     for line in cuobjdump("-sass", "-arch", architecture).splitlines():
         if function := re.search(r"Function : (\S+)", line):
             instructions = []
-            of = kernel(function[1], architecture)
-            if of and of.kind != "accelerated":
-                code[of] = instructions
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(.*?)\s*;", line):
-            instructions.append((int(found[1], 16), found[2]))
-    return {of: min(candidates(lines), key=lambda loop: sum(loop.words.values())) for of, lines in code.items()}
+            if of := kernel(function[1], architecture):
+                found[of] = instructions
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(.*?)\s*;", line):
+            instructions.append((int(match[1], 16), match[2]))
+    return found
+
+
+def loops(architecture: str) -> dict[Kernel, Loop]:
+    """The iterations of all plain kernels for an architecture; in the accelerated ones a pass is in several loops."""
+    plain = {of: lines for of, lines in code(architecture).items() if of.kind != "accelerated"}
+    return {of: min(candidates(lines), key=lambda loop: sum(loop.words.values())) for of, lines in plain.items()}
 
 
 def candidates(instructions: list[tuple[int, str]]) -> Iterator[Loop]:

@@ -42,11 +42,16 @@ class Form(NamedTuple):
     name: str
     shape: int = -1  # the heuristics choose
     cluster: int = 0
+    early: bool = True  # the kernel may begin before that of the costs has ended
 
 
 # For shape A. 128 threads with 255 registers each leave room for a second block: while one waits for a message, the other
 # computes. Six blocks hold the 750 rows of an item in registers.
-FORMS = (Form("chosen"), Form("two blocks a processor", shape=4, cluster=6))
+FORMS = (
+    Form("chosen"),
+    Form("two blocks a processor", shape=4, cluster=6),
+    Form("chosen, no early launch", early=False),
+)
 
 
 def extension() -> Any:
@@ -58,12 +63,14 @@ def extension() -> Any:
 @contextlib.contextmanager
 def forced(form: Form) -> Iterator[None]:
     """In the block every batch has this form, or fails."""
-    force = extension().testing.cuda_force
-    force(form.shape, form.cluster)
+    testing = extension().testing
     try:
+        testing.cuda_force(form.shape, form.cluster)
+        testing.cuda_allow_early_launch(form.early)
         yield
     finally:
-        force(-1, 0)
+        testing.cuda_force(-1, 0)
+        testing.cuda_allow_early_launch(True)
 
 
 @contextlib.contextmanager
@@ -115,17 +122,18 @@ def measure(case: Case, device: torch.device, forms: tuple[Form, ...], iteration
     for form in forms:
         row: Row = {"form": form.name}
         rows.append(row)
-        with forced(form):
-            try:
+        try:
+            with forced(form):
                 row |= launch(batch)
-            except RuntimeError as error:  # this chip cannot have the form
-                row["match"] = f"missing: {error}"
-                continue
-            try:
+        except RuntimeError as error:  # this chip cannot have the form
+            row["match"] = f"missing: {error}"
+            continue
+        try:
+            with forced(form):
                 run = captured(forward) if device.type == "cuda" else forward
                 row["match"] = oracle.matches(run(), truth, TYPES[case.dtype], fixed=True)
-            except RuntimeError as error:
-                row["match"] = failed(error)
+        except RuntimeError as error:
+            row["match"] = failed(error)
         if row["match"] is True:
             runs.append((row, form, run, []))
     for _ in range(ROUNDS):

@@ -49,6 +49,14 @@ OTALIGN_DEVICE int computed_anew(int number) {
   return number;
 }
 
+// Returns when the kernels before this one in its stream have ended, and what they wrote can be read. On chips with
+// clusters, launch.cu lets a kernel begin before that. Until then, no thread may read or write global memory.
+OTALIGN_DEVICE void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 OTALIGN_DEVICE void sync_warp() { __syncwarp(); }
 OTALIGN_DEVICE void sync_block() { __syncthreads(); }
 OTALIGN_DEVICE bool all_of_block(bool vote) { return __syncthreads_and(vote); }

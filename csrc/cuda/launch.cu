@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cmath>
 #include <map>
 #include <mutex>
@@ -7,6 +8,7 @@
 
 #include "heuristics.h"
 #include "launch.h"
+#include "query.h"
 #include "runtime.h"
 
 namespace otalign::cuda {
@@ -31,24 +33,47 @@ Kind kind_of(const CudaProblem& p, bool adjoint) {
   return is_relaxed(p) ? kRelaxed : kStrict;
 }
 
+// A configuration, and whether its kernel may begin before the kernel before it in the stream has ended.
+struct Found {
+  LaunchConfig config;
+  bool early;
+};
+
 struct Launch {
   cudaLaunchConfig_t native{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
 
-  Launch(const LaunchConfig& config, int clusters, void* stream) {
+  Launch(const LaunchConfig& config, int clusters, void* stream, bool early) {
     native.gridDim = clusters * config.cluster;
     native.blockDim = kTileShapes[config.shape].threads();
     native.dynamicSmemBytes = config.bytes;
     native.stream = static_cast<cudaStream_t>(stream);
-    if (config.cluster == 1) return;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = config.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    native.attrs = &cluster;
-    native.numAttrs = 1;
+    if (config.cluster > 1) {
+      cudaLaunchAttribute& cluster = add(cudaLaunchAttributeClusterDimension);
+      cluster.val.clusterDim.x = config.cluster;
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (early) add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
   }
   Launch(const Launch&) = delete;
+
+ private:
+  cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+    native.attrs = attributes;
+    attributes[native.numAttrs].id = id;
+    return attributes[native.numAttrs++];
+  }
 };
+
+// Whether the kernels may begin early: the driver then sets up their blocks as soon as those of the kernel before have
+// ended, or have said that it may, and does not wait until what they wrote has reached memory. The kernels themselves
+// wait for that, in intrinsics::wait_for_kernels_before, which code for 9.0 or later has. Where the stream is captured,
+// the graph gets an edge of this kind, which drivers know since 12.3. After anything but a kernel, the launch is an
+// ordinary one.
+bool may_begin_early(const Chip& chip) {
+  constexpr int kSince = 12030;
+  return CUDART_VERSION >= kSince && chip.clusters && driver_version() >= kSince;
+}
 
 // Allows the kernel all the shared memory and the largest cluster that a configuration may have.
 cudaError_t prepare(const void* kernel, const Chip& chip) {
@@ -62,7 +87,7 @@ cudaError_t prepare(const void* kernel, const Chip& chip) {
 int max_resident(const void* kernel, const LaunchConfig& config, const Chip& chip) {
   int count = 0;
   if (config.cluster > 1) {
-    const Launch launch(config, 1, nullptr);
+    const Launch launch(config, 1, nullptr, false);
     if (cudaOccupancyMaxActiveClusters(&count, kernel, &launch.native) != cudaSuccess) count = 0;
   } else {
     const int threads = kTileShapes[config.shape].threads();
@@ -84,13 +109,14 @@ const char* chip(int device, const void* kernel, Chip* out) {
   return nullptr;
 }
 
-std::mutex mutex;  // of what find() shares among threads
-Form form;         // that a benchmark asks for
+std::mutex mutex;                      // of what find() shares among threads
+Form form;                             // that a benchmark asks for
+std::atomic<bool> early_launch{true};  // whether a benchmark lets kernels begin early
 
 // The heuristics query the runtime for every size of clusters, so their result is kept for every kind of batch.
-const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out) {
+const char* find(const CudaProblem& p, Kind kind, int device, Found* out) {
   using Key = std::tuple<int, int, int64_t, int64_t, int64_t, bool, int, int>;
-  static std::map<Key, LaunchConfig> known;
+  static std::map<Key, Found> known;
   OTALIGN_TRY(cudaSetDevice(device));
   const bool ragged = p.x.lengths || p.x.starts || p.y.lengths || p.y.starts;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -113,26 +139,30 @@ const char* find(const CudaProblem& p, Kind kind, int device, LaunchConfig* out)
     return max_resident(kernel(config.shape, kind), config, on);
   };
   const bool accelerate = kind == kAccelerated;
+  LaunchConfig config;
   if (form.given()) {
-    const std::string error = choose(on, form, p.items, p.x.size, p.y.size, ragged, accelerate, resident, out);
+    const std::string error = choose(on, form, p.items, p.x.size, p.y.size, ragged, accelerate, resident, &config);
     if (!error.empty()) return message(error);
   } else {
-    *out = choose(on, p.items, p.x.size, p.y.size, ragged, accelerate, resident);
-    if (out->in_flight == 0)
+    config = choose(on, p.items, p.x.size, p.y.size, ragged, accelerate, resident);
+    if (config.in_flight == 0)
       return message("no kernel fits into the shared memory of device " + std::to_string(device));
   }
+  *out = {config, may_begin_early(on)};
   if (known.size() >= 4096) known.clear();
   known[key] = *out;
   return nullptr;
 }
 
 const char* run(const CudaProblem& problem, const Adjoints& adjoints, Kind kind, int device, void* stream, bool wait) {
-  Arguments arguments{problem, adjoints, {}, {}, static_cast<float>(problem.tol)};
-  if (const char* error = find(problem, kind, device, &arguments.config)) return error;
-  arguments.memory = shared_memory(kTileShapes[arguments.config.shape], arguments.config);
-  const Launch launch(arguments.config, arguments.config.in_flight, stream);
+  Found found;
+  if (const char* error = find(problem, kind, device, &found)) return error;
+  const LaunchConfig& config = found.config;
+  Arguments arguments{problem, adjoints, config, shared_memory(kTileShapes[config.shape], config),
+                      static_cast<float>(problem.tol)};
+  const Launch launch(config, config.in_flight, stream, found.early && early_launch);
   void* pointers[] = {&arguments};
-  OTALIGN_TRY(cudaLaunchKernelExC(&launch.native, kernel(arguments.config.shape, kind), pointers));
+  OTALIGN_TRY(cudaLaunchKernelExC(&launch.native, kernel(config.shape, kind), pointers));
   if (wait) OTALIGN_TRY(cudaStreamSynchronize(launch.native.stream));
   return nullptr;
 }
@@ -140,7 +170,9 @@ const char* run(const CudaProblem& problem, const Adjoints& adjoints, Kind kind,
 }  // namespace
 
 const char* configure(const CudaProblem& problem, bool adjoint, int device, LaunchConfig* config, int64_t* scratch) {
-  if (const char* error = find(problem, kind_of(problem, adjoint), device, config)) return error;
+  Found found;
+  if (const char* error = find(problem, kind_of(problem, adjoint), device, &found)) return error;
+  *config = found.config;
   *scratch = off_chip_rows(*config, problem.x.size) > 0 ? scratch_bytes(problem) : 0;
   return nullptr;
 }
@@ -152,6 +184,8 @@ const char* force(int shape, int cluster) {
   form = wanted.given() ? wanted : Form{};
   return nullptr;
 }
+
+void allow_early_launch(bool allowed) { early_launch = allowed; }
 
 const char* solve(const CudaProblem& problem, int device, void* stream, bool wait) {
   return run(problem, {}, kind_of(problem, false), device, stream, wait);

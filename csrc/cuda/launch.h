@@ -25,6 +25,9 @@ const char* configure(const CudaProblem& problem, bool adjoint, int device, Laun
 // shape gives the choice back to the heuristics. Of the whole process; no other thread may be between `configure` and
 // `solve`.
 const char* force(int shape, int cluster);
+// For benchmarks: whether kernels may begin before the kernel before them has ended, where this is possible; at first
+// they may.
+void allow_early_launch(bool allowed);
 // Solves the batch; with `wait`, faults of the kernel are among the errors.
 const char* solve(const CudaProblem& problem, int device, void* stream, bool wait);
 // Solves the implicit system.

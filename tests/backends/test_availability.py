@@ -15,7 +15,7 @@ import torch
 from otalign import backends
 from otalign.cli import doctor
 
-from ..cuda_on_cpu.fake_runtime import Gpu, force
+from ..cuda_on_cpu.fake_runtime import Gpu, allow_early_launch, force
 from ..cuda_on_cpu.host_cuda import ACCELERATED, ADJOINT, STRICT
 
 SHAPES = {32: (0, 1), 64: (2, 3), 128: (4, 5), 256: (6,), 512: (7,), 1024: (8,)}
@@ -114,6 +114,57 @@ def test_too_long_items_load_nothing():
     with pytest.raises(RuntimeError, match="no kernel fits: y has items of up to 1025 points, 1024 are the most"):
         gpu.configure(8, 100, 1025)
     assert not gpu.loaded()
+
+
+# Launches that may begin early ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "early"),
+    [
+        ({}, True),
+        ({"capturing": 1}, True),
+        ({"largest_cluster": 1}, True),  # one block an item, but code that waits
+        ({"major": 12, "code": 120}, True),
+        ({"major": 8, "code": 80}, False),
+        ({"code": 80}, False),  # code from PTX for 8.0 does not wait
+        ({"cudart": 12030, "driver": 12030}, True),
+        ({"cudart": 12030, "driver": 12020}, False),
+        ({"cudart": 12020, "driver": 13000}, False),
+    ],
+    ids=[
+        "H100",
+        "capturing",
+        "no room for clusters",
+        "RTX 5090",
+        "A100",
+        "code for 8.0",
+        "12.3",
+        "older driver",
+        "older",
+    ],
+)
+def test_kernels_begin_early_where_their_code_waits(changes, early, adjoint):
+    """And where a graph may have such an edge. The attribute stands beside that of the cluster, and changes nothing else."""
+    gpu = Gpu(**changes)
+    config = gpu.configure(32, 750, 128, ADJOINT if adjoint else STRICT)
+    for _ in range(2):  # the second launch is that of a configuration that is kept
+        gpu.solve(32, 750, 128, adjoint=adjoint)
+        assert gpu.launched(config.shape, ADJOINT if adjoint else STRICT)
+        assert gpu.launched_early() == early
+        assert gpu.launched_cluster() == (config.cluster if config.cluster > 1 else 0)
+
+
+def test_early_launches_can_be_switched_off():
+    """For a benchmark, which compares."""
+    gpu = Gpu()
+    config = gpu.configure(32, 750, 128)
+    for allowed in (False, True):
+        allow_early_launch(allowed)
+        gpu.solve(32, 750, 128)
+        assert gpu.launched_early() == allowed
+        assert gpu.launched_cluster() == config.cluster
 
 
 # A form that a benchmark asks for ---------------------------------------------------------------------------------------------

@@ -177,10 +177,13 @@ def test_a_form_that_cannot_be_is_refused():
     batch = draw(*RAGGED, D=8).to(torch.float32)
     extension = HostExtension()  # a small chip, with clusters of four blocks
     with emulated(extension):
-        for form, message in (((4, 6), "finds no room on this chip"), ((0, 1), "has 32 columns"), ((9, 1), "0 to 8")):
+        for form, message in (((4, 6), "finds no room on this chip"), ((0, 1), "has 32 columns")):
             extension.testing.cuda_force(*form)
             with pytest.raises(RuntimeError, match=message):
                 otalign.solve_cost(torch.rand(2, 40, 33), reg=0.1, backend="cuda")
+        for form, message in (((9, 1), "a tile shape from 0 to 8"), ((4, 17), "a cluster of 1 to 16 blocks")):
+            with pytest.raises(RuntimeError, match=message):
+                extension.testing.cuda_force(*form)
         extension.testing.cuda_force(-1, 0)
         assert otalign.solve(*batch, reg=0.1, backend="cuda").value.isfinite().all()
 
@@ -609,6 +612,21 @@ def test_loops_of_the_iteration(machine_code, architecture):
         assert loop.count("LDL") + loop.count("STL") == 0, kernel
         assert loop.count("LDS", ".128") >= 4, kernel
         assert loop.count("LDG", ".128") + loop.count("LD.", ".128") >= 1, kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=[pytest.mark.slow] * (a != "sm_90a")) for a in ARCHITECTURES]
+)
+def test_kernels_wait_for_those_before_them(machine_code, architecture):
+    """On chips with clusters a kernel may begin early. It waits (ACQBULK) before it reads or writes global memory."""
+    kernels = machine_code.code(architecture)
+    assert len(kernels) == len(machine_code.KINDS) * len(ANY_SHAPE)
+    for kernel, instructions in kernels.items():
+        words = [text.split(".")[0].split()[0] for _, text in instructions]
+        access = next(place for place, word in enumerate(words) if word in ("LDG", "STG", "LD", "ST", "ATOMG", "RED"))
+        assert ("ACQBULK" in words[:access]) == (architecture != "sm_80"), kernel
+        assert words.count("ACQBULK") == (architecture != "sm_80"), kernel
 
 
 @needs_nvcc

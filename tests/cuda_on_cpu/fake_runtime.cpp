@@ -1,6 +1,7 @@
 // csrc/cuda/launch.cu and query.cu over a CUDA runtime without a GPU, as a library that Python loads with ctypes.
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <set>
 
 #include "cuda/launch.h"
@@ -43,8 +44,8 @@ namespace {
 
 FakeGpu gpu;
 std::set<const void*> loaded;
-cudaLaunchConfig_t launched;
 const void* launched_kernel;
+std::map<cudaLaunchAttributeID, cudaLaunchAttribute> launched_attributes;
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t initialise() {
@@ -107,14 +108,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void
   return load(kernel);
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config) {
-  const int cluster = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  if (config->numAttrs != 1 || config->attrs->id != cudaLaunchAttributeClusterDimension) return cudaErrorInvalidValue;
+  const int cluster = static_cast<int>(config->attrs->val.clusterDim.x);
   const int blocks = resident_blocks(static_cast<int>(config->blockDim.x), config->dynamicSmemBytes) * gpu.processors;
   *count = cluster > gpu.largest_cluster ? 0 : blocks / cluster;
   return load(kernel);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
-  launched = *config;
   launched_kernel = kernel;
+  launched_attributes.clear();
+  for (unsigned i = 0; i < config->numAttrs; ++i) launched_attributes[config->attrs[i].id] = config->attrs[i];
   return load(kernel);
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
@@ -132,6 +135,17 @@ void fake_gpu(const FakeGpu* wanted) {
 }
 bool fake_loaded(int shape, int kind) { return loaded.count(&kernel_places[shape][kind]) > 0; }
 bool fake_launched(int shape, int kind) { return launched_kernel == &kernel_places[shape][kind]; }
+// Of the last launch: blocks in a cluster, 0 without the attribute; whether it may begin before the kernel before it
+// has ended.
+int fake_launched_cluster() {
+  const auto found = launched_attributes.find(cudaLaunchAttributeClusterDimension);
+  return found == launched_attributes.end() ? 0 : static_cast<int>(found->second.val.clusterDim.x);
+}
+bool fake_launched_early() {
+  const auto found = launched_attributes.find(cudaLaunchAttributeProgrammaticStreamSerialization);
+  return found != launched_attributes.end() && found->second.val.programmaticStreamSerializationAllowed;
+}
+void fake_allow_early_launch(bool allowed) { allow_early_launch(allowed); }
 int fake_capture_mode() { return capture_mode; }
 
 const char* fake_reason_missing(int device) { return cuda::reason_missing(device); }
@@ -149,12 +163,12 @@ const char* fake_configure(int device, int64_t items, int64_t size_x, int64_t si
   int64_t scratch = 0;
   return configure(problem, kind == kAdjoint, device, config, &scratch);
 }
-const char* fake_solve(int device, int64_t items, int64_t size_x, int64_t size_y) {
+const char* fake_solve(int device, int64_t items, int64_t size_x, int64_t size_y, bool adjoint) {
   CudaProblem problem{};
   problem.items = items;
   problem.x.size = size_x;
   problem.y.size = size_y;
   problem.rho_x = problem.rho_y = HUGE_VAL;
-  return solve(problem, device, nullptr, false);
+  return adjoint ? solve_adjoint(problem, {}, device, nullptr, false) : solve(problem, device, nullptr, false);
 }
 }

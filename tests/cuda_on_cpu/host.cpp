@@ -10,6 +10,13 @@ using namespace otalign::cuda;
 
 extern "C" {
 
+// Why there is no such form, for any batch and any chip, or null.
+const char* host_why_no_form(int shape, int cluster) {
+  thread_local std::string error;
+  error = why_no_form({shape, cluster});
+  return error.empty() ? nullptr : error.c_str();
+}
+
 // The configuration for a chip with this many processors, bytes of shared memory for a block, and blocks in the largest
 // cluster: that of a form as cuda_force takes it, or, with the shape -1, the one that the heuristics choose. Returns
 // why the form cannot be, or null.
@@ -24,8 +31,7 @@ const char* host_choose(int processors, int shared_of_block, int largest_cluster
   };
   if (const Form form{shape, cluster}; form.given()) {
     thread_local std::string error;
-    error = why_no_form(form);
-    if (error.empty()) error = choose(chip, form, items, size_x, size_y, true, accelerate, resident, out);
+    error = choose(chip, form, items, size_x, size_y, true, accelerate, resident, out);
     return error.empty() ? nullptr : error.c_str();
   }
   *out = choose(chip, items, size_x, size_y, true, accelerate, resident);

@@ -68,7 +68,8 @@ def library() -> ctypes.CDLL:
     """The heuristics and the sizes."""
     loaded = built("host.cpp", sources())
     loaded.host_scratch.restype = ctypes.c_int64
-    loaded.host_choose.restype = ctypes.c_char_p
+    for name in ("host_choose", "host_why_no_form"):
+        getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
 
@@ -79,9 +80,9 @@ def kernels(shape: int) -> ctypes.CDLL:
 
 
 def built(name: str, sources: list[Path], *options: str) -> ctypes.CDLL:
-    """A file of this folder as a library. Each version of its sources is built once for the same options."""
-    contents = b"".join(path.read_bytes() for path in sources) + " ".join(options).encode()
-    digest = hashlib.sha256(contents).hexdigest()[:16]
+    """A file of this folder as a library. Each version of its sources and options is built once."""
+    content = [path.read_bytes() for path in sources] + [option.encode() for option in options]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"otalign-{Path(name).stem}-cuda-{os.getuid()}-{digest}.so"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
@@ -101,9 +102,12 @@ class HostExtension:
         self.seed, self.chip, self.force, self.form = seed, chip or {}, force, (-1, 0)
         self.configs: list[LaunchConfig] = []
         self.CudaProblem, self.Adjoints = backends.extension.module().CudaProblem, backends.extension.module().Adjoints
-        self.testing = SimpleNamespace(cuda_force=self._cuda_force, cuda_config=self._cuda_config)
+        self.testing = SimpleNamespace(
+            cuda_force=self._cuda_force, cuda_config=self._cuda_config, cuda_allow_early_launch=lambda allowed: None
+        )
 
     def _cuda_force(self, shape: int, cluster: int) -> None:
+        _check(library().host_why_no_form(shape, cluster))
         self.form = (shape, cluster)
 
     def _cuda_config(self, problem: Any, adjoint: bool, device: int | None) -> dict[str, Any]:
@@ -144,6 +148,11 @@ class HostExtension:
         return chosen(*of, accelerate=accelerate, form=self.form, **self.chip)
 
 
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
 def address(struct: Any) -> ctypes.c_void_p:
     """Where the extension's struct is in memory."""
     return ctypes.c_void_p(backends.extension.module().testing.address(struct) if struct else None)
@@ -165,9 +174,7 @@ def chosen(
     config = LaunchConfig()
     of = (ctypes.c_int64(number) for number in (items, size_x, size_y))
     chip = (processors, shared, largest_cluster)
-    error = library().host_choose(*chip, *of, accelerate, *form, ctypes.byref(config))
-    if error is not None:
-        raise RuntimeError(error.decode())
+    _check(library().host_choose(*chip, *of, accelerate, *form, ctypes.byref(config)))
     return config
 
 

@@ -216,12 +216,12 @@ def test_forms(tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "extension", told)
     code, rows = forms_run(tmp_path)
     assert code == 0
-    assert list(rows) == ["chosen", "two blocks a processor"]
+    assert list(rows) == ["chosen", "two blocks a processor", "chosen, no early launch"]
     assert (4, 6) in forces
     assert forces[-1] == (-1, 0)
     assert rows["two blocks a processor"]["tile"] == "128 x 128, 4 warps"
     assert rows["two blocks a processor"]["cluster"] == "6"
-    assert rows["chosen"]["tile"] != rows["two blocks a processor"]["tile"]
+    assert rows["chosen"]["tile"] == rows["chosen, no early launch"]["tile"] != rows["two blocks a processor"]["tile"]
     for row in rows.values():
         assert row["match"] == "True"
         assert float(row["median_us"]) > 0

@@ -115,6 +115,7 @@ OTALIGN_DEVICE int block() { return self->block_number; }
 OTALIGN_DEVICE int rank() { return self->rank; }
 OTALIGN_DEVICE char* shared_memory() { return self->block->memory; }
 OTALIGN_DEVICE int computed_anew(int number) { return number; }
+OTALIGN_DEVICE void wait_for_kernels_before() {}
 OTALIGN_DEVICE void sync_warp() { self->block->warps[self->number / 32].barrier.meet(32); }
 OTALIGN_DEVICE void sync_block() { self->block->barrier.meet(self->block->threads); }
 OTALIGN_DEVICE void sync_cluster() {
