@@ -284,14 +284,7 @@ def amd_usage(assembly: str) -> tuple[int, int, int]:
 def report(variants: Iterable[Variant], arch: int | str, processes: int) -> list[Report]:
     variants = list(variants)
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_variant, variants, [arch] * len(variants), chunksize=4))
-
-
-def others(path: Path, archs: list[str], only: str) -> list[list[str]]:
-    """The rows of a CSV that are not made anew: those of other chips, and of variants that `only` leaves out."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [row for row in rows if row[0] not in archs or not re.search(only, f"{row[1]} {row[2]}")]
+        return list(pool.map(compile_variant, variants, [arch] * len(variants)))
 
 
 def write(rows: list[list[str]], out: TextIO) -> None:
@@ -311,11 +304,15 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.update and not args.out:
         parser.error("--update: expected --out")
-    rows = others(args.out, args.arch, args.only) if args.update else []
+    rows: list[list[str]] = []
+    if args.update:
+        with args.out.open(newline="") as file:
+            rows = list(csv.reader(file))[1:]
     for arch in (int(name) if name.isdigit() else name for name in args.arch):
         variants = [v for v in all_variants(arch) if re.search(args.only, f"{v.kernel} {v.label()}")]
         reports = report(variants[:: args.every], arch, args.processes)
-        rows = [[str(value) for value in found] for found in reports] + rows
+        others = [row for row in rows if row[0] != str(arch) or not re.search(args.only, f"{row[1]} {row[2]}")]
+        rows = [[str(value) for value in found] for found in reports] + others
         if args.out:
             with args.out.open("w", newline="") as out:
                 write(rows, out)
