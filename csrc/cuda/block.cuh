@@ -185,6 +185,7 @@ class Block {
       intrinsics::sync_block();
       intrinsics::sync_cluster();
     }
+    intrinsics::wait_for_kernels_before();  // up to here nothing reads what they write
     if (config.ordered) put_in_order();
   }
 

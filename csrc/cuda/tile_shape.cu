@@ -10,14 +10,12 @@ namespace otalign::cuda {
 // Solves a batch. Grid: config.in_flight clusters of config.cluster blocks, which take the items in turn.
 template <class Tile, Kind kKind>
 __global__ void __launch_bounds__(Tile::kThreads) sinkhorn_kernel(const __grid_constant__ Arguments arguments) {
-  intrinsics::wait_for_kernels_before();
   Sinkhorn<Tile, kKind>(arguments).run();
 }
 
 // Solves the implicit system of a batch; the same grid.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) adjoint_kernel(const __grid_constant__ Arguments arguments) {
-  intrinsics::wait_for_kernels_before();
   Adjoint<Tile>(arguments).run();
 }
 

@@ -80,7 +80,9 @@ def test_forms_and_clusters(shape, cluster):
 @pytest.mark.parametrize(
     ("shape", "cluster"),
     [
-        pytest.param(shape, cluster, marks=[] if (shape, cluster) in ((5, 3), (6, 5), (6, 16), (4, 7)) else pytest.mark.slow)
+        pytest.param(
+            shape, cluster, marks=[] if (shape, cluster) in ((5, 3), (6, 5), (6, 16), (4, 7)) else pytest.mark.slow
+        )
         for shape in (1, 4, 5, 6, 7, 8)
         for cluster in (2, 3, 4, 5, 6, 7, 8, 16)
     ],
