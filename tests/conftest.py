@@ -77,9 +77,6 @@ QUICK_WITH_TRITON = (
     "test_agreement",
     "test_agreement_gradients",
     "test_compile",
-    "test_layouts",
-    "test_massless",
-    "test_odd_input",
     "test_ops",
 )
 LONG = (

@@ -35,7 +35,7 @@ def test_the_built_in_product_agrees_with_the_reference(simd):
     assert float(worst) < 1
 
 
-@pytest.mark.parametrize("core", ["Haswell", "Sandybridge"])
+@pytest.mark.parametrize("core", ["Haswell", pytest.param("Sandybridge", marks=pytest.mark.slow)])
 def test_openblas_agrees_with_the_reference(core):
     name, worst = run_program("blas_against_reference", OTALIGN_BLAS=openblas(), OPENBLAS_CORETYPE=core).split()
     assert "openblas" in name
@@ -103,6 +103,7 @@ def test_concurrent_calls_restore_the_threads_of_the_blas(counted_threads):
     assert now == [5]
 
 
+@pytest.mark.slow
 def test_openblas_keeps_its_threads():
     code = """
         import ctypes, os, torch, otalign

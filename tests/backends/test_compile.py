@@ -74,6 +74,7 @@ def test_weights_and_reg_as_tensors():
     check(loss, batch, a, reg)
 
 
+@pytest.mark.slow
 def test_inductor():
     """The default backend of torch.compile, around a layer and through the module."""
     batch = draw(poison=0.0, dtype=torch.float32)

@@ -194,7 +194,7 @@ def columns(row: dict[str, str]) -> int:
 WIDE, NARROW = "BLOCK_M=128 ROWS=64 GROUPS=2 MAX_PROGRAMS=1", "BLOCK_M=64 ROWS=64 GROUPS=4 MAX_PROGRAMS="
 
 
-@pytest.mark.parametrize("arch", ["120", "gfx942"])
+@pytest.mark.parametrize("arch", [pytest.param("120", marks=pytest.mark.slow), "gfx942"])
 def test_tightest_variants_do_not_spill(arch):
     """Plain iterations with 128 rows of 128 columns, and mixed ones with 256 relaxed rows of 64 columns.
 
@@ -271,6 +271,7 @@ def copies(found, elements: int, bytes_of_each: int) -> int:
     return elements * bytes_of_each // (16 * 32 * found["num_warps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", OF_POINTS)
 @pytest.mark.parametrize("dtype, size", [("bf16", 2), ("fp32", 4)])
 def test_points_and_costs_are_copied_16_bytes_at_a_time(shape_a, dtype, size, kernel):
@@ -288,6 +289,7 @@ def test_points_and_costs_are_copied_16_bytes_at_a_time(shape_a, dtype, size, ke
     assert found["spills"] == 0
 
 
+@pytest.mark.slow
 def test_tiles_fit_into_99_kib(shape_a):
     """On chips with less shared memory than Hopper, such as an RTX 4090, kernels with Hopper's tiles would not start."""
     assert set(shape_a["ada"]) == {"cost_kernel", "points_gradient_kernel x", "points_gradient_kernel y"}
@@ -295,6 +297,7 @@ def test_tiles_fit_into_99_kib(shape_a):
         assert found["shared"] <= SHARED["89"]
 
 
+@pytest.mark.slow
 def test_matrix_of_shape_a_stays_in_registers(shape_a):
     """(The slow tests above try all.)"""
     found = shape_a["fp32"]["sinkhorn_kernel"]
@@ -302,6 +305,7 @@ def test_matrix_of_shape_a_stays_in_registers(shape_a):
     assert found["spills"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", OF_COSTS)
 def test_costs_are_loaded_four_at_a_time(shape_a, kernel):
     found = shape_a["fp32"][kernel]
@@ -315,6 +319,7 @@ def test_costs_are_loaded_four_at_a_time(shape_a, kernel):
     assert found["loads_16"] + found["copies_16"] >= expected
 
 
+@pytest.mark.slow
 def test_an_exchange_loads_all_parts_at_once(shape_a):
     """The column sums of four programs in four slabs: no barrier stands between these loads."""
     found = shape_a["fp32"]["sinkhorn_kernel"]
@@ -365,6 +370,7 @@ def test_table_of_accesses_is_made_from_the_committed_results(monkeypatch):
 # Launches --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_call_makes_six_launches():
     """Cost, iterations, and for each side coefficients and a gradient. The second call uses cached kernels."""
     said = run_compiler(str(BENCHMARKS), "launch", "--repeats", "3")

@@ -62,9 +62,14 @@ def compare(
 RAGGED = ([40, 1, 0, 23, 31, 7], [20, 5, 3, 0, 32, 1])
 
 
-# `make test` runs every tile shape and every cluster size, `make test-all` every combination of them.
+# `make test` runs four tile shapes with one size of clusters each, `make test-all` every combination. Here and below, it
+# leaves some shapes out altogether, since each takes seconds to compile.
 SHAPES_AND_CLUSTERS = [
-    pytest.param(shape, cluster, marks=[] if shape % 3 == place else pytest.mark.slow)
+    pytest.param(
+        shape,
+        cluster,
+        marks=[] if (shape, place) in ((0, 0), (3, 1), (5, 2), (7, 1)) else pytest.mark.slow,
+    )
     for shape in ANY_SHAPE
     for place, cluster in enumerate((1, 2, 4))
 ]
@@ -80,10 +85,8 @@ def test_forms_and_clusters(shape, cluster):
 @pytest.mark.parametrize(
     ("shape", "cluster"),
     [
-        pytest.param(
-            shape, cluster, marks=[] if (shape, cluster) in ((5, 3), (6, 5), (6, 16), (4, 7)) else pytest.mark.slow
-        )
-        for shape in (1, 4, 5, 6, 7, 8)
+        pytest.param(shape, cluster, marks=[] if (shape, cluster) in ((5, 3), (7, 3), (0, 7)) else pytest.mark.slow)
+        for shape in (0, 3, 5, 6, 7, 8)
         for cluster in (2, 3, 4, 5, 6, 7, 8, 16)
     ],
 )
@@ -96,14 +99,14 @@ def test_straight_code_for_every_cluster(shape, cluster):
 
 @pytest.mark.parametrize("scatter", [0, 1])
 @pytest.mark.parametrize(("cluster", "shared"), [(1, 0), (1, 24), (3, 8), (2, 64)])
-@pytest.mark.parametrize("shape", [2, 7, 8])
+@pytest.mark.parametrize("shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in (3, 8)), 7])
 def test_rows_beyond_registers(shape, cluster, shared, scatter):
     """The rows are in shared memory, and in L2 if shared memory is too small."""
     extension = HostExtension(shape=shape, cluster=cluster, shared=shared, scatter=scatter)
     compare(extension, draw([150, 70, 3], [40, 64, 9], D=8), reg=0.1, tol=0, max_iter=4)
 
 
-@pytest.mark.parametrize("shape", [1, 3, 5, 6])
+@pytest.mark.parametrize("shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in (1, 6)), 3, 5])
 def test_long_items(shape):
     """More rows than the registers of a block of several warps hold."""
     extension = HostExtension(shape=shape, cluster=2, shared=32)
@@ -112,7 +115,7 @@ def test_long_items(shape):
 
 
 @pytest.mark.parametrize("unbalanced", [0.5, (0.3, INF), (INF, 0.4)], ids=str)
-@pytest.mark.parametrize(("shape", "cluster"), [(0, 1), (2, 4), (5, 1), (7, 2)])
+@pytest.mark.parametrize(("shape", "cluster"), [(0, 1), (3, 4), (5, 1), (7, 2)])
 def test_relaxed(shape, cluster, unbalanced):
     extension = HostExtension(shape=shape, cluster=cluster, shared=8)
     compare(extension, draw(*RAGGED, D=8), unbalanced=unbalanced, reg=0.1, tol=0, max_iter=15)
@@ -129,7 +132,7 @@ def test_weights(zeros, rho):
     batch = draw(*RAGGED, D=8)
     sides = (batch.x_lengths, batch.x), (batch.y_lengths, batch.y)
     weights = [draw_weights(lengths, values.shape[1], zeros=zeros).nan_to_num(0) for lengths, values in sides]
-    compare(HostExtension(shape=2, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
+    compare(HostExtension(shape=3, cluster=2), batch, weights, unbalanced=rho, reg=0.2, tol=0, max_iter=20)
 
 
 # Tile shapes and clusters that a benchmark asks for ------------------------------------------------------------------------
@@ -141,10 +144,10 @@ KINDS = {
     "relaxed": {"unbalanced": 0.5, "tol": 0, "max_iter": 12},
     "accelerated": {"tol": 1e-4},
 }
-# `make test` runs every form and every kind, `make test-all` every combination of them.
+# `make test` runs two forms, `make test-all` every combination with a kind.
 FORMS_AND_KINDS = [
     pytest.param(form, KINDS[kind], id=f"{form}, {kind}", marks=[] if kind == usual else pytest.mark.slow)
-    for form, usual in {(4, 6): "strict", (5, 3): "relaxed", (6, 2): "accelerated", (7, 1): "strict"}.items()
+    for form, usual in {(4, 6): "", (5, 3): "accelerated", (6, 2): "", (7, 1): "relaxed"}.items()
     for kind in KINDS
 ]
 
@@ -272,6 +275,7 @@ def test_same_bits_in_any_order_of_threads():
             identical(actual, expected)
 
 
+@pytest.mark.slow
 def test_same_bits_in_any_order_of_items():
     batch = draw([9, 40, 1, 22, 0, 31, 17, 3] * 2, [5, 20, 9, 30, 3, 0, 12, 1] * 2, D=8).to(torch.float32)
     first, *others = (
@@ -377,6 +381,7 @@ def outcome(check: Path, seed: int = 0) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_under_address_sanitizer(tmp_path):
     right, said = outcome(program(tmp_path, "2", *ADDRESS, rows=40))
     assert right, said

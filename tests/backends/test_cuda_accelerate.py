@@ -112,7 +112,7 @@ def test_ragged_items_and_warm_starts():
     batch = draw([40, 1, 0, 23, 31], [20, 5, 3, 0, 32], D=8)
     options = {"reg": 0.02, "tol": 1e-5, "max_iter": 5000}
     right = otalign.solve(*batch, backend="cpu", **options | {"tol": 1e-10, "max_iter": 100_000})
-    with emulated(HostExtension(shape=1, cluster=2, in_flight=2, ordered=1)):
+    with emulated(HostExtension(shape=3, cluster=2, in_flight=2, ordered=1)):
         first = otalign.solve(*batch.to(torch.float32), backend="cuda", **options)
         close(first.plan(), right.plan(), 3e-4)
         again = otalign.solve(*batch.to(torch.float32), backend="cuda", init=first.potentials, **options)
@@ -128,7 +128,7 @@ def test_gradients():
     found = []
     for part, backend in ((batch.to(torch.float32), "cuda"), (batch, "cpu")):
         x, y = leaf(part.x), leaf(part.y)
-        with emulated(HostExtension(shape=1, cluster=2)):
+        with emulated(HostExtension(shape=3, cluster=2)):
             loss = otalign.sinkhorn_loss(x, y, part.x_lengths, part.y_lengths, backend=backend, **options)
             found.append((loss.detach(), *torch.autograd.grad(3 * loss, (x, y))))
     for actual, expected in zip(*found, strict=True):
@@ -175,7 +175,7 @@ def test_without_tolerance_all_iterations_are_plain(max_iter):
 def test_same_bits_in_any_order_of_threads():
     C = costs(100, 30)
     first, *others = (
-        solve(C, HostExtension(seed, shape=1, cluster=4, shared=8), reg=0.01, tol=1e-4, max_iter=5000)
+        solve(C, HostExtension(seed, shape=3, cluster=4, shared=8), reg=0.01, tol=1e-4, max_iter=5000)
         for seed in range(4)
     )
     assert first.converged.all()
@@ -190,7 +190,7 @@ def test_a_bad_item_leaves_the_others_unchanged():
     spoilt = C.clone()
     spoilt[1, 5, 5] = math.nan
     good, found = (
-        solve(part, HostExtension(shape=1, cluster=2, in_flight=1), reg=0.01, tol=1e-4, max_iter=5000)
+        solve(part, HostExtension(shape=3, cluster=2, in_flight=1), reg=0.01, tol=1e-4, max_iter=5000)
         for part in (C, spoilt)
     )
     assert found.value[1].isnan()

@@ -13,7 +13,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("call", CALLS)
+# `make test` runs one call.
+QUICK = ("the other thread has the only long item",)
+
+
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=[] if call in QUICK else pytest.mark.slow) for call in CALLS]
+)
 def test_control_c_interrupts_at_once(call):
     first, second = run_program("interrupted_calls", call).splitlines()
     assert first.startswith("after"), first

@@ -142,7 +142,7 @@ def test_wrong_longest_lengths_under_compile(longest_x, longest_y):
         plan(*(arguments[name] for name in ("x", "y", "cu_seqlens_x", "cu_seqlens_y")))
 
 
-@pytest.mark.parametrize(("backend", "count"), [("cpu", 1500), ("triton", 40)])
+@pytest.mark.parametrize(("backend", "count"), [pytest.param("cpu", 1500, marks=pytest.mark.slow), ("triton", 40)])
 def test_operators_survive_invalid_arguments(backend, count):
     """Wrong lengths, capacities, sizes, types, shapes and storages give errors or numbers, but never a crash."""
     command = [sys.executable, "-m", "tests.helpers.invalid_calls", backend, str(count), "0"]
@@ -189,7 +189,7 @@ def test_plans_are_checked_both_ways():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_failed_allocation_in_a_thread(threads):
     """The threads copy extreme points. If they get no memory, MemoryError is raised, and the process continues."""
     assert run_program("memory_limit_in_threads", str(threads)).split() == ["refused", "True"]

@@ -39,6 +39,7 @@ def test_same_bits_on_any_number_of_threads(dtype, objective, restore_threads):
             identical(ours, theirs)
 
 
+@pytest.mark.slow
 def test_same_bits_in_another_process():
     code = """
         import hashlib, torch, otalign
@@ -104,6 +105,7 @@ def test_other_threads_run_meanwhile():
     assert max(b - a for a, b in itertools.pairwise(inside)) < 0.5 * (end - begin)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_control_c_stops_a_solve():
     command = [sys.executable, program("interrupted_solve")]
@@ -138,6 +140,7 @@ def test_errors_of_the_engine_are_python_errors():
     identical(otalign.sinkhorn_loss(*batch, backend="cpu"), expected)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow():
     """Hundreds of losses leave no memory allocated."""
     if sys.platform != "linux":

@@ -104,6 +104,7 @@ def test_optimum_and_fewer_passes(reg, marginals):
     close(solve(C, backend="cpu", **options).value, ours.value, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [None, (0.5, 0.2)], ids=["strict", "relaxed"])
 def test_small_tolerance_in_float64(rho):
     C, *_ = costs((50, 24), dtype=torch.float64)

@@ -44,6 +44,7 @@ def test_a_checkpoint_around_the_model_runs_the_hooks_twice():
     same_gradients(gradients(case.model), expected)
 
 
+@pytest.mark.slow
 def test_under_compile():
     case = CASES["qwen2_audio"]()
     otalign.attach(case.model, OTRegLoss(), weight=1.0)

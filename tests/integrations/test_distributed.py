@@ -14,7 +14,8 @@ from otalign.integrations import joined_mean_normalizer
 WORKER = Path(__file__).parents[1] / "helpers/distributed_worker.py"
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_gradients_of_one(processes):
     """DDP and FSDP2, averaged by items and by tokens, with and without a rank that has nothing to align."""
     command = [

@@ -240,6 +240,7 @@ def test_relaxations():
     assert relaxation("inf,0.5") == (math.inf, 0.5)
 
 
+@pytest.mark.slow
 def test_align_in_a_process_of_its_own_draws_a_picture(one_hot):
     from PIL import Image
 

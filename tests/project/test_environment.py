@@ -83,6 +83,7 @@ def test_command_line():
             assert reason in done.stdout
 
 
+@pytest.mark.slow
 def test_command_line_without_the_extension(tmp_path):
     done = python("-m", "otalign", OTALIGN_EXT_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -130,7 +131,13 @@ def test_auto_on_a_gpu_is_triton(monkeypatch):
         backends.resolve("triton", device)
 
 
-@pytest.mark.parametrize("loss", ["otalign.sinkhorn_loss", "torch.compile(otalign.sinkhorn_loss, backend='eager')"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "otalign.sinkhorn_loss",
+        pytest.param("torch.compile(otalign.sinkhorn_loss, backend='eager')", marks=pytest.mark.slow),
+    ],
+)
 def test_auto_warns_once_that_it_uses_the_reference(tmp_path, loss):
     """In its own process, where no backend was resolved before. A call with backend="reference" does not warn."""
     code = (
@@ -155,6 +162,7 @@ def test_auto_does_not_warn_if_the_engine_is_built():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_triton_needs_a_gpu_or_its_interpreter():
     code = (
         "import sys, torch, otalign; x = torch.rand(1, 3, 2); otalign.sinkhorn_loss(x, x); "

@@ -199,6 +199,7 @@ def forms_run(tmp_path):
         return code, {row["form"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_forms(tmp_path, monkeypatch):
     """The kernels run on the CPU in the chosen form and in the forced one. Afterwards nothing is forced."""

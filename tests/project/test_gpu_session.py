@@ -136,6 +136,7 @@ def test_a_refused_sanitizer_is_no_failure(tmp_path, step, code, green):
     assert found.green == green
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_killed_with_its_processes(session, step, tmp_path):
     """It ignores SIGTERM, as a process that waits for a kernel does, and so does the process that it has started."""
     ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
@@ -159,6 +160,7 @@ def test_a_step_leaves_no_process_behind(session, step, tmp_path):
     assert ends(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.slow
 def test_a_stopped_benchmark_closes_its_files(session, step, tmp_path):
     """SIGTERM raises SystemExit in every benchmark, so that files are closed and what has to be written last is written."""
     code = f"""
@@ -209,6 +211,7 @@ def test_the_session_ends_in_time(session, step):
     assert [found[name]["outcome"] for name in ("next", "last")] == ["left out: out of time"] * 2
 
 
+@pytest.mark.slow
 def test_the_background_delays_only_what_needs_it(session, step):
     found = session(
         step("build", "print('built'); time.sleep(2)", background=True, lines=1),
@@ -224,6 +227,7 @@ def test_the_background_delays_only_what_needs_it(session, step):
     assert found["build"]["seconds"] < 4
 
 
+@pytest.mark.slow
 def test_a_build_that_hangs_is_stopped(session, step):
     """At its own limit, while another step runs."""
     found = session(
@@ -386,6 +390,7 @@ def test_every_step_leaves_out_the_same_backends(monkeypatch):
             assert "OTALIGN_WITHOUT" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_tests_of_one_backend(tmp_path, backend):
     """The command selects tests of this backend only, and runs them with the session's plug-in."""
@@ -512,6 +517,7 @@ def test_a_build_that_fails_leaves_the_python_files(session, step, cmake, tmp_pa
     assert triton == "None"
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_leaves_no_half_module(session, step, cmake, tmp_path):
     """It is killed while it writes the module."""
     half = """
@@ -622,6 +628,7 @@ def test_stopped_tests_leave_their_results(tmp_path):
     assert rows(tmp_path / "tests.csv")[3]["test"] == "test_some.py::test_hangs"
 
 
+@pytest.mark.slow
 def test_results_of_workers_and_of_one_variant(tmp_path):
     (tmp_path / "tests.csv").write_text("label,test,outcome,seconds,message\ncuda,one,passed,1,\n")
     assert live(tmp_path, "-n", "2", "--one-variant", "-k", "not hangs").wait(120) == 1
@@ -668,6 +675,7 @@ def test_a_case_without_a_truth_has_rows(tmp_path, monkeypatch):
     assert matches == {"small": "True", "small, early exit": "failed: OutOfMemoryError: on purpose"}
 
 
+@pytest.mark.slow
 def test_a_provider_that_never_ends_has_rows(tmp_path):
     """It waits in C, where no Python signal handler runs. The others are measured in a new process."""
     from gpu.exits import RESTART

@@ -41,6 +41,7 @@ def test_import_is_lazy(tmp_path):
     assert python("-c", code, cwd=tmp_path).strip() == ""
 
 
+@pytest.mark.slow
 def test_report_names_every_backend_and_why_one_is_missing(tmp_path):
     report = python("-m", "otalign", cwd=tmp_path)
     for name, reason in otalign.backends.available().items():
@@ -50,6 +51,7 @@ def test_report_names_every_backend_and_why_one_is_missing(tmp_path):
         assert word in report
 
 
+@pytest.mark.slow
 def test_triton_kernels_is_inside_the_package(tmp_path):
     # A top-level triton_kernels would shadow the package of that name that inference servers install.
     code = "import otalign.triton_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"

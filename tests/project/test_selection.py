@@ -30,10 +30,13 @@ def test_which_expressions_select_only_tests_for_a_gpu(expression, only):
     assert selects_gpu_only(expression) == only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
-    [(["-m", "gpu and not slow"], "this test needs a GPU"), ([], "select it by `-m gpu`")],
-    ids=["without a GPU", "not selected"],
+    [
+        pytest.param(["-m", "gpu and not slow"], "this test needs a GPU", id="without a GPU"),
+        pytest.param([], "select it by `-m gpu`", id="not selected"),
+    ],
 )
 def test_tests_for_a_gpu_fail_elsewhere(tmp_path, options, message):
     """Not selected by a mark, they would run in Triton's interpreter, with or without a GPU."""

@@ -40,6 +40,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_rows_and_report(toy, tmp_path, capsys):
     from cpu import small_reg, small_reg_report
 
@@ -111,6 +112,7 @@ def test_newton_makes_the_fewest_steps(monkeypatch):
     assert small_reg.marginal_error(before.plan) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_missing_peer_leaves_the_rest(toy, tmp_path, monkeypatch, capsys):
     from cpu import small_reg
 

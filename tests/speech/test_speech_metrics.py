@@ -89,6 +89,7 @@ def process(rank: int, world: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_over_processes(unused_port):
     mp.spawn(process, (2, unused_port), nprocs=2)
 
