@@ -24,6 +24,7 @@ from ..helpers.processes import BENCHMARKS, program, run_compiler
 # Which variants --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_changing_lengths_compile_few_variants():
     """200 batches of random sizes, forward and backward, as in training: the number of variants soon stops growing."""
     counts = json.loads(run_compiler(program("count_variants")))
@@ -36,6 +37,7 @@ def test_launcher_and_triton_agree_on_variants():
     assert int(run_compiler(program("launch_keys"))) > 200
 
 
+@pytest.mark.slow
 def test_strides_beyond_32_bits_compile():
     """A stride that needs 64 bits is an argument of 64 bits, in a variant of its own."""
     found = json.loads(run_compiler(program("wide_strides")))

@@ -73,6 +73,7 @@ def test_only_what_is_broken_is_changed(oldest):
     assert interpreter._patch_lang_tensor is mended
 
 
+@pytest.mark.slow
 def test_a_solve_mends_the_interpreter():
     """A user only sets TRITON_INTERPRET."""
     assert float(run_program("oldest_interpreter", TRITON_INTERPRET="1")) == pytest.approx(1, abs=1e-3)

@@ -107,6 +107,7 @@ def test_groups_count_apart(processors, small_tiles, monkeypatch):
     assert min(b - a for a, b in zip([0, *used], used, strict=False)) * counters.itemsize >= 128
 
 
+@pytest.mark.slow
 def test_a_missing_barrier_shows(processors, small_tiles, monkeypatch):
     """The test above can fail: without barriers the kernel reads values that are not written yet."""
     batch = draw([30, 20], [9, 5], dtype=torch.float32)

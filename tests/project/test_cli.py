@@ -600,6 +600,7 @@ def test_unknown_command(capsys):
     assert "invalid choice: 'frobnicate'" in refused(capsys, "frobnicate")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(one_hot):
     argv = [sys.executable, "-m", "otalign", "align", "speech.npy", "text.npy"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

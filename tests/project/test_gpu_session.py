@@ -509,6 +509,7 @@ def package_in(site: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_leaves_the_python_files(session, step, cmake, tmp_path):
     variables = cmake("print('note'); print('kernel.cu(3): error: no such thing'); sys.exit('--build' in sys.argv)")
     assert session(step("build", BUILD, variables=variables))["build"]["outcome"] == "failed with 1"
