@@ -349,8 +349,8 @@ template <class Tile, Kind kKind>
 template <bool kSquare>
 OTALIGN_DEVICE void Sinkhorn<Tile, kKind>::multiply() {
   float sums[C];
-  matrix.template pass<kSquare>(block, sums, [&](int i, float sum, bool, bool, auto numbers) {
-    return i < block.count ? (kSquare ? 1 : sum) * numbers(kU + turn) : 0.0f;
+  matrix.template pass<kSquare>(block, sums, [&](int i, float sum, bool mine, bool, auto numbers) {
+    return mine && i < block.count ? (kSquare ? 1 : sum) * numbers(kU + turn) : 0.0f;
   });
   block.put_columns(sums, Sum());
   block.put_number(0);

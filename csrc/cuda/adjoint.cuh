@@ -206,8 +206,8 @@ class Adjoint {
     intrinsics::sync_block();
     float* const s = adjoints.x + block.current().first;
     float sums[C];
-    matrix.pass(block, sums, [&](int i, float sum, bool, bool one, auto numbers) {
-      if (i < block.count && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
+    matrix.pass(block, sums, [&](int i, float sum, bool mine, bool one, auto numbers) {
+      if (mine && i < block.count && one) s[i] = over_mass(numbers(kLoad) - sum, numbers(kRowMass));
       return 0.0f;
     });
     float* const t = adjoints.y + block.current().y.start;
