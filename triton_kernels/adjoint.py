@@ -132,11 +132,17 @@ def adjoint_kernel(
         zeros = tl.zeros([BLOCK_M], T)
         product = apply_plan(plan, begin, end, zeros, loads, masses, 1.0, 0.0, BLOCK_N, BLOCK_M)
         totals, _, epoch = sum_over_programs((product,), item_reg, group, epoch, BLOCK_M, BLOCK_M, MAX_PROGRAMS)
-        residual = without_gauge(tl.where(column_mass > 0, right[0] - totals[0], 0), column_mass, balanced)
+        # Over their size, since the squares of large costs leave the range of floats.
+        size = tl.max(tl.abs(right[0]), 0)
+        inv_size = tl.where(size > 0, 1 / tl.where(size > 0, size, 1), 0)
+        residual = tl.where(column_mass > 0, (right[0] - totals[0]) * inv_size, 0)
+        residual = without_gauge(residual, column_mass, balanced)
         solution = zeros
         direction = zeros
         energy = tl.sum(residual * over_mass(residual, column_mass))
-        enough = energy * tolerance
+        # Below the rounding of the loads, a residual has no direction.
+        load = right[0] * inv_size
+        enough = tl.maximum(energy, tl.sum(load * over_mass(load, column_mass))) * tolerance
         before = energy * 0
         left = tl.where(energy > enough, 4 * m + 40, 0)  # iterations that are left
         while left > 0:
@@ -152,6 +158,7 @@ def adjoint_kernel(
             before = energy
             energy = tl.sum(residual * over_mass(residual, column_mass))
             left = tl.where((energy > enough) & (curvature > 0), left - 1, 0)
+        solution *= size
 
         for first in range(begin, end, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)

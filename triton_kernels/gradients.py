@@ -25,7 +25,7 @@ from .addressing import (
     up_to_four,
 )
 from .cost import split_scale
-from .math import bounded, dual_term, prior_tile, times
+from .math import bounded, dual_term, prior_tile, times, to_type
 from .outputs import (
     ItemPlan,
     density_tile,
@@ -134,18 +134,18 @@ def coefficients_kernel(
             factor_j, unit_j = split_scale(tl.load(other_scale + other_start + others, mask=other_mask, other=0))
             scaled = tl.where(factor_j == 1, scaled, 1)
             norm_j = tl.where(unit_j > 0, 1 / tl.where(unit_j > 0, unit_j, 1), 0)
-            rounded = (H * unit_j[None, :]).to(W.dtype.element_ty)
+            rounded = to_type(H * unit_j[None, :], W.dtype.element_ty)
             sums += times(rounded.to(T) * norm_j[None, :], 1 - cost)
         elif COST == "euclidean":
             quotient = tl.where(cost == 0, 0, H / tl.where(cost == 0, 1, cost))
-            rounded = tl.where(H == 0, 0, quotient).to(W.dtype.element_ty)
+            rounded = to_type(tl.where(H == 0, 0, quotient), W.dtype.element_ty)
             sums += rounded.to(T)
         elif COST == "sqeuclidean":
-            rounded = (2 * H).to(W.dtype.element_ty)
+            rounded = to_type(2 * H, W.dtype.element_ty)
             sums += rounded.to(T)
         else:
             tl.static_assert(COST == "dot", "COST: expected one of otalign.options.COSTS")
-            rounded = H.to(W.dtype.element_ty)
+            rounded = to_type(H, W.dtype.element_ty)
         tl.store(W + offsets, rounded, mask=readable_coefficients(rows, own_n, others, other_n, BY_Y))
     if COST != "dot":
         tl.store(diagonal + own_start + rows, tl.sum(sums, 1), mask=row_mask)

@@ -37,6 +37,14 @@ def times(mass, value):
 
 
 @triton.jit
+def to_type(x, TYPE: tl.constexpr):
+    """`x` in another floating-point type. To 16 bits it goes by float32: neither the interpreter nor each GPU has the short way."""
+    if x.dtype == tl.float64 and TYPE.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(TYPE)
+
+
+@triton.jit
 def bounded(x):
     """`x`, with the largest number in the place of infinity.
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .addressing import fill_tail, first_point, load_reg, load_weights, locate, segment, up_to_four
-from .math import INFINITY, bounded
+from .math import INFINITY, bounded, to_type
 from .runtime import kernel
 
 # Tiles of the plan -----------------------------------------------------------------------------------------------------
@@ -113,6 +113,7 @@ def plan_kernel(
     b_j = load_weights(b, has_b, y_start + columns, column_mask, m)
     plan = ItemPlan(C + x_start * ld, ld, f, a, has_a, x_start, n, m, columns, column_mask, g_j, b_j, inv_reg)
     P, cost = plan_rows(plan, rows, rows < n)
+    P = tl.where((rows < n)[:, None] & column_mask[None, :], P, 0)  # also if weights are NaN
     store_dense(out, P, item, rows, columns, x_size, y_size)
 
 
@@ -121,7 +122,7 @@ def store_dense(out, tile, item, rows, columns, x_size, y_size):
     """Store a tile of an item in `out` (B, x_size, y_size)."""
     out += item.to(tl.int64) * x_size * y_size
     at = out + rows.to(tl.int64)[:, None] * y_size + columns[None, :]
-    tl.store(at, tile.to(out.dtype.element_ty), mask=(rows < x_size)[:, None] & (columns < y_size)[None, :])
+    tl.store(at, to_type(tile, out.dtype.element_ty), mask=(rows < x_size)[:, None] & (columns < y_size)[None, :])
 
 
 @kernel
@@ -193,7 +194,7 @@ def barycentric_kernel(
 @triton.jit
 def store_points(out, tile, rows, row_mask, k, dim, slot, span):
     """Store a tile of a side's points (rows, k) in `out` (slot, dim): 0 on the padding, and behind the first `span` rows."""
-    tile = tl.where(row_mask[:, None], tile, 0).to(out.dtype.element_ty)
+    tile = to_type(tl.where(row_mask[:, None], tile, 0), out.dtype.element_ty)
     dim_mask = (k < dim)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * dim + k[None, :], tile, mask=(rows < slot)[:, None] & dim_mask)
     rows += span

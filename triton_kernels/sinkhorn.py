@@ -325,11 +325,12 @@ def result_pass(
         F = load_potentials(rows_of, turn, rows, only_if(filled.to(tl.int32), row_mask))
         if not SYMMETRIC and tl.min(tl.where(row_mask, a_i, 1)) == 0:
             F = tl.where(row_mask & (a_i == 0), exact_rows(cost, mask, G, logarithm(b_j), inv_reg, damping_x), F)
+        shift_i = tl.where(F == INFINITY, 0, shift)  # a point that no mass reaches has no gauge
         F = or_unreached(F, unreached_potential(rho_x, inv_reg))
         P = (a_i[:, None] * b_j[None, :]) * bounded(kernel_tile(cost, mask & (a_i > 0)[:, None], F, G, inv_reg))
         mass += tl.sum(P, 1)
         transport += tl.sum(tl.where(P > 0, P * cost, 0), 1)
-        potential = reg * (F + shift)
+        potential = reg * (F + shift_i)
         total += tl.where(a_i > 0, a_i * dual_term(potential, rho_x, UNBALANCED), 0)
         tl.store(f + rows_of.x_start + rows, tl.where(filled, tl.where(broken, nan, potential), 0), mask=row_mask)
     return tl.sum(mass), tl.sum(transport), tl.sum(total)
@@ -829,6 +830,7 @@ def sinkhorn_kernel(
         if SYMMETRIC:
             tl.store(buffer + columns, G)
             set_rows(rows_of, buffer, turn, BLOCK_N)
+        reached = tl.where(part_b > 0, 1, 0)
         if filled & (tl.max(tl.where(column_mask & (b_j == 0), 1, 0)) > 0):
             top, sums = exact_column_pass(
                 rows_of, turn, unreached_potential(relax_x, inv_reg), inv_reg, columns, BLOCK_N, BLOCK_M
@@ -836,6 +838,7 @@ def sinkhorn_kernel(
             column_logs, _, epoch = log_sum_over_programs(top, sums, inv_reg, group, epoch, BLOCK_M, MAX_PROGRAMS)
             massless = tl.where(column_mask & (b_j == 0) & (column_logs > -INFINITY), 1, 0)
             G = tl.where(massless > 0, -damping_y * column_logs, G)
+            reached += massless
             if SYMMETRIC:
                 tl.store(buffer + columns, G)
                 set_rows(rows_of, buffer, turn, BLOCK_N)
@@ -848,7 +851,7 @@ def sinkhorn_kernel(
         sums = tl.where(columns == 0, mass, tl.where(columns == 1, transport, tl.where(columns == 2, dual_x, 0)))
         totals, _, epoch = sum_over_programs((sums,), mass, group, epoch, BLOCK_M, BLOCK_M, MAX_PROGRAMS)
         store_results(
-            item, group.rank, columns, y_start, m, y_slot, filled, broken, G, b_j, totals[0], shift, item_reg, relax_y,
+            item, group.rank, columns, y_start, m, y_slot, filled, broken, G, b_j, totals[0], shift * reached, item_reg, relax_y,
             n_iter, error, g, value, linear, error_out, n_iter_out, UNBALANCED,
         )  # fmt: skip
         item += tl.num_programs(0) // programs

@@ -90,8 +90,12 @@ class ReversePass {
     apply([&](int64_t i, double product) {
       const double adjoint = row_mass[i] > 0 ? (row_load[i] - product) / row_mass[i] : 0.0;
       back.adjoint_x[i] = static_cast<T>(adjoint);
-      return 0.0;
+      return adjoint;
     });
+    // The gradients have ended by the error of all columns together, of which a column of little mass has little: from
+    // the adjoints of the rows follow those of the columns, each to its own last digits.
+    for (int64_t j = 0; j < m; ++j)
+      back.adjoint_y[j] = column_mass[j] > 0 ? static_cast<T>((right[j] - column[j]) / column_mass[j]) : T(0);
   }
 
   void conjugate_gradients(bool gauge, double total) {
@@ -109,8 +113,11 @@ class ReversePass {
     };
     for (int64_t j = 0; j < m; ++j) solution[j] = direction[j] = 0;
     project();
-    double now = energy(), before = 0;
-    const double enough = now * tolerance * tolerance;
+    double now = energy(), before = 0, loads = 0;
+    for (int64_t j = 0; j < m; ++j) loads += column_mass[j] > 0 ? right[j] * right[j] / column_mass[j] : 0.0;
+    // A residual below the rounding of the loads has no direction, and parts of the plan that hardly touch would follow
+    // it for ever.
+    const double enough = std::fmax(now, loads) * tolerance * tolerance;
     for (int64_t k = 0; k < 4 * m + 40 && now > enough && !pace.stops(0); ++k) {
       const double carry = before > 0 ? now / before : 0.0;
       for (int64_t j = 0; j < m; ++j) {

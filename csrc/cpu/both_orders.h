@@ -64,16 +64,21 @@ class BothOrders {
 
   void take(const Item<T>& other) {
     const double shift = gauge(other.f);
+    double unreached = 0;  // weight of y, less that of x: what a gauge without these points adds to the value
     for (int64_t i = 0; i < it.n; ++i) {
-      it.f[i] = static_cast<T>(other.g[i] + (other.mass_y[i] > 0 ? shift : 0.0));
+      const bool reached = other.mass_y[i] > 0;
+      if (!reached) unreached -= it.a ? it.a[i] : T(1) / it.n;
+      it.f[i] = static_cast<T>(other.g[i] + (reached ? shift : 0.0));
       it.mass_x[i] = other.mass_y[i];
       for (int64_t j = 0; j < it.m; ++j) it.K[i * it.m + j] = other.K[j * it.n + i];
     }
     for (int64_t j = 0; j < it.m; ++j) {
-      it.g[j] = static_cast<T>(other.f[j] - (other.mass_x[j] > 0 ? shift : 0.0));
+      const bool reached = other.mass_x[j] > 0;
+      if (!reached) unreached += it.b ? it.b[j] : T(1) / it.m;
+      it.g[j] = static_cast<T>(other.f[j] - (reached ? shift : 0.0));
       it.mass_y[j] = other.mass_x[j];
     }
-    it.value = other.value;
+    it.value = other.value + shift * unreached;
     it.linear = other.linear;
     it.error = other.error;
     it.n_iter = other.n_iter;
@@ -87,6 +92,7 @@ class BothOrders {
     }
     const double shift = gauge(it.g);
     double value = 0, linear = 0, mass = 0, total_x = 0, total_y = 0;
+    it.error = 0;
     for (int64_t i = 0; i < it.n; ++i) {
       const T weight = it.a ? it.a[i] : T(1) / it.n;
       T sum = 0;
@@ -103,6 +109,7 @@ class BothOrders {
       it.mass_x[i] = weight > 0 ? sum / weight : sum;
       total_x += weight;
       if (!(weight > 0)) continue;
+      it.error += residual(weight, it.mass_x[i], it.f[i], it.rho_x);
       value += weight * dual_term(it.f[i], it.rho_x);
       mass += sum;
     }
@@ -112,10 +119,19 @@ class BothOrders {
       total_y += weight;
       if (!(weight > 0)) continue;
       it.mass_y[j] /= weight;
+      it.error += residual(weight, it.mass_y[j], it.g[j], it.rho_y);
       value += weight * dual_term(it.g[j], it.rho_y);
     }
     it.value = value - it.reg * (mass - total_x * total_y);
     it.linear = linear;
+  }
+
+  // What a point with this mass, over its weight, adds to the error: see exact_rows in solver.h.
+  double residual(double weight, double mass, double potential, double rho) const {
+    if (is_strict(rho)) return weight * std::fabs(mass - 1);
+    if (!(mass > 0)) return 0;  // nothing reaches it
+    const double damped = damping(it.reg, rho);
+    return weight * std::fabs(std::expm1((1 - damped) * potential / it.reg + damped * std::log(mass)));
   }
 
   // What the potentials of y lose and those of x gain, so that the former have a weighted mean of zero, as in finish.h.

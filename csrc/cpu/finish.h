@@ -76,7 +76,7 @@ inline void Solver<T>::finish_row(int64_t i, T* column_sums, Part& part) {
     const V k = S::load(row + j), kept = S::max(k, V{}), wj = S::load(w + j);
     const V p = weight * kept * wj;
     const V density = kept * (over_root_a[i] / S::load(root_b + j));
-    const auto held = (density > 0) & (density < S::splat(T(1e30)));  // else there is no mass
+    const auto held = (density > 0) & (density < S::splat(std::numeric_limits<T>::max()));
     const V C = S::load(top + j) + potential - reg * log<T>(S::select(held, density, S::splat(1)));
     sum += kept * wj;
     cost += S::select(inside & held & (p > 0), p * C, V{});

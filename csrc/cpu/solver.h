@@ -26,6 +26,7 @@ class Solver {
   using V = typename S::V;
   static constexpr int W = S::W;
   static constexpr double kLog2 = 0.69314718055994530942;
+  static constexpr double kFarthest = 0.5 * Absorb<T>::kEntryRange;  // nats by which u may differ from one
   static constexpr int kNarrow = W < 4 ? 1 : OTALIGN_VECTOR_BYTES == 64 ? 16 : 8;  // vectors that registers can hold
 
  public:
@@ -72,6 +73,7 @@ class Solver {
     if (!feasible || stopped || error != error) return false;
     it.n_iter = static_cast<int32_t>(passes);
     it.error = error + missing;
+    absorb_far_rows();
     finish();
     return std::isfinite(static_cast<T>(it.value)) && std::isfinite(static_cast<T>(it.linear));
   }
@@ -183,12 +185,13 @@ class Solver {
       for (int64_t i = begin; i < end; ++i) z[i] = lowest_cost(i);
     });
     for (int64_t i = 0; i < n; ++i) {
-      const T lowest = z[i];
-      const bool reached = lowest < T(HUGE_VAL);
-      if (!reached) take_out(a[i], it.rho_x);
-      phi[i] = reached && !it.symmetric ? lowest / it.reg : 0.0;
+      if (!(z[i] < T(HUGE_VAL))) take_out(a[i], it.rho_x);
     }
-    take_out_columns();
+    const bool taken_out = take_out_columns();
+    for (int64_t i = 0; i < n; ++i) {
+      if (taken_out) z[i] = lowest_cost(i);
+      phi[i] = z[i] < T(HUGE_VAL) && !it.symmetric ? z[i] / it.reg : 0.0;
+    }
     for (int64_t i = 0; i < n; ++i) {
       const int exponent = root_exponent(a[i]);
       const T root = std::ldexp(T(1), exponent);
@@ -220,8 +223,9 @@ class Solver {
     return S::smallest(least);
   }
 
-  // Takes out unreached columns. If the first row with mass has no infinite cost, there are none.
-  void take_out_columns() {
+  // Takes out unreached columns, and returns whether there are any with mass. If the first row with mass has no
+  // infinite cost, there are none. Their potentials are of no use to start from: those of an earlier solve may be huge.
+  bool take_out_columns() {
     const V infinity = S::splat(T(HUGE_VAL));
     for (int64_t j = 0; j < padded(m); ++j) column[j] = T(HUGE_VAL);
     for (int64_t i = 0; i < n; ++i) {
@@ -233,10 +237,17 @@ class Solver {
         S::store(column + j, least, count);
         most = S::select(inside, S::max(most, least), most);
       });
-      if (!S::any(most == infinity)) return;
+      if (!S::any(most == infinity)) return false;
     }
-    for (int64_t j = 0; j < m; ++j)
-      if (column[j] == T(HUGE_VAL)) take_out(b[j], it.rho_y);
+    bool any = false;
+    for (int64_t j = 0; j < m; ++j) {
+      if (column[j] < T(HUGE_VAL)) continue;
+      any |= b[j] > 0;
+      take_out(b[j], it.rho_y);
+      gamma[j] = 0;
+      top[j] = 0;
+    }
+    return any;
   }
 
   // An unreached point carries no mass. If its marginal is strict, no plan has that marginal: the error keeps its
@@ -523,8 +534,22 @@ class Solver {
     phi[i] += next_log;
     z[i] = static_cast<T>(-(1 - damping_x) * phi[i]);
     next[lane] = 1;
-    const double kept = old_log - next_log, limit = 0.5 * Absorb<T>::kEntryRange;
-    u[i] = static_cast<T>(std::exp(kept < -limit ? -limit : kept > limit ? limit : kept));
+    const double kept = this->next_log[i] = old_log - next_log;
+    u[i] = static_cast<T>(std::exp(kept < -kFarthest ? -kFarthest : kept > kFarthest ? kFarthest : kept));
+  }
+
+  // Where an item ends, its potentials are those before the sweep. Absorbs those that are too far from the next ones
+  // for a float: the weight of such a point is so small that the error does not show it.
+  void absorb_far_rows() {
+    if (!has_exponents) return;
+    const T far = static_cast<T>(0.9 * kFarthest);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(std::fabs(std::log(u[i])) > far)) continue;
+      const V shift = S::splat(static_cast<T>(next_log[i])), factor = exp<T>(shift);
+      grow_row(i, [&](int64_t) { return Growth{factor, shift}; });
+      phi[i] += next_log[i];
+      u[i] = 1;
+    }
   }
 
   struct Growth {
@@ -743,7 +768,7 @@ class Solver {
   T *top, *column_log;              // (m,) see the functions that write them
   double *phi, *gamma;              // (n,), (m,) absorbed potentials over reg
   double *log_root_a, *log_root_b;  // (n,), (m,) log r
-  double* next_log;                 // (n,) log u_next after exact_rows
+  double* next_log;                 // (n,) log u_next after exact_rows; log u, before its bounds, after rescue_row
   T* v_next;                        // (m,) the column update, see next_columns
   double reg;                       // of the iterations: on levels above that of the item
   double damping_x, damping_y;

@@ -30,7 +30,7 @@ class Adjoint {
     enter();
     load();
     build();
-    const float enough = begin() * kTolerance;
+    const float enough = begin() * kTolerance;  // of the loads: below their rounding, a residual has no direction
     float energy_before = 0;
     for (int left = energy > enough ? 4 * block.m + 40 : 0; left > 0 && energy > enough; --left) {
       if (!step(energy_before > 0 ? energy / energy_before : 0, energy_before)) break;
@@ -119,19 +119,30 @@ class Adjoint {
     intrinsics::sync_block();
   }
 
-  // Puts the right-hand side of the eliminated system into kResidual; returns its energy.
+  // Puts the right-hand side of the eliminated system, over `size`, into kResidual. Returns the larger one of its
+  // energy and that of the loads.
   OTALIGN_DEVICE float begin() {
+    float sizes = 0;
+    block.for_columns([&](int j) { sizes += j < block.m ? fabsf(block.columns(kResidual)[j]) : 0; });
+    size = block.sum_block(sizes);  // the squares of large costs leave the range of floats
+    const float inv_size = size > 0 ? 1 / size : 0;
+    float loads = 0;
+    block.for_columns([&](int j) {
+      const float load = j < block.m ? block.columns(kResidual)[j] * inv_size : 0;
+      loads += load * over_mass(load, block.columns(kMass)[j]);
+    });
+    loads = block.sum_block(loads);
     product([&](int, float, bool, auto numbers) { return over_mass(numbers(kLoad), numbers(kRowMass)); });
     block.for_columns([&](int j) {
       const bool real = block.columns(kMass)[j] > 0;
-      block.columns(kResidual)[j] = real ? block.columns(kResidual)[j] - block.columns(kProduct)[j] : 0;
+      block.columns(kResidual)[j] = real ? (block.columns(kResidual)[j] - block.columns(kProduct)[j]) * inv_size : 0;
       block.columns(kSolution)[j] = block.columns(kW)[j] = 0;
     });
     mass = 0;
     block.for_columns([&](int j) { mass += block.columns(kMass)[j]; });
     mass = block.sum_block(mass);
     remove_gauge();
-    return energy;
+    return fmaxf(energy, loads);
   }
 
   // One step of conjugate gradients, whose direction keeps `carry` times the last one. Returns false if the curvature
@@ -202,7 +213,7 @@ class Adjoint {
   }
 
   OTALIGN_DEVICE void finish() {
-    block.for_columns([&](int j) { block.columns(kW)[j] = block.columns(kSolution)[j]; });
+    block.for_columns([&](int j) { block.columns(kW)[j] = block.columns(kSolution)[j] *= size; });
     intrinsics::sync_block();
     float* const s = adjoints.x + block.current().first;
     float sums[C];
@@ -221,7 +232,7 @@ class Adjoint {
   Matrix<Tile> matrix;
   const Adjoints& adjoints;
   bool balanced = true;
-  float damping_x = 1, damping_y = 1, mass = 0, energy = 0;
+  float damping_x = 1, damping_y = 1, mass = 0, energy = 0, size = 0;
 };
 
 }  // namespace otalign::cuda

@@ -389,7 +389,8 @@ class Sinkhorn {
     float shift = 0;  // moves from g to f, so that <b, g> = 0 if the problem is balanced
     block.for_columns([&](int j) {
       const float b = block.columns(kB)[j];
-      if (balanced && b > 0) shift += b * block.columns(kW)[j];
+      const float potential = block.columns(kW)[j];
+      if (balanced && b > 0 && potential < INFINITY) shift += b * potential;
     });
     shift = block.sum_block(shift);
     intrinsics::sync_block();
@@ -399,14 +400,14 @@ class Sinkhorn {
     block.load_columns(block.columns(kB), weights);
     OTALIGN_UNROLL
     for (int c = 0; c < C; ++c)
-      if (!(weights[c] > 0)) potentials[c] = -INFINITY;
+      if (!(weights[c] > 0 && potentials[c] < INFINITY)) potentials[c] = -INFINITY;
     float4 total{};  // mass of the plan, transport cost, dual terms of f
     block.for_rows([&](int i, bool mine) {
       float cost[C];
       block.load_costs(i, mine, cost, block.costs(), 1);
       if (!mine) return;
       const float a = weight_of_row(i), potential = u(i, 1 - turn);
-      const float bounded = a > 0 ? potential : -INFINITY;
+      const float bounded = a > 0 && potential < INFINITY ? potential : -INFINITY;
       OTALIGN_UNROLL
       for (int c = 0; c < C; ++c) {
         const float mass = a * weights[c] * density(potentials[c] - (cost[c] * block.current().inv_reg - bounded));
@@ -414,7 +415,7 @@ class Sinkhorn {
         if (mass != 0) total.y += mass * cost[c];
       }
       if (block.across != 0) return;
-      const float f = block.current().reg * (potential + shift);
+      const float f = block.current().reg * shifted(potential, shift, block.p.rho_x);
       if (a > 0) total.z += a * (kKind == kStrict ? f : dual_term(f, block.p.rho_x));
       p.x.potential[block.current().first + i] = broken ? NAN : f;
     });
@@ -426,27 +427,29 @@ class Sinkhorn {
     if (intrinsics::rank() == 0) store(total, shift, broken);
   }
 
+  // A potential over reg with its gauge. Points that no mass reaches, whose potential is infinite, get a finite one.
+  OTALIGN_DEVICE float shifted(float potential, float shift, double rho) const {
+    return potential < INFINITY ? potential + shift : unreached_potential(rho, block.current().inv_reg);
+  }
+
   // Puts the potentials of rows into the other u, those of columns into kW, and the weights as given into kB. The
-  // potentials of points without mass follow from those of the other side.
+  // potentials of points without mass follow from those of the other side. Those of unreached points are infinite.
   OTALIGN_DEVICE void put_last_potentials() {
-    const float inv_reg = block.current().inv_reg;
-    const float unreached_x = unreached_potential(block.p.rho_x, inv_reg);
-    const float unreached_y = unreached_potential(block.p.rho_y, inv_reg);
     bool rows_have_mass = true, columns_have_mass = true;
     for (int i = intrinsics::thread(); i < block.count; i += Tile::kThreads) {
-      u(i, 1 - turn) = block.row(kA, i) > 0 ? block.row(kPhi, i) + logarithm(u(i, turn)) : unreached_x;
+      u(i, 1 - turn) = block.row(kA, i) > 0 ? block.row(kPhi, i) + logarithm(u(i, turn)) : INFINITY;
       rows_have_mass = rows_have_mass && weight_of_row(i) != 0;
     }
     block.for_columns([&](int j) {
       float& b = block.columns(kB)[j];
-      const float potential = b > 0 ? block.columns(kGamma)[j] + logarithm(v(turn)[j]) : unreached_y;
+      const float potential = b > 0 ? block.columns(kGamma)[j] + logarithm(v(turn)[j]) : INFINITY;
       b = weight_of_column(j);
       block.columns(kW)[j] = j < block.m ? potential : 0;
       columns_have_mass = columns_have_mass && (j >= block.m || b != 0);
     });
     intrinsics::sync_block();
     if (!intrinsics::all_of_block(columns_have_mass)) late_columns();
-    if (!intrinsics::all_of_block(rows_have_mass)) late_rows(unreached_x);
+    if (!intrinsics::all_of_block(rows_have_mass)) late_rows();
   }
 
   OTALIGN_DEVICE void late_columns() {
@@ -457,7 +460,7 @@ class Sinkhorn {
       float cost[C];
       block.load_costs(i, mine, cost, block.costs(), block.current().inv_reg);
       if (!mine) return;
-      const float potential = u(i, 1 - turn) + logarithm(weight_of_row(i));
+      const float f = u(i, 1 - turn), potential = f < INFINITY ? f + logarithm(weight_of_row(i)) : -INFINITY;
       OTALIGN_UNROLL
       for (int c = 0; c < C; ++c) tops[c] = fmaxf(tops[c], potential - cost[c]);
     });
@@ -468,9 +471,10 @@ class Sinkhorn {
     });
   }
 
-  OTALIGN_DEVICE void late_rows(float unreached) {
+  OTALIGN_DEVICE void late_rows() {
     block.for_columns([&](int j) {
-      block.columns(kGamma)[j] = j < block.m ? block.columns(kW)[j] + logarithm(block.columns(kB)[j]) : -INFINITY;
+      const float g = block.columns(kW)[j];
+      block.columns(kGamma)[j] = j < block.m && g < INFINITY ? g + logarithm(block.columns(kB)[j]) : -INFINITY;
     });
     intrinsics::sync_block();
     float w[C];
@@ -479,8 +483,7 @@ class Sinkhorn {
       float cost[1][C], updated[1];
       load_costs_over_reg(i, cost);
       update(w, cost, updated);
-      const float potential = or_unreached(updated[0], unreached);
-      if (mine && block.across == 0 && !(weight_of_row(i) > 0)) u(i, 1 - turn) = potential;
+      if (mine && block.across == 0 && !(weight_of_row(i) > 0)) u(i, 1 - turn) = updated[0];
     });
     intrinsics::sync_block();
   }
@@ -489,7 +492,8 @@ class Sinkhorn {
     const CudaProblem& p = block.p;
     float of_y = 0;
     block.for_columns([&](int j) {
-      const float b = block.columns(kB)[j], g = block.current().reg * (block.columns(kW)[j] - shift);
+      const float b = block.columns(kB)[j];
+      const float g = block.current().reg * shifted(block.columns(kW)[j], -shift, block.p.rho_y);
       if (b > 0) of_y += b * (kKind == kStrict ? g : dual_term(g, block.p.rho_y));
     });
     of_y = block.sum_block(of_y);
@@ -497,7 +501,9 @@ class Sinkhorn {
     broken = broken || value != value;
     float* const g = p.y.potential + block.current().y.start;
     for (int64_t j = intrinsics::thread(); j < block.current().y.slot; j += Tile::kThreads)
-      g[j] = j >= block.m ? 0 : broken ? NAN : block.current().reg * (block.columns(kW)[j] - shift);
+      g[j] = j >= block.m ? 0
+             : broken     ? NAN
+                          : block.current().reg * shifted(block.columns(kW)[j], -shift, block.p.rho_y);
     if (intrinsics::thread() != 0) return;
     p.value[block.current().item] = broken ? NAN : value;
     p.linear[block.current().item] = broken ? NAN : total.y;

@@ -156,11 +156,15 @@ def transition(C: Tensor, weights: Tensor, across: Tensor, reg: float) -> tuple[
     largest number.
     """
     exponents = (across - C) / reg
-    sums = log_sum(weights.log() + exponents)[:, None]
-    exponents = exponents - sums.masked_fill(sums == -math.inf, 0)
-    per_weight = exponents.clamp(max=math.log(torch.finfo(C.dtype).max) / 2).exp()
-    shares = weights * exponents.masked_fill(weights == 0, -math.inf).exp()
-    reached = sums > -math.inf
+    terms = weights.log() + exponents
+    top = terms.amax(1, keepdim=True)
+    reached = top > -math.inf
+    # By its largest term and a sum near one, not by one logarithm: rows sum to 1 up to rounding, however large the exponents.
+    top = top.masked_fill(~reached, 0)
+    sums = (terms - top).exp().sum(1, keepdim=True)
+    sums = torch.where(reached, sums, 1)
+    per_weight = (exponents - top).clamp(max=math.log(torch.finfo(C.dtype).max) / 2).exp() / sums
+    shares = (terms - top).exp() / sums
     return torch.where(reached, shares, 0), torch.where(reached, per_weight, 0)
 
 
@@ -307,8 +311,8 @@ def results(
     a, b = torch.where(reachable_x, given_a, 0), torch.where(reachable_y, given_b, 0)
     f, g = ImplicitPotentials.apply(C, a, b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     if math.isinf(rho[0]) and math.isinf(rho[1]) and not symmetric:
-        shift = b @ g  # the gauge <b, g> = 0
-        f, g = torch.where(reachable_x, f + shift, f), torch.where(reachable_y, g - shift, g)
+        shift = b @ g  # the gauge <b, g> = 0; points that no mass reaches have none
+        f, g = torch.where(reachable(C, b), f + shift, f), torch.where(reachable(C.T, a), g - shift, g)
     plan = a[:, None] * b * density(C, a, b, f, g, reg)
     value = Value.apply(C, given_a, given_b, f, g, reg, rho)  # type: ignore[no-untyped-call]
     C = C.masked_fill(C.isposinf(), 0)  # where a band forbids mass; the plan is zero there
