@@ -9,6 +9,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/engine.h"
+#include "cpu/fork.h"
 #include "cpu/pool.h"
 #include "cuda/arguments.h"
 #include "problem.h"
@@ -177,12 +178,10 @@ PYBIND11_MODULE(_C, module) {
              [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
   using Memory = std::pair<uintptr_t, int64_t>;
   module.def("cpu_unpack", [](const Problem& p, const Memory& dense) {
-    const py::gil_scoped_release release;
-    cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second});
+    run([&](Poll poll) { return cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second}, poll); });
   });
   module.def("cpu_pack", [](const Problem& p, const Memory& dense) {
-    const py::gil_scoped_release release;
-    cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second});
+    run([&](Poll poll) { return cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second}, poll); });
   });
 
   py::class_<PooledMemory>(module, "PooledMemory", py::buffer_protocol())
@@ -196,6 +195,7 @@ PYBIND11_MODULE(_C, module) {
     use_blas(name.c_str(), reinterpret_cast<void*>(sgemm), reinterpret_cast<void*>(dgemm),
              reinterpret_cast<void*>(limit), reinterpret_cast<void*>(threads), reinterpret_cast<void*>(set_threads));
   });
+  module.def("set_forked", [] { is_child = true; });
   module.def("blas", [] { return std::string(blas_name()); });
   module.attr("simd") = isa().name;
   module.attr("compiler") = OTALIGN_COMPILER;
