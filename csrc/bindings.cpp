@@ -75,6 +75,8 @@ void check(const char* error) {
 
 }  // namespace
 
+// The static methods `new` do what constructors do. If a constructor has no memory to register its object, pybind11
+// throws a C++ exception through the interpreter.
 PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def_readwrite("rho_x", &Options::rho_x)
@@ -84,7 +86,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("accelerate", &Options::accelerate);
 
   py::class_<Side> side(module, "Side");
-  side.def(py::init([] { return Side{}; }));
+  side.def(py::init([] { return Side{}; })).def_static("new", [] { return Side{}; });
   memory(side, "lengths", &Side::lengths);
   memory(side, "starts", &Side::starts);
   side.def_readwrite("size", &Side::size).def_readwrite("rows", &Side::rows);
@@ -99,11 +101,12 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Problem, Options> problem(module, "Problem");
   problem.def(py::init([] { return Problem{}; }))
+      .def_static("new", [] { return Problem{}; })
       .def_readwrite("items", &Problem::items)
       .def_readwrite("dim", &Problem::dim)
       .def_readwrite("is_double", &Problem::is_double)
-      .def_readonly("x", &Problem::x)
-      .def_readonly("y", &Problem::y)
+      .def_readwrite("x", &Problem::x)
+      .def_readwrite("y", &Problem::y)
       .def_property(
           "given_strides",
           [](const Problem& p) { return py::make_tuple(p.given_strides[0], p.given_strides[1], p.given_strides[2]); },
@@ -133,7 +136,7 @@ PYBIND11_MODULE(_C, module) {
   memory(problem, "n_iter", &Problem::n_iter);
 
   py::class_<Gradients> gradients(module, "Gradients");
-  gradients.def(py::init([] { return Gradients{}; }));
+  gradients.def(py::init([] { return Gradients{}; })).def_static("new", [] { return Gradients{}; });
   memory(gradients, "value", &Gradients::value);
   memory(gradients, "linear", &Gradients::linear);
   memory(gradients, "plan", &Gradients::plan);
@@ -185,7 +188,7 @@ PYBIND11_MODULE(_C, module) {
   });
 
   py::class_<PooledMemory>(module, "PooledMemory", py::buffer_protocol())
-      .def(py::init<size_t>())
+      .def_static("new", [](size_t size) { return PooledMemory(size); })
       .def_buffer([](PooledMemory& memory) {
         return py::buffer_info(static_cast<uint8_t*>(memory.data()), static_cast<py::ssize_t>(memory.size()));
       });

@@ -74,6 +74,7 @@ PooledMemory::PooledMemory(size_t size) : size_(size), capacity_((size + kPage -
 }
 
 PooledMemory::~PooledMemory() {
+  if (!data_) return;
   if (capacity_ > pool_limit()) {
     give_back(data_);
     return;

@@ -170,7 +170,7 @@ def test_the_engine_refuses_missing_memory():
     with pytest.raises(ValueError, match="cost: no member has the index 17"):
         problem.cost = 17
     with pytest.raises(MemoryError):
-        engine.PooledMemory(2**64 - 1)
+        engine.PooledMemory.new(2**64 - 1)
 
 
 def test_plans_are_checked_both_ways():
