@@ -31,6 +31,7 @@ _GAP = 16  # zeros between plans, so that the engine may read past a row's end: 
 
 _LARGE = 2**18  # bytes
 _STRIDES = 2**31  # what a BLAS takes is below
+_MOST = 2**31 - 2  # points of an item, and numbers of a point
 
 
 def solve(problem: Problem) -> Solution:
@@ -189,6 +190,11 @@ def _check_inputs(inputs: _Inputs) -> None:
             _expect(name, points, points.dtype, (*(points.shape[:1] if starts is not None else (*items, size)), dim))
         elif starts is not None:
             raise ValueError(f"{name}_starts: expected None for a given cost")
+        if size > _MOST or dim > _MOST:  # before memory is allocated for them
+            what = "C" if given else name
+            raise ValueError(
+                f"{what}: expected items of at most {_MOST} points of as many numbers, got {size} of {dim}"
+            )
     f, g = _vectors(inputs)
     for name, vector, shape in (("a", inputs.a, f), ("b", inputs.b, g), ("init", inputs.init, g)):
         _expect(name, vector, dtype, shape)
