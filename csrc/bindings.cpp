@@ -9,6 +9,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/engine.h"
+#include "cpu/fork.h"
 #include "cpu/pool.h"
 #include "cuda/arguments.h"
 #include "problem.h"
@@ -74,6 +75,8 @@ void check(const char* error) {
 
 }  // namespace
 
+// The static methods `new` do what constructors do. If a constructor has no memory to register its object, pybind11
+// throws a C++ exception through the interpreter.
 PYBIND11_MODULE(_C, module) {
   py::class_<Options>(module, "Options")
       .def_readwrite("rho_x", &Options::rho_x)
@@ -83,7 +86,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readwrite("accelerate", &Options::accelerate);
 
   py::class_<Side> side(module, "Side");
-  side.def(py::init([] { return Side{}; }));
+  side.def(py::init([] { return Side{}; })).def_static("new", [] { return Side{}; });
   memory(side, "lengths", &Side::lengths);
   memory(side, "starts", &Side::starts);
   side.def_readwrite("size", &Side::size).def_readwrite("rows", &Side::rows);
@@ -98,11 +101,12 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Problem, Options> problem(module, "Problem");
   problem.def(py::init([] { return Problem{}; }))
+      .def_static("new", [] { return Problem{}; })
       .def_readwrite("items", &Problem::items)
       .def_readwrite("dim", &Problem::dim)
       .def_readwrite("is_double", &Problem::is_double)
-      .def_readonly("x", &Problem::x)
-      .def_readonly("y", &Problem::y)
+      .def_readwrite("x", &Problem::x)
+      .def_readwrite("y", &Problem::y)
       .def_property(
           "given_strides",
           [](const Problem& p) { return py::make_tuple(p.given_strides[0], p.given_strides[1], p.given_strides[2]); },
@@ -132,7 +136,7 @@ PYBIND11_MODULE(_C, module) {
   memory(problem, "n_iter", &Problem::n_iter);
 
   py::class_<Gradients> gradients(module, "Gradients");
-  gradients.def(py::init([] { return Gradients{}; }));
+  gradients.def(py::init([] { return Gradients{}; })).def_static("new", [] { return Gradients{}; });
   memory(gradients, "value", &Gradients::value);
   memory(gradients, "linear", &Gradients::linear);
   memory(gradients, "plan", &Gradients::plan);
@@ -177,16 +181,14 @@ PYBIND11_MODULE(_C, module) {
              [](const Problem& p, const Gradients& g) { run([&](Poll poll) { return cpu::backward(p, g, poll); }); });
   using Memory = std::pair<uintptr_t, int64_t>;
   module.def("cpu_unpack", [](const Problem& p, const Memory& dense) {
-    const py::gil_scoped_release release;
-    cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second});
+    run([&](Poll poll) { return cpu::unpack(p, {reinterpret_cast<void*>(dense.first), dense.second}, poll); });
   });
   module.def("cpu_pack", [](const Problem& p, const Memory& dense) {
-    const py::gil_scoped_release release;
-    cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second});
+    run([&](Poll poll) { return cpu::pack(p, {reinterpret_cast<const void*>(dense.first), dense.second}, poll); });
   });
 
   py::class_<PooledMemory>(module, "PooledMemory", py::buffer_protocol())
-      .def(py::init<size_t>())
+      .def_static("new", [](size_t size) { return PooledMemory(size); })
       .def_buffer([](PooledMemory& memory) {
         return py::buffer_info(static_cast<uint8_t*>(memory.data()), static_cast<py::ssize_t>(memory.size()));
       });
@@ -196,6 +198,7 @@ PYBIND11_MODULE(_C, module) {
     use_blas(name.c_str(), reinterpret_cast<void*>(sgemm), reinterpret_cast<void*>(dgemm),
              reinterpret_cast<void*>(limit), reinterpret_cast<void*>(threads), reinterpret_cast<void*>(set_threads));
   });
+  module.def("set_forked", [] { is_child = true; });
   module.def("blas", [] { return std::string(blas_name()); });
   module.attr("simd") = isa().name;
   module.attr("compiler") = OTALIGN_COMPILER;

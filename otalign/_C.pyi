@@ -21,6 +21,8 @@ class Options:
     accelerate: bool
 
 class Side:
+    @staticmethod
+    def new() -> Side: ...
     lengths: _Memory
     starts: _Memory
     size: int
@@ -36,13 +38,13 @@ class Side:
     exponent: _Memory
 
 class Problem(Options):
+    @staticmethod
+    def new() -> Problem: ...
     items: int
     dim: int
     is_double: bool
-    @property
-    def x(self) -> Side: ...
-    @property
-    def y(self) -> Side: ...
+    x: Side
+    y: Side
     cost: int
     given: _Memory
     given_type: int
@@ -62,6 +64,8 @@ class Problem(Options):
     threads: int
 
 class Gradients:
+    @staticmethod
+    def new() -> Gradients: ...
     value: _Memory
     linear: _Memory
     plan: _Memory
@@ -106,7 +110,8 @@ class Adjoints:
 class PooledMemory:
     """Memory of the engine's pool, through the buffer protocol."""
 
-    def __init__(self, size: int) -> None: ...
+    @staticmethod
+    def new(size: int, /) -> PooledMemory: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def cpu_forward(problem: Problem, /) -> None: ...
@@ -114,6 +119,9 @@ def cpu_backward(problem: Problem, gradients: Gradients, /) -> None: ...
 def cpu_unpack(problem: Problem, dense: _Memory, /) -> None: ...
 def cpu_pack(problem: Problem, dense: _Memory, /) -> None: ...
 def use_blas(name: str, sgemm: int, dgemm: int, limit: int, threads: int, set_threads: int, /) -> None: ...
+def set_forked() -> None:
+    """This process is a child of one that may have used OpenMP."""
+
 def blas() -> str: ...
 def cuda_versions() -> tuple[int, int]:
     """Of the toolkit and of the driver, as 1000 * major + 10 * minor; 0 without a driver."""

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -57,7 +58,7 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if otalign.backends.reason_missing("cpu") is None:
         engine = otalign.backends.extension.module()
         # The engine has its own pool of memory, which torch does not fill.
-        monkeypatch.setattr(engine, "PooledMemory", poisoned(engine.PooledMemory))
+        monkeypatch.setattr(engine, "PooledMemory", SimpleNamespace(new=poisoned(engine.PooledMemory.new)))
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -100,7 +100,10 @@ inline Way Solver<T>::mix() {
     if (b[j] > 0) largest = std::fmax(largest, std::fabs(std::log(static_cast<double>(v_next[j] / v[j]))));
   if (!(largest <= Accelerate::kLinear)) return Way::plain;
   Mixing<T> mixing(m, b);
-  if (!mixing.ok()) return Way::plain;
+  if (!mixing.ok()) {
+    it.starved = true;
+    return Way::plain;
+  }
   Outlook outlook(Accelerate::kMixed, Accelerate::kMixedWindow);
   Rival<double> rival;
   int wait = Accelerate::kWarm, warming = wait;
@@ -332,7 +335,7 @@ inline double Solver<T>::direction() {
   for (int64_t i = 0; i < n; ++i) {
     if (!(a[i] > 0)) continue;
     const T* row = K + i * stride;
-    if (!newton.begin_row()) return HUGE_VAL;
+    if (pace.stops(m) || !newton.begin_row()) return HUGE_VAL;
     double sum = 1 / (static_cast<double>(u_next[i]) * over_root_a[i]);  // of K w
     if (damping_x != 1) {
       V sums{};
@@ -361,7 +364,7 @@ inline double Solver<T>::direction() {
     newton.right[j] = b[j] > 0 ? wanted - mass : 0.0;
     newton.shared[j] = b[j] > 0 ? damping_x * mass : 0.0;
   }
-  return newton.solve(damping_x == 1 && damping_y == 1) ? newton.longest() : HUGE_VAL;
+  return newton.solve(damping_x == 1 && damping_y == 1, pace) ? newton.longest() : HUGE_VAL;
 }
 
 // Moves g / reg from `goal` by a part of the step. Returns false if floats cannot hold it.

@@ -63,6 +63,7 @@ class ReversePass {
     const double damping_x = damping(it.reg, it.rho_x), damping_y = damping(it.reg, it.rho_y);
     for (int64_t j = 0; j < padded(m); ++j) column[j] = row_buffer[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
+      if (pace.stops(m)) return;
       const T* row = P + i * m;
       V load = V{}, mass = V{};
       for_vectors<T>(m, [&](int64_t j, int count, auto inside) {
@@ -209,13 +210,13 @@ class ReversePass {
     for (int64_t i = 0; back.a && i < n; ++i) {
       back.a[i] =
           weight_gradient(it.f[i], it.mass_x[i], it.rho_x, damping_x, back.implicit() ? back.adjoint_x[i] : T(0));
-      if (back.implicit() && it.a && it.a[i] == 0)
+      if (back.implicit() && it.a && it.a[i] == 0 && !pace.stops(m))
         for (int64_t j = 0; j < m; ++j) back.a[i] += massless_slope(i, j, back.adjoint_y[j]);
     }
     for (int64_t j = 0; back.b && j < m; ++j) {
       back.b[j] =
           weight_gradient(it.g[j], it.mass_y[j], it.rho_y, damping_y, back.implicit() ? back.adjoint_y[j] : T(0));
-      if (back.implicit() && it.b && it.b[j] == 0)
+      if (back.implicit() && it.b && it.b[j] == 0 && !pace.stops(8 * n))
         for (int64_t i = 0; i < n; ++i) back.b[j] += massless_slope(i, j, back.adjoint_x[i]);
     }
   }

@@ -5,7 +5,8 @@
 namespace otalign::cpu {
 namespace {
 
-constexpr int64_t kPanel = 128;                    // rows of a panel of the gradient: whole cache lines, for any D
+constexpr int64_t kPanel = 128;                    // most rows of a panel of the gradient
+constexpr int64_t kRowsMultiple = 16;              // of a panel: whole cache lines, for any D
 constexpr int64_t kSlice = 256;                    // least columns of a slice of the gradient
 constexpr double kSliceWork = 64.0 * 1024 * 1024;  // multiply-adds of a slice, about
 
@@ -38,6 +39,13 @@ Reverse<T> reverse_of(const Batch<T>& batch, const Gradients& g, int64_t b, T* v
   return r;
 }
 
+// Rows of a panel whose products end soon.
+int64_t panel_rows(int64_t m, int64_t columns) {
+  const double rows = most_work() / (static_cast<double>(m) * columns);
+  return std::clamp<int64_t>(std::llround(std::min<double>(rows, kPanel)) / kRowsMultiple * kRowsMultiple,
+                             kRowsMultiple, kPanel);
+}
+
 // Columns [begin, end) of the gradients by an item's points.
 template <class T>
 void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& it, const Reverse<T>& r,
@@ -58,8 +66,9 @@ void points_gradient(const Batch<T>& batch, const Gradients& g, const Item<T>& i
   const bool direct_y = batch.in_place(p.y, bytes_at(g.y, y_element, p.y.points_type), p.dim);
   T* const dy = !g.y ? nullptr : direct_y ? at<T>(g.y, y_element) : scratch.get<T>(thread, kGradientY);
   if (dy) kernels<T>().scale_rows(y.data, y.stride, r.diagonal_y, it.m, columns, dy, dy_stride);
-  for (int64_t i = 0; i < it.n && !poll(); i += kPanel) {
-    const int64_t rows = std::min(kPanel, it.n - i);
+  const int64_t most_rows = panel_rows(it.m, columns);
+  for (int64_t i = 0; i < it.n && !poll(); i += most_rows) {
+    const int64_t rows = std::min(most_rows, it.n - i);
     PointsView<T> x = read_points(batch, p.x, b, i, rows, task.begin, columns, scratch.get<T>(thread, kX));
     if (rescale_x) x = over_powers(x, rows, columns, exponent_x + i, rescaled_x.as<T>(), columns);
     kernels<T>().panel(it, r, i, i + rows, panel);

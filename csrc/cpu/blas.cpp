@@ -1,7 +1,12 @@
 #include "blas.h"
 
+#include <atomic>
+#include <chrono>
 #include <mutex>
 #include <string>
+#include <thread>
+
+#include "fork.h"
 
 namespace otalign {
 namespace {
@@ -24,9 +29,56 @@ struct Library {
 } library;
 
 // For a library with one number of threads for the whole process: how many OneThread objects there are, and the number
-// before the first.
+// that the process has set.
 std::mutex mutex;
 int limited = 0, before_all = 0;
+
+// The number may have been set by others meanwhile.
+void limit_process() {
+  const int threads = library.threads();
+  if (limited > 0 && threads == 1) return;
+  before_all = threads;
+  library.set_threads(1);
+}
+void release_process() {
+  if (library.threads() == 1) library.set_threads(before_all);
+}
+
+// A BLAS has locks of its own, which a child would find as they are, so no product is in progress while a thread forks.
+std::atomic<int> products{0};
+std::atomic<bool> forking{false};
+std::mutex fork_mutex;
+
+class Product {
+ public:
+  Product() {
+    for (products.fetch_add(1); forking.load(); products.fetch_add(1)) {
+      products.fetch_sub(1);
+      const std::lock_guard<std::mutex> until_forked(fork_mutex);
+    }
+  }
+  ~Product() { products.fetch_sub(1); }
+  Product(const Product&) = delete;
+};
+
+void before_fork() {
+  fork_mutex.lock();
+  forking = true;
+  while (products.load() > 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  mutex.lock();
+}
+void after_fork() {
+  mutex.unlock();
+  forking = false;
+  fork_mutex.unlock();
+}
+// A child has none of the threads that compute in its parent.
+void after_fork_in_child() {
+  if (limited > 0) release_process();
+  limited = 0;
+  after_fork();
+}
+const int watches_forks = on_fork(before_fork, after_fork, after_fork_in_child);
 
 template <class T>
 Gemm<T> pointer();
@@ -44,6 +96,7 @@ template <class T>
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const T* A, int64_t lda, const T* B,
           int64_t ldb, T beta, T* C, int64_t ldc) {
   if (const Gemm<T> call = pointer<T>()) {
+    const Product product;
     const int rows = static_cast<int>(n), columns = static_cast<int>(m), depth = static_cast<int>(k);
     const int a = static_cast<int>(lda), b = static_cast<int>(ldb), c = static_cast<int>(ldc);
     const T one = 1;
@@ -70,6 +123,8 @@ void use_blas(const char* name, void* sgemm, void* dgemm, void* limit, void* thr
              reinterpret_cast<Threads>(threads),
              reinterpret_cast<SetThreads>(set_threads)};
 }
+
+double most_work() { return library.sgemm ? 4.0 * (1ll << 30) : 1 << 26; }
 
 const char* blas_name() { return library.name.c_str(); }
 
@@ -98,9 +153,8 @@ OneThread::OneThread() {
     before = library.limit(1);
   } else if (library.set_threads) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (limited++ > 0) return;
-    before_all = library.threads();
-    library.set_threads(1);
+    limit_process();
+    ++limited;
   }
 }
 OneThread::~OneThread() {
@@ -108,7 +162,7 @@ OneThread::~OneThread() {
     library.limit(before);
   } else if (library.set_threads) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (--limited == 0) library.set_threads(before_all);
+    if (--limited == 0) release_process();
   }
 }
 

@@ -11,6 +11,8 @@ namespace otalign {
 // call this while anything computes.
 void use_blas(const char* name, void* sgemm, void* dgemm, void* limit, void* threads, void* set_threads);
 const char* blas_name();
+// The most multiply-adds of one product, since no product can be interrupted.
+double most_work();
 
 // C (m, n) = A (m, k) B (n, k)^T. All matrices are row-major; lda, ldb, ldc are elements from one row to the next.
 template <class T>

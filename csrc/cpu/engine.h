@@ -14,7 +14,7 @@ bool backward(const Problem& problem, const Gradients& gradients, Poll poll);
 
 // Copies the plans from the places of Problem::plan to `dense` (B, N, M) T, contiguous, with zeros for the padding; and
 // back.
-void unpack(const Problem& problem, Span<void> dense);
-void pack(const Problem& problem, Span<const void> dense);
+bool unpack(const Problem& problem, Span<void> dense, Poll poll);
+bool pack(const Problem& problem, Span<const void> dense, Poll poll);
 
 }  // namespace otalign::cpu

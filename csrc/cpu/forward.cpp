@@ -5,9 +5,9 @@
 namespace otalign::cpu {
 namespace {
 
-constexpr int64_t kCostRows = 256;               // rows of a task of the cost, about
-constexpr int64_t kRowsMultiple = 16;            // a task has a multiple of so many rows: whole cache lines, for any D
-constexpr double kCostWork = 4.0 * (1ll << 30);  // most multiply-adds of a task, since a product cannot be interrupted
+constexpr int64_t kCostRows = 256;       // rows of a task of the cost, about
+constexpr int64_t kRowsMultiple = 16;    // a task has a multiple of so many rows: whole cache lines, for any D
+constexpr int64_t kCostBlock = 1 << 24;  // multiply-adds between two polls after the product
 
 // Norms from kShortest to 1 / kShortest have squares and products of two that neither overflow nor underflow.
 template <class T>
@@ -80,6 +80,7 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
   PointsView<T> x = read_points(batch, p.x, b, task.begin, rows, 0, p.dim, x_buffer);
   PointsView<T> y = read_points(batch, p.y, b, 0, it.m, 0, p.dim, y_buffer);
   T* const exponent_x = at<T>(p.x.exponent, p.x.row(b) + task.begin);
+  if (poll()) return true;
   const bool rescale_x = scales(p, x, rows, const_cast<T*>(it.scale_x) + task.begin, exponent_x);
   const bool rescale_y = scales(p, y, it.m, scale_y, exponent_y);
   if (task.begin == 0 && p.cost != Cost::dot) std::copy_n(scale_y, it.m, const_cast<T*>(it.scale_y));
@@ -89,9 +90,15 @@ bool build_cost(const Batch<T>& batch, Item<T> it, const Task& task, T* x_buffer
       rescaled_y((rescale_y ? it.m * p.dim : 0) * sizeof(T));
   if (rescale_x) x = over_powers(x, rows, p.dim, exponent_x, rescaled_x.as<T>(), p.dim);
   if (rescale_y) y = over_powers(y, it.m, p.dim, exponent_y, rescaled_y.as<T>(), p.dim);
+  if (poll()) return true;
   gemm_nt(rows, it.m, p.dim, x.data, x.stride, y.data, y.stride, out, it.m);
-  return kernels<T>().cost(it, task.begin, task.end, x.data, x.stride, y.data, y.stride, p.dim,
-                           const_cast<T*>(it.distance));
+  // Where the products have lost their digits, each distance takes as long as its product did, or longer.
+  const int64_t block = std::max<int64_t>(1, kCostBlock / std::max<int64_t>(1, it.m * p.dim));
+  bool finite = true;
+  for (int64_t i = 0; i < rows && !poll(); i += block)
+    finite &= kernels<T>().cost(it, task.begin + i, task.begin + std::min(rows, i + block), x.data + i * x.stride,
+                                x.stride, y.data, y.stride, p.dim, const_cast<T*>(it.distance));
+  return finite;
 }
 
 // The whole of an item's given cost, by a crew; false if any is not finite. Helpers may not call the poll of the
@@ -127,7 +134,7 @@ std::vector<Task> cost_tasks(const Batch<T>& batch) {
   for (int64_t b = 0; b < p.items; ++b) {
     if (batch.empty(b) || p.cost == Cost::given) continue;
     const int64_t n = batch.n(b), m = batch.m(b);
-    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / kCostWork);
+    const int64_t heavy = std::llround(static_cast<double>(n) * m * p.dim / most_work());
     const int64_t pieces = std::max<int64_t>({1, (n + kCostRows / 2) / kCostRows, std::min(n, heavy)});
     const int64_t rows = ceil_div(ceil_div(n, pieces), kRowsMultiple) * kRowsMultiple;
     for (int64_t i = 0; i < n; i += rows) {
@@ -188,8 +195,12 @@ bool forward(const Problem& problem, Poll poll) {
                     norms + batch.most_m, stop))
       broken[task.item].store(true, std::memory_order_relaxed);
   });
-  const auto chunks = [&](int64_t k) { return chunks_of(batch.n(items[k].item), batch.m(items[k].item)).count; };
-  team.share(items.size(), elements * kSolveWork, chunks, [&](int64_t k, int thread, Poll stop, Crew crew) {
+  const auto parts = [&](int64_t k) {
+    const int64_t b = items[k].item;
+    const Chunks chunks = chunks_of(batch.n(b), batch.m(b));
+    return Parts{chunks.count, chunks.rows * batch.m(b)};
+  };
+  team.share(items.size(), elements * kSolveWork, parts, [&](int64_t k, int thread, Poll stop, Crew crew) {
     const int64_t b = items[k].item;
     Item<T> it = batch.item(b);
     zero_unwritten(batch, it, b);
@@ -199,7 +210,8 @@ bool forward(const Problem& problem, Poll poll) {
       if (finite)
         kernels<T>().solve(it, scratch.get<char>(thread, kSolve), stop, crew);
       else
-        kernels<T>().fail(it);
+        kernels<T>().fail(it, stop);
+      if (it.starved) throw std::bad_alloc();
     }
     static_cast<T*>(p.value)[b] = static_cast<T>(it.value);
     static_cast<T*>(p.linear)[b] = static_cast<T>(it.linear);

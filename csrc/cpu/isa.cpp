@@ -218,9 +218,11 @@ size_t scratch(int64_t n, int64_t m) {
 }
 
 template <class T>
-void fail(Item<T>& it) {
+void fail(Item<T>& it, Poll poll) {
   const T nan = static_cast<T>(NAN);
-  for (int64_t k = 0; k < it.n * it.m; ++k) it.K[k] = nan;
+  Pace pace(poll);
+  for (int64_t i = 0; i < it.n && !pace.stops(it.m); ++i)
+    for (int64_t j = 0; j < it.m; ++j) it.K[i * it.m + j] = nan;
   for (int64_t i = 0; i < it.n; ++i) it.f[i] = it.mass_x[i] = nan;
   for (int64_t j = 0; j < it.m; ++j) it.g[j] = it.mass_y[j] = nan;
   it.value = it.linear = it.error = NAN;
@@ -230,7 +232,7 @@ void fail(Item<T>& it) {
 template <class T>
 void solve_once(Item<T>& it, void* memory, Poll poll, Crew crew) {
   Solver<T> solver(it, memory, poll, crew);
-  if (!solver.run()) fail(it);
+  if (!solver.run()) fail(it, poll);
 }
 
 template <class T>

@@ -35,6 +35,7 @@ struct Item : Options {
   double prior_parameters[2];
   double value, linear, error;
   int32_t n_iter;
+  bool starved;  // out: there was no memory for what this item needs beside the scratch memory
 };
 
 // Elements to allocate for a vector of n that is read in whole hardware vectors.
@@ -109,7 +110,7 @@ class Pace {
 
  private:
   static constexpr int64_t kNumbers = 1 << 17;
-  const Poll poll_;
+  Poll poll_;
   int64_t done_ = 0;
   bool stopped_ = false;
 };
@@ -134,7 +135,7 @@ struct Kernels {
 
   // Only the calling thread calls the poll. The crew gets work for chunks_of(item.n, item.m).
   void (*solve)(Item<T>& item, void* scratch, Poll poll, Crew crew);
-  void (*fail)(Item<T>& item);  // sets all results to NaN
+  void (*fail)(Item<T>& item, Poll poll);  // sets all results to NaN
 
   void (*reverse)(const Item<T>& item, Reverse<T>& reverse, void* scratch, Poll poll);
   // Rows [begin, end) of the matrix A such that the gradients by points are A y + diag x and A^T x + diag y; with a

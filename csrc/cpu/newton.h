@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "array.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace otalign::OTALIGN_ISA {
@@ -44,9 +45,16 @@ class Newton {
     begin.push(column.size());
   }
   int64_t entries() const { return column.size(); }
-  // Writes `step`. Returns false if rounding has left no positive matrix. If `gauge`, the null vector of the matrix
-  // with all entries is constant, and the step has no part along it.
-  bool solve(bool gauge) {
+  // Whether there has been memory for everything.
+  bool ok() const {
+    for (const Array<double>* numbers : {&diagonal, &right, &step, &shared, &rest, &share, &weight, &matrix, &over,
+                                         &residual, &direction, &image, &scale})
+      if (!numbers->ok()) return false;
+    return begin.ok() && column.ok();
+  }
+  // Writes `step`. Returns false if rounding has left no positive matrix, or if the pace stops it. If `gauge`, the null
+  // vector of the matrix with all entries is constant, and the step has no part along it.
+  bool solve(bool gauge, Pace& pace) {
     if (!begin.ok() || !weight.ok()) return false;
     double mass = 0, excess = 0;
     for (int64_t j = 0; j < m; ++j) {
@@ -56,7 +64,7 @@ class Newton {
     if (gauge)
       for (int64_t j = 0; j < m; ++j) right[j] -= excess / mass * diagonal[j];
     spread_rest();
-    return m <= kDense ? cholesky(gauge ? mass : 0) : conjugate_gradients(gauge ? mass : 0);
+    return m <= kDense ? cholesky(gauge ? mass : 0, pace) : conjugate_gradients(gauge ? mass : 0, pace);
   }
 
  private:
@@ -78,17 +86,19 @@ class Newton {
 
   static constexpr double kEnough = 1e-3;  // remaining part of the residual of conjugate gradients
 
-  bool cholesky(double mass) {
+  bool cholesky(double mass, Pace& pace) {
     const int64_t stride = (m + 15) / 16 * 16, rows = (m + 3) / 4 * 4;
     matrix.zeros(rows * stride);
     over.zeros(rows);
     if (!matrix.ok() || !over.ok()) return false;
-    for (int64_t i = 0; i < weight.size(); ++i)
+    for (int64_t i = 0; i < weight.size(); ++i) {
+      if (pace.stops((begin[i + 1] - begin[i]) * (begin[i + 1] - begin[i]))) return false;
       for (int64_t p = begin[i]; p < begin[i + 1]; ++p) {
         double* const row = &matrix[column[p] * stride];
         const double s = weight[i] * share[p];
         for (int64_t q = begin[i]; q <= p; ++q) row[column[q]] -= s * share[q];
       }
+    }
     for (int64_t j = 0; j < m; ++j) {
       double* const row = &matrix[j * stride];
       const double left_out = over_rest * rest[j], constant = mass > 0 ? diagonal[j] / mass : 0.0;
@@ -172,10 +182,11 @@ class Newton {
     return true;
   }
 
-  // image = matrix direction
-  void apply() {
+  // image = matrix direction. Returns false if the pace stops it.
+  bool apply(Pace& pace) {
     for (int64_t j = 0; j < m; ++j) image[j] = diagonal[j] * direction[j];
     for (int64_t i = 0; i < weight.size(); ++i) {
+      if (pace.stops(begin[i + 1] - begin[i])) return false;
       double product = 0;
       for (int64_t p = begin[i]; p < begin[i + 1]; ++p) product += share[p] * direction[column[p]];
       product *= weight[i];
@@ -184,10 +195,11 @@ class Newton {
     double along = 0;
     for (int64_t j = 0; j < m; ++j) along += rest[j] * direction[j];
     for (int64_t j = 0; j < m; ++j) image[j] -= over_rest * along * rest[j];
+    return true;
   }
 
   // Preconditioned with the diagonal.
-  bool conjugate_gradients(double mass) {
+  bool conjugate_gradients(double mass, Pace& pace) {
     for (Array<double>* vector : {&residual, &direction, &image, &scale, &step}) vector->zeros(m + S::W);
     if (!residual.ok() || !direction.ok() || !image.ok() || !scale.ok()) return false;
     for (int64_t j = 0; j < m; ++j) {
@@ -205,7 +217,7 @@ class Newton {
       if (!(now > kEnough * kEnough * first)) break;
       for (int64_t j = 0; j < m; ++j)
         direction[j] = residual[j] / scale[j] + (before > 0 ? now / before : 0.0) * direction[j];
-      apply();
+      if (!apply(pace)) return false;
       if (mass > 0)
         for (int64_t j = 0; j < m; ++j) along += diagonal[j] / mass * direction[j];
       for (int64_t j = 0; j < m; ++j) {

@@ -18,6 +18,7 @@
 #endif
 
 #include "blas.h"
+#include "fork.h"
 #include "isa.h"
 
 namespace otalign::cpu {
@@ -107,6 +108,11 @@ class Wait {
   bool napped_ = false;
 };
 
+// The chunks of an item: how many, and of how many numbers each.
+struct Parts {
+  int64_t count, numbers;
+};
+
 // An item that threads without one of their own can work on. Its leader, the thread that solves it, makes jobs of some
 // chunks each; helpers join and work on them. The leader works on every chunk that no other thread has begun, so it
 // never waits for a thread that does not run, except in the middle of a chunk.
@@ -117,9 +123,12 @@ class Wait {
 // chunk of a job, the job is not over, and its fields stay.
 class Shared {
  public:
-  // The leader's side. There are no helpers before `open`, and none join after `close`.
-  void open(int64_t chunks) {
-    chunks_ = chunks;
+  // The leader's side. There are no helpers before `open`, and none join after `close`. The leader calls the poll
+  // between chunks; once that is true, no more chunks are begun.
+  void open(Parts parts, Poll poll) {
+    chunks_ = parts.count;
+    numbers_ = parts.numbers;
+    pace_ = Pace(poll);
     open_.store(true, std::memory_order_release);
   }
   void close() {
@@ -179,7 +188,7 @@ class Shared {
   void run_job(int64_t count, Crew::Task task, void* context) {
     const int64_t threads = 1 + helpers_.load(std::memory_order_relaxed);
     if (threads == 1) {
-      for (int64_t chunk = 0; chunk < count; ++chunk) task(context, chunk);
+      for (int64_t chunk = 0; chunk < count && go_on(0); ++chunk) task(context, chunk);
       return;
     }
     const int64_t ranges = std::min<int64_t>({threads, count, kRanges});
@@ -198,6 +207,12 @@ class Shared {
     for (Wait wait; done_.load(std::memory_order_acquire) < count;) std::this_thread::sleep_for(wait.step());
   }
 
+  // Whether to work on one more chunk.
+  bool go_on(int seat) {
+    if (seat == 0 && pace_.stops(numbers_)) stopped_.store(true, std::memory_order_relaxed);
+    return !stopped_.load(std::memory_order_relaxed);
+  }
+
   void work(uint32_t job, int seat) {
     const int ranges = ranges_.load(std::memory_order_relaxed);
     for (int r = 0; r < ranges; ++r) {
@@ -206,17 +221,18 @@ class Shared {
       while (left.job == job && left.next < left.end) {
         const Range rest{job, static_cast<uint16_t>(left.next + 1), left.end};
         if (!range.compare_exchange_weak(left, rest, std::memory_order_acquire)) continue;
-        task_(context_, left.next);
+        if (go_on(seat)) task_(context_, left.next);
         done_.fetch_add(1, std::memory_order_release);
         left = range.load(std::memory_order_acquire);
       }
     }
   }
 
-  int64_t chunks_ = 0;
+  int64_t chunks_ = 0, numbers_ = 0;
+  Pace pace_{Poll{}};          // of the leader
   Crew::Task task_ = nullptr;  // of the job, like its context
   void* context_ = nullptr;
-  alignas(kLine) std::atomic<bool> open_{false};
+  alignas(kLine) std::atomic<bool> open_{false}, stopped_{false};
   std::atomic<int> helpers_{0}, ranges_{1};
   alignas(kLine) std::atomic<uint32_t> job_{0};
   alignas(kLine) std::atomic<int64_t> done_{0};
@@ -224,6 +240,31 @@ class Shared {
   std::mutex mutex_;  // of `closed_`, which ends the naps of helpers
   std::condition_variable closed_;
 };
+
+// Calls work(thread, members) on `most` threads at the same time, or on fewer if the system has no more. Thread 0 is
+// the calling one, for which `members` is right. For one thread nothing of OpenMP runs, since it may allocate memory,
+// and ends the process if there is none.
+template <class F>
+void on_threads(int most, const F& work) {
+#ifdef _OPENMP
+  if (most > 1 && !forked()) {
+#pragma omp parallel num_threads(most)
+    work(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    others.reserve(most - 1);
+    while (static_cast<int>(others.size()) + 1 < most)
+      others.emplace_back([&work, most, thread = static_cast<int>(others.size()) + 1] { work(thread, most); });
+  } catch (const std::exception&) {  // no memory or too many threads: those that have started are enough
+  }
+  work(0, 1 + static_cast<int>(others.size()));
+  for (std::thread& other : others) other.join();
+#else
+  work(0, 1);
+#endif
+}
 
 // Runs tasks in parallel, in their order, until the caller's poll returns true. If a task throws, `run` throws the same
 // exception after all tasks have ended: no exception may leave a parallel region.
@@ -242,38 +283,34 @@ class Team {
   // which may have to be woken.
   template <class F>
   void run(int64_t tasks, double work, const F& task) {
-    const auto one = [](int64_t) -> int64_t { return 1; };
+    const auto one = [](int64_t) { return Parts{1, 0}; };
     share(tasks, work, one, [&](int64_t k, int thread, Poll poll, Crew) { task(k, thread, poll); });
   }
 
-  // Calls task(k, thread, poll, crew) for each k, which has chunks(k) chunks. Threads that find no more tasks help with
-  // those that have several.
+  // Calls task(k, thread, poll, crew) for each k, which has the chunks of parts(k). Threads that find no more tasks
+  // help with those that have several.
   template <class C, class F>
-  void share(int64_t tasks, double work, const C& chunks, const F& task) {
+  void share(int64_t tasks, double work, const C& parts, const F& task) {
     int64_t pieces = 0, large = 0;
     for (int64_t k = 0; k < tasks; ++k) {
-      pieces += chunks(k);
-      large += chunks(k) > 1;
+      const int64_t count = parts(k).count;
+      pieces += count;
+      large += count > 1;
     }
     const double useful = std::min(static_cast<double>(pieces), work / kThreadWork);
     const int team = static_cast<int>(std::max(1.0, std::min<double>(threads_, useful)));
-    const bool shares = team > 1 && large > 0;
+    const bool shares = large > 0;
     const std::unique_ptr<Shared[]> shared(shares ? new Shared[team] : nullptr);  // by thread
     std::atomic<int64_t> next{0}, unopened{shares ? large : 0};
     std::atomic<int> finished{0};
-#pragma omp parallel num_threads(team)
-    {
+    on_threads(team, [&](int thread, int members) {
       const OneThread one;
-#ifdef _OPENMP
-      const int thread = omp_get_thread_num(), members = omp_get_num_threads();
-#else
-      const int thread = 0, members = 1;
-#endif
       Seat seat{this, thread == 0};
       for (int64_t k = next++; k < tasks && !should_stop(&seat); k = next++) {
-        Shared* const own = shares && chunks(k) > 1 ? &shared[thread] : nullptr;
+        const Parts chunks = parts(k);
+        Shared* const own = shares && chunks.count > 1 ? &shared[thread] : nullptr;
         if (own) {
-          own->open(chunks(k));
+          own->open(chunks, Poll{&poll_stop, &seat});
           unopened.fetch_sub(1, std::memory_order_release);
         }
         attempt([&](Poll poll) { task(k, thread, poll, own ? own->crew() : Crew{}); }, Poll{&poll_stop, &seat});
@@ -291,7 +328,7 @@ class Team {
       }
       finished.fetch_add(1, std::memory_order_release);
       if (seat.caller) wait_for(finished, members, seat);
-    }
+    });
     if (failure_) std::rethrow_exception(failure_);
   }
 

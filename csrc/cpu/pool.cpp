@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "fork.h"
+
 namespace otalign {
 namespace {
 
@@ -27,6 +29,10 @@ Pool& pool() {
   static Pool* const one = new Pool;
   return *one;
 }
+
+// Another thread may be holding the lock while this one forks; the child would wait for it forever.
+const int watches_forks =
+    on_fork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
 void give_back(void* data) { ::operator delete(data, std::align_val_t(kPage)); }
 
@@ -68,6 +74,7 @@ PooledMemory::PooledMemory(size_t size) : size_(size), capacity_((size + kPage -
 }
 
 PooledMemory::~PooledMemory() {
+  if (!data_) return;
   if (capacity_ > pool_limit()) {
     give_back(data_);
     return;

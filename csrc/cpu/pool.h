@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 namespace otalign {
 
@@ -14,6 +15,8 @@ class PooledMemory {
   explicit PooledMemory(size_t size);
   ~PooledMemory();
   PooledMemory(const PooledMemory&) = delete;
+  PooledMemory(PooledMemory&& other) noexcept
+      : size_(other.size_), capacity_(other.capacity_), data_(std::exchange(other.data_, nullptr)) {}
   void* data() const { return data_; }
   size_t size() const { return size_; }
 

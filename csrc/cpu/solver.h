@@ -67,6 +67,9 @@ class Solver {
       error = passes < it.max_iter && !it.symmetric ? sweep<true>(passes == 0) : sweep<false>(passes == 0);
       if (!feasible || (passes > 0 && should_stop(error, it.tol, passes, it.max_iter))) break;
       if (may_accelerate && passes > 0 && !exact) accelerate(error);
+      // Plain iterations could go on without that memory. Their bits would differ.
+      it.starved = it.starved || !newton.ok() || !exponents.ok();
+      if (it.starved) return false;
       update();
       count_pass();
     }

@@ -31,6 +31,7 @@ _GAP = 16  # zeros between plans, so that the engine may read past a row's end: 
 
 _LARGE = 2**18  # bytes
 _STRIDES = 2**31  # what a BLAS takes is below
+_MOST = 2**31 - 2  # points of an item, and numbers of a point
 
 
 def solve(problem: Problem) -> Solution:
@@ -189,6 +190,11 @@ def _check_inputs(inputs: _Inputs) -> None:
             _expect(name, points, points.dtype, (*(points.shape[:1] if starts is not None else (*items, size)), dim))
         elif starts is not None:
             raise ValueError(f"{name}_starts: expected None for a given cost")
+        if size > _MOST or dim > _MOST:  # before memory is allocated for them
+            what = "C" if given else name
+            raise ValueError(
+                f"{what}: expected items of at most {_MOST} points of as many numbers, got {size} of {dim}"
+            )
     f, g = _vectors(inputs)
     for name, vector, shape in (("a", inputs.a, f), ("b", inputs.b, g), ("init", inputs.init, g)):
         _expect(name, vector, dtype, shape)
@@ -213,7 +219,8 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
         return _memory(tensor)
 
     options = inputs.options
-    p = extension.module().Problem()
+    engine = extension.module()
+    p = engine.Problem.new()
     p.items, p.is_double = inputs.x_lengths.shape[0], inputs.dtype == torch.float64
     p.cost = _COSTS[options.cost]
     if options.prior is not None:
@@ -225,10 +232,12 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
     p.init = memory(inputs.init)
     p.capacity, p.threads = inputs.capacity, torch.get_num_threads()
     p.plan, p.error, p.distance = memory(saved.plan), memory(saved.error), memory(saved.distance)
-    for side, points, lengths, starts, weights, size, potential, of_points in (
-        (p.x, inputs.x, inputs.x_lengths, inputs.x_starts, inputs.a, inputs.size_x, saved.f, saved.of_x),
-        (p.y, inputs.y, inputs.y_lengths, inputs.y_starts, inputs.b, inputs.size_y, saved.g, saved.of_y),
+    # Sides are assigned when they are complete: if pybind11 has no memory to note that `p.x` keeps `p`, it ends the process.
+    for name, points, lengths, starts, weights, size, potential, of_points in (
+        ("x", inputs.x, inputs.x_lengths, inputs.x_starts, inputs.a, inputs.size_x, saved.f, saved.of_x),
+        ("y", inputs.y, inputs.y_lengths, inputs.y_starts, inputs.b, inputs.size_y, saved.g, saved.of_y),
     ):
+        side = engine.Side.new()
         side.size, side.rows = size, potential.numel()
         side.lengths, side.starts, side.weights = memory(lengths), memory(starts), memory(weights)
         side.potential = memory(potential)
@@ -240,6 +249,7 @@ def _struct(inputs: _Inputs, saved: _Saved) -> tuple[Any, list[Tensor]]:
             kept.append(points)
             side.points, side.points_type = _memory(points), _SCALARS[points.dtype]
             side.item_stride, side.row_stride = points.stride(0), max(points.stride(-2) if rows > 1 else p.dim, 1)
+        setattr(p, name, side)
     if inputs.C is not None:
         p.given, p.given_type, p.given_strides = _memory(inputs.C), _SCALARS[inputs.C.dtype], inputs.C.stride()
     return p, kept
@@ -254,7 +264,7 @@ def _pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
         return like.new_empty(shape, dtype=dtype)
-    block = extension.module().PooledMemory(count * dtype.itemsize)
+    block = extension.module().PooledMemory.new(count * dtype.itemsize)
     return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
@@ -304,7 +314,7 @@ def _align_backward_kernel(*arguments: Any) -> tuple[Tensor | None, ...]:
     _check_saved(inputs, saved)
     outputs = _gradients(inputs, wanted, _pooled)
     p, kept = _struct(inputs, saved)
-    gradients = extension.module().Gradients()
+    gradients = extension.module().Gradients.new()
     items = (p.items,)
     shapes = (items, items, (p.capacity,))
     for name, grad, shape in zip(Incoming._fields, incoming, shapes, strict=True):
@@ -332,10 +342,12 @@ def _plans(packed: Tensor, x_lengths: Tensor, y_lengths: Tensor, size_x: int, si
     _expect("x_lengths", x_lengths, torch.int64, items)
     _expect("y_lengths", y_lengths, torch.int64, items)
     kept = [packed, x_lengths.contiguous(), y_lengths.contiguous()]
-    p = extension.module().Problem()
+    engine = extension.module()
+    p, x, y = engine.Problem.new(), engine.Side.new(), engine.Side.new()
     p.items, p.is_double, p.capacity = items[0], packed.dtype == torch.float64, packed.shape[0]
-    p.plan, p.x.lengths, p.y.lengths = map(_memory, kept)
-    p.x.size, p.y.size, p.x.rows, p.y.rows = size_x, size_y, items[0] * size_x, items[0] * size_y
+    p.plan, x.lengths, y.lengths = map(_memory, kept)
+    x.size, y.size, x.rows, y.rows = size_x, size_y, items[0] * size_x, items[0] * size_y
+    p.x, p.y = x, y
     return p, kept
 
 

@@ -41,7 +41,22 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, _why_not_built(error)
     loaded.use_blas(*_blas())
+    if _is_child:
+        loaded.set_forked()
     return loaded, None
+
+
+_is_child = False
+
+
+def _after_fork() -> None:
+    """The extension itself notices the forks after it was loaded. Torch may have used OpenMP before, and it is too late then."""
+    global _is_child
+    _is_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _load() -> ModuleType:

@@ -12,7 +12,6 @@ import otalign
 from otalign import backends
 
 from ..helpers.problems import draw, identical, leaf
-from ..helpers.processes import run_program
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -170,7 +169,7 @@ def test_the_engine_refuses_missing_memory():
     with pytest.raises(ValueError, match="cost: no member has the index 17"):
         problem.cost = 17
     with pytest.raises(MemoryError):
-        engine.PooledMemory(2**64 - 1)
+        engine.PooledMemory.new(2**64 - 1)
 
 
 def test_plans_are_checked_both_ways():
@@ -186,10 +185,3 @@ def test_plans_are_checked_both_ways():
         unpack(plan[:10], lengths, lengths, 2, 2)
     with pytest.raises(ValueError, match="capacity"):
         pack(torch.zeros(2, 2, 2), lengths, lengths, 10)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_failed_allocation_in_a_thread(threads):
-    """The threads copy extreme points. If they get no memory, MemoryError is raised, and the process continues."""
-    assert run_program("memory_limit_in_threads", str(threads)).split() == ["refused", "True"]

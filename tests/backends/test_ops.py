@@ -68,7 +68,7 @@ def test_uninitialised_memory_is_poisoned_here():
     """The fixture of conftest.py works: memory that an operator does not write is NaN."""
     assert torch.empty(7).isnan().all()
     assert torch.ones(2).new_empty(70_000).isnan().all()
-    block = otalign.backends.extension.module().PooledMemory(2**20)
+    block = otalign.backends.extension.module().PooledMemory.new(2**20)
     assert torch.frombuffer(block, dtype=torch.bfloat16).isnan().all()
 
 

@@ -1,9 +1,6 @@
 """Does the engine behave well inside its process: deterministic, multi-threaded, interruptible?"""
 
 import itertools
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,8 +10,8 @@ import torch
 
 import otalign
 
-from ..helpers.problems import draw, identical, loss_gradients_and_plan, same_on
-from ..helpers.processes import program, run_program, run_python
+from ..helpers.problems import identical, loss_gradients_and_plan, same_on
+from ..helpers.processes import run_program, run_python
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -103,41 +100,6 @@ def test_other_threads_run_meanwhile():
     assert end - begin > 0.1, "the solve is long enough to measure"
     assert len(inside) > 10
     assert max(b - a for a, b in itertools.pairwise(inside)) < 0.5 * (end - begin)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_control_c_stops_a_solve():
-    command = [sys.executable, program("interrupted_solve")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(1.0)
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=20)
-        finally:
-            process.kill()
-    first, second = output.splitlines()
-    assert first.startswith("interrupted after")
-    assert float(first.split()[-1]) < 6
-    assert second == "[True, True, True, True]", "the engine works afterwards"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_solve_after_a_fork():
-    """A data loader's worker that is forked after a solve can solve as well."""
-    assert run_program("solve_after_fork").strip() == "0"
-
-
-def test_errors_of_the_engine_are_python_errors():
-    """A failed allocation raises an exception, and the next call works as before."""
-    batch = draw(dtype=torch.float32)
-    expected = otalign.sinkhorn_loss(*batch, backend="cpu")
-    if sys.platform == "linux":
-        first, second = run_program("memory_limit").splitlines()
-        assert first.startswith("refused:")
-        assert second == "True"
-    identical(otalign.sinkhorn_loss(*batch, backend="cpu"), expected)
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ def run_python(code: str, **environment: str) -> str:
     return _run("-c", textwrap.dedent(code), **environment)
 
 
-def run_program(name: str, *arguments: str, **environment: str) -> str:
-    """Standard output of a new interpreter that runs `programs/<name>.py`."""
-    return _run(program(name), *arguments, **environment)
+def run_program(name: str, *arguments: str, timeout: float = 120, **environment: str) -> str:
+    """Standard output of a new interpreter that runs `programs/<name>.py`, for at most so many seconds."""
+    return _run(program(name), *arguments, timeout=timeout, **environment)
 
 
 def run_compiler(*command: str) -> str:
@@ -33,9 +33,9 @@ def program(name: str) -> str:
     return str(PROGRAMS / f"{name}.py")
 
 
-def _run(*arguments: str, **environment: str) -> str:
+def _run(*arguments: str, timeout: float = 120, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

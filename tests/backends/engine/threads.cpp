@@ -88,7 +88,7 @@ Outcome<T> solve(const Case& c, int threads) {
   it.cost = Cost::given;
   const cpu::Buffer scratch(kernels<T>().scratch(c.n, c.m));
   cpu::Shared shared;
-  shared.open(chunks_of(c.n, c.m).count);
+  shared.open({chunks_of(c.n, c.m).count, 0}, Poll{});
   std::atomic<int> ready{0};
   std::vector<std::thread> helpers;
   for (int k = 1; k < threads; ++k)
