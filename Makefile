@@ -17,13 +17,16 @@ TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 
 RESULTS_DIR ?= out/gpu
+CASES ?= 100000
+SEED ?= 0
+MINUTES ?= 60
 WHEELS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export OTALIGN_REQUIRE_EXT := 1
 
-.PHONY: help demo study test test-all sanitize aarch64 lint docs bench gpu wheel clean
+.PHONY: help demo study test test-all fuzz fuzz-c sanitize aarch64 lint docs bench gpu wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,9 +45,21 @@ test-all: $(READY)  ## every test that needs no GPU, the engine's under sanitize
 	$(MAKE) sanitize
 	$(PY) tests/plant_faults.py
 
+# Two thousand cases of each GPU backend take as long as a hundred thousand of the CPU engine. SEED=1 draws others.
+fuzz: $(READY)  ## 100,000 random problems against a float64 oracle on the CPU engine, 2,000 on each other backend: over an hour on two cores
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend cpu --cases $(CASES) --seed $(SEED) --processes 2 --report out/fuzz/cpu.csv
+	for backend in reference triton cuda; do \
+	  OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend $$backend --cases 2000 --seed $(SEED) --processes 2 \
+	    --report out/fuzz/$$backend.csv || exit 1; done
+
+fuzz-c:  ## MINUTES=60 of libFuzzer on the structs that the CPU engine takes; needs Debian's clang
+	tests/backends/engine/fuzz.sh $$(($(MINUTES) * 60))
+
 # The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
-sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan; its shared items under ThreadSanitizer
+sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan; its shared items and the corpus of problems that lie under ThreadSanitizer
 	tests/backends/engine/races.sh $(CXX)
+	tests/backends/engine/replay.sh $(CXX) address,undefined
+	tests/backends/engine/replay.sh $(CXX) thread
 	rm -rf build/sanitize
 	OTALIGN_BUILD_CUDA=0 CMAKE_ARGS=-DOTALIGN_SANITIZE=address,undefined \
 	  $(PIP) install -q --no-deps --target build/sanitize .

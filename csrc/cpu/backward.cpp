@@ -216,7 +216,8 @@ class BackwardPass {
     const size_t rows = std::min(batch.most_n, kPanel), number = sizeof(T);
     const size_t x = rows * batch.product_stride(p.x, tasks.widest) * number;
     const size_t y = batch.most_m * batch.product_stride(p.y, tasks.widest) * number;
-    const size_t panel = std::max<size_t>(points ? rows * batch.most_m : 0, p.y.size + kPlanGap) * number;
+    const size_t row_of_cost = p.cost == Cost::given && p.items > 0 ? p.y.size + kPlanGap : 0;
+    const size_t panel = std::max<size_t>(points ? rows * batch.most_m : 0, row_of_cost) * number;
     return {batch.scratch,
             panel,
             batch.may_copy(p.x) ? x : 0,

@@ -58,12 +58,12 @@ template <class T>
 const T* at(const void* base, int64_t offset) {
   return base ? static_cast<const T*>(base) + offset : nullptr;
 }
-// The address of element `elements` of numbers of a type.
+// The same for numbers of a type.
 inline const char* bytes_at(const void* base, int64_t elements, Scalar type) {
-  return static_cast<const char*>(base) + elements * static_cast<int64_t>(bytes(type));
+  return at<char>(base, elements * static_cast<int64_t>(bytes(type)));
 }
 inline char* bytes_at(void* base, int64_t elements, Scalar type) {
-  return static_cast<char*>(base) + elements * static_cast<int64_t>(bytes(type));
+  return at<char>(base, elements * static_cast<int64_t>(bytes(type)));
 }
 
 // Zeroes the padding behind item b in `out`, a tensor (rows of the side,) with `row` bytes a row.
@@ -156,6 +156,8 @@ class Batch : public CheckedProblem {  // T is the type of the computation
     if (p.cost == Cost::given) check_given();
     if (p.cost == Cost::euclidean) need(p.distance, p.capacity, sizeof(T), "distance");
     for (int64_t b = 0; b < p.items; ++b) {
+      check(!p.symmetric || n(b) == m(b), "symmetric: expected equal lengths on both sides");
+      if (empty(b)) continue;  // what it has on the other side is not read, so nothing has confirmed D
       most_n = std::max(most_n, n(b));
       most_m = std::max(most_m, m(b));
       scratch = std::max(scratch, kernels<T>().scratch(n(b), m(b)));
@@ -226,13 +228,16 @@ class Batch : public CheckedProblem {  // T is the type of the computation
   }
 
   // Checks the memory of a side's vectors, and of its points up to the last that the strides lead to.
-  void check_side(const Side& side, const char* name, const char* weights) {
+  void check_side(Side& side, const char* name, const char* weights) {
     for (const Span<void>* vector : {&side.potential, &side.mass, &side.scale, &side.exponent})
       need(*vector, side.rows, sizeof(T), name);
     need_if_any(side.weights, side.rows, sizeof(T), weights);
     if (p.cost == Cost::given) return;
     const int64_t slots = side.starts ? 1 : p.items, rows = side.starts ? side.rows : side.size;
-    if (slots == 0 || rows == 0 || p.dim == 0) return;
+    if (slots == 0 || rows == 0 || p.dim == 0) {  // nothing is read, wherever the strides lead
+      side.item_stride = side.row_stride = 0;
+      return;
+    }
     check(side.row_stride >= p.dim && side.item_stride >= 0, "strides: expected rows that do not overlap");
     check(side.row_stride < INT32_MAX, "strides: too large for the BLAS");
     const int64_t last = product(slots - 1, side.item_stride) + product(rows - 1, side.row_stride) + p.dim;
@@ -244,7 +249,10 @@ class Batch : public CheckedProblem {  // T is the type of the computation
     int64_t last = 1;
     const int64_t sizes[] = {p.items, p.x.size, p.y.size};
     for (int k = 0; k < 3; ++k) {
-      if (sizes[k] == 0) return;
+      if (sizes[k] == 0) {
+        for (int64_t& stride : p.given_strides) stride = 0;
+        return;
+      }
       check(p.given_strides[k] >= 0, "C: expected strides >= 0");
       last += product(sizes[k] - 1, p.given_strides[k]);
     }

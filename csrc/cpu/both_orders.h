@@ -16,8 +16,9 @@ template <class T>
 class BothOrders {
  public:
   static bool few(const Item<T>& it) {
-    return it.accelerate && it.tol > 0 && !it.symmetric && !it.init && it.n * it.m <= kMost;
+    return it.accelerate && it.tol > 0 && !it.symmetric && !it.init && few(it.n, it.m);
   }
+  static bool few(int64_t n, int64_t m) { return n * m <= kMost; }
 
   explicit BothOrders(Item<T>& item) : it(item) {
     for (int64_t k = 0; k < it.n * it.m; ++k) cost[k] = it.K[k];

@@ -213,7 +213,8 @@ bool cost(Item<T>& it, int64_t begin, int64_t end, const T* x, int64_t x_stride,
 
 template <class T>
 size_t scratch(int64_t n, int64_t m) {
-  const size_t solve = Solver<T>::scratch(n, m), reverse = ReversePass<T>::scratch(n, m);
+  const size_t other = BothOrders<T>::few(n, m) ? Solver<T>::scratch(m, n) : 0;
+  const size_t solve = std::max(Solver<T>::scratch(n, m), other), reverse = ReversePass<T>::scratch(n, m);
   return solve > reverse ? solve : reverse;
 }
 

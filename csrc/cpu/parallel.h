@@ -23,8 +23,11 @@
 
 namespace otalign::cpu {
 
-constexpr double kThreadWork = 1 << 20;  // multiply-adds for which it pays to wake a thread
-constexpr double kSolveWork = 64;        // multiply-adds for each number of an item's cost, as a guess
+#ifndef OTALIGN_THREAD_WORK  // tests wake threads for less
+#define OTALIGN_THREAD_WORK (1 << 20)
+#endif
+constexpr double kThreadWork = OTALIGN_THREAD_WORK;  // multiply-adds for which it pays to wake a thread
+constexpr double kSolveWork = 64;                    // multiply-adds for each number of an item's cost, as a guess
 
 // Bytes of a cache line.
 constexpr int64_t kLine = 64;
