@@ -50,6 +50,10 @@ def engine(name: str, file: str, old: str, new: str, *first: str) -> Fault:
     return Fault(f"engine: {name}", f"csrc/cpu/{file}", old, new, (*first, *AGREEMENT, "-k", "cpu"))
 
 
+def process(name: str, file: str, old: str, new: str, first: str) -> Fault:
+    return Fault(f"process: {name}", f"csrc/cpu/{file}", old, new, (first,))
+
+
 def triton(name: str, file: str, old: str, new: str, *first: str) -> Fault:
     return Fault(f"triton: {name}", f"triton_kernels/{file}.py", old, new, (*first, *AGREEMENT, "-k", "triton"))
 
@@ -82,6 +86,27 @@ FAULTS = (
         "1 / max(n, 1)) if p.y.weights is None else p.y.weights[ys]",
         "tests/solver/test_closed_forms.py",
         "tests/solver/test_properties.py",
+    ),
+    process(
+        "a child waits for OpenMP's threads",
+        "fork.h",
+        "return is_child.load(std::memory_order_relaxed);",
+        "return false;",
+        "tests/faults/test_forks.py",
+    ),
+    process(
+        "Newton's method without memory goes another way",
+        "solver.h",
+        "it.starved = it.starved || !newton.ok() || !exponents.ok();",
+        "",
+        "tests/faults/test_allocations.py",
+    ),
+    process(
+        "the threads that were set meanwhile are lost",
+        "blas.cpp",
+        "if (library.threads() == 1) library.set_threads(before_all);",
+        "library.set_threads(before_all);",
+        "tests/backends/test_blas.py",
     ),
     engine(
         "a missing look for NaN",

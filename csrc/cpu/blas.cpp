@@ -124,7 +124,7 @@ void use_blas(const char* name, void* sgemm, void* dgemm, void* limit, void* thr
              reinterpret_cast<SetThreads>(set_threads)};
 }
 
-double most_work() { return library.sgemm ? 4.0 * (1ll << 30) : 1 << 26; }
+double most_work() { return library.sgemm ? 2.0 * (1ll << 30) : 1 << 26; }
 
 const char* blas_name() { return library.name.c_str(); }
 

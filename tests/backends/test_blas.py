@@ -56,13 +56,18 @@ def test_library_without_blas_functions_is_refused(monkeypatch):
 
 @pytest.fixture
 def counted_threads():
-    """A BLAS with one number of threads for the whole process. Yields that number, and those during its products."""
-    now, seen = [5], []
+    """A BLAS with one number of threads for the whole process.
+
+    Yields that number, those during its products, and those that another thread will set during the next products.
+    """
+    now, seen, meanwhile = [5], [], []
 
     def counted(product):
         def gemm(*arguments):
             seen.append(now[0])
             product(*arguments)
+            if meanwhile:
+                now[0] = meanwhile.pop()
 
         return type(product)(gemm)
 
@@ -71,19 +76,28 @@ def counted_threads():
     change = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda threads: now.__setitem__(0, threads))
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in (*gemms, get, change)]
     backends.extension.module().use_blas("counted", *addresses[:2], 0, *addresses[2:])
-    yield now, seen
+    yield now, seen, meanwhile
     backends.extension.module().use_blas(*backends.extension._blas())
 
 
 def test_blas_has_one_thread_while_the_engine_computes(counted_threads):
-    now, seen = counted_threads
+    now, seen, _ = counted_threads
     loss_gradients_and_plan("cpu")
     assert set(seen) == {1}
     assert now == [5]
 
 
+@pytest.mark.parametrize("threads", [3, 7])
+def test_threads_of_the_blas_that_are_set_meanwhile_stay(counted_threads, threads):
+    now, seen, meanwhile = counted_threads
+    meanwhile.append(threads)
+    loss_gradients_and_plan("cpu")
+    assert seen[-1] == 1, "the next pass has one thread again"
+    assert now == [threads]
+
+
 def test_concurrent_calls_restore_the_threads_of_the_blas(counted_threads):
-    now, seen = counted_threads
+    now, seen, _ = counted_threads
     expected = otalign.solve(*draw(D=24), backend="cpu").value
     results = []
 

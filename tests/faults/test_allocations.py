@@ -68,7 +68,7 @@ def fail_each(
         deaths.append(f"{done.returncode}: {done.stderr[-300:]}")
 
 
-QUICK = [("two threads' work", 2)]
+QUICK = [("two threads' work", 2), ("Newton", 1)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from ..helpers.processes import run_program
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's clock of another process")
 
 BOUND = 0.5  # seconds; a hundredth of a second mostly
+PATIENCE = 20.0  # seconds on the clock, on any machine
 MOMENTS = 20
 MEGABYTES = 64  # that may be lost, as heap between allocations; a lost result of one of these calls is larger, or there are many
 
@@ -49,9 +50,9 @@ def interrupt(call: str, moments: int, threads: int, **environment: str) -> None
         run_program("interrupted_anywhere", call, str(moments), str(threads), timeout=900, **environment)
     )
     print(found)
-    assert found["interrupted"] > moments / 2, "most moments are before the end of the call"
-    assert found["bound"] <= BOUND
-    assert found["wall"] <= 10 * BOUND
+    assert found["interrupted"] > moments / 4, "many moments are before the end of the call"
+    assert found["bound"] <= BOUND, "on the clock, or in processor time if this process had to wait for a processor"
+    assert found["wall"] <= PATIENCE
     assert found["works"], "the next call is right each time"
     assert found["same"], "the interrupted call has the same bits as before"
     assert found["grown"] < MEGABYTES

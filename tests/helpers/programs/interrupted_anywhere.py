@@ -63,8 +63,8 @@ class Interrupted(NamedTuple):
 def interrupt(sender: Sender, call: Callable[[], Any], after: float) -> Interrupted | None:
     """None if the call was over before the signal came."""
     finished, at = False, (0.0, 0.0)
-    sender.order(time.monotonic() + after)
     try:
+        sender.order(time.monotonic() + after)
         call()
         finished = True
         time.sleep(60)
@@ -126,7 +126,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         return lambda: torch.autograd.grad(value, C, retain_graph=True)[0].sum()
 
     def plan(shape: tuple[int, ...], back: bool) -> Callable[[], Any]:
-        C = torch.rand(1, shape[-2], shape[-1], requires_grad=True).expand(shape)
+        # Torch sums the gradient of what it has expanded, and does not look for signals meanwhile.
+        C = torch.rand(shape, requires_grad=True) if back else torch.rand(shape[1:]).expand(shape)
         result = otalign.solve_cost(C, reg=0.5, tol=0, max_iter=1, **OPTIONS)
         plan, weights = result.plan(), torch.ones(()).expand(shape)
         if not back:
@@ -142,7 +143,7 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         "one long item": lambda: solve_cost((1, 2000, 2000), reg=0.02, **long),
         "one long item, float64": lambda: solve_cost((1, 2000, 1500), torch.float64, reg=0.02, **long),
         "one long item in the log domain": lambda: solve_cost((1, 1500, 1500), reg=1e-5, tol=0, max_iter=600),
-        "one huge item": lambda: solve_cost((1, 16_384, 16_384), reg=0.1, tol=0, max_iter=3),
+        "one huge item": lambda: solve_cost((1, 20_000, 20_000), reg=0.1, tol=0, max_iter=3),
         "one huge item in the log domain": lambda: solve_cost((1, 12_000, 12_000), reg=1e-5, tol=0, max_iter=3),
         "one huge item without a solution": lambda: unsolvable(20_000),
         "the other thread has the only long item": lambda: two_items(bad=0),
@@ -166,8 +167,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         "gradient by a cost": lambda: gradient_by_cost((100, 1500, 1500)),
         "divergence, there and back": lambda: step((8, 400, 64), objective="divergence", tol=0, max_iter=3000),
         "transport, there and back": lambda: step((8, 400, 64), objective="transport", reg=0.02, tol=0, max_iter=3000),
-        "unpacked plans": lambda: plan((150, 1500, 1500), back=False),
-        "packed gradients of plans": lambda: plan((60, 1500, 1500), back=True),
+        "unpacked plans": lambda: plan((300, 1500, 1500), back=False),
+        "packed gradients of plans": lambda: plan((80, 1500, 1500), back=True),
     }  # fmt: skip
 
 
@@ -189,9 +190,12 @@ def main(name: str, moments: int, threads: int) -> None:
     right = check()
     call = calls()[name]()
     expected = call()
-    begin = time.monotonic()
-    call()
-    duration = time.monotonic() - begin
+    durations = []
+    for _ in range(2):
+        begin = time.monotonic()
+        call()
+        durations.append(time.monotonic() - begin)
+    duration = min(durations)
     found, works, sizes = [], True, []
     for moment in range(moments):
         found.append(interrupt(sender, call, moment * duration / moments))
