@@ -89,8 +89,10 @@ def adjoint_kernel(
     balanced = (relax_x == INFINITY) & (relax_y == INFINITY)
     if T == tl.float64:
         tolerance = 1e-28
+        rounding = 2.2e-16
     else:
         tolerance = 1e-14
+        rounding = 1.2e-7
 
     item = tl.program_id(0) // programs
     while item < items:
@@ -140,9 +142,12 @@ def adjoint_kernel(
         solution = zeros
         direction = zeros
         energy = tl.sum(residual * over_mass(residual, column_mass))
-        # Below the rounding of the loads, a residual has no direction.
+        # Below the rounding of the loads, a residual has no direction. A column of hardly any mass counts as heavier:
+        # rounding over its mass would be all there is.
         load = right[0] * inv_size
-        enough = tl.maximum(energy, tl.sum(load * over_mass(load, column_mass))) * tolerance
+        heavy = tl.maximum(column_mass, tl.sum(column_mass) * rounding)
+        largest = tl.maximum(tl.sum(residual * over_mass(residual, heavy)), tl.sum(load * over_mass(load, heavy)))
+        enough = largest * tolerance
         before = energy * 0
         left = tl.where(energy > enough, 4 * m + 40, 0)  # iterations that are left
         while left > 0:

@@ -107,18 +107,20 @@ class ReversePass {
       for (int64_t j = 0; j < m; ++j) excess += residual[j];
       for (int64_t j = 0; j < m; ++j) residual[j] -= excess * column_mass[j] / total;
     };
-    const auto energy = [&] {
+    const auto energy = [&](const double* of, double least) {
       double sum = 0;
-      for (int64_t j = 0; j < m; ++j) sum += column_mass[j] > 0 ? residual[j] * residual[j] / column_mass[j] : 0.0;
+      for (int64_t j = 0; j < m; ++j)
+        sum += column_mass[j] > 0 ? of[j] * of[j] / std::fmax(column_mass[j], least) : 0.0;
       return sum;
     };
     for (int64_t j = 0; j < m; ++j) solution[j] = direction[j] = 0;
     project();
-    double now = energy(), before = 0, loads = 0;
-    for (int64_t j = 0; j < m; ++j) loads += column_mass[j] > 0 ? right[j] * right[j] / column_mass[j] : 0.0;
-    // A residual below the rounding of the loads has no direction, and parts of the plan that hardly touch would follow
-    // it for ever.
-    const double enough = std::fmax(now, loads) * tolerance * tolerance;
+    double now = energy(residual, 0), before = 0;
+    // Of the loads, since a residual below their rounding has no direction, and parts of the plan that hardly touch
+    // would follow it for ever. A column of hardly any mass counts as heavier: rounding over its mass would be all
+    // there is.
+    const double least = total * std::numeric_limits<T>::epsilon();
+    const double enough = std::fmax(energy(residual, least), energy(right, least)) * tolerance * tolerance;
     for (int64_t k = 0; k < 4 * m + 40 && now > enough && !pace.stops(0); ++k) {
       const double carry = before > 0 ? now / before : 0.0;
       for (int64_t j = 0; j < m; ++j) {
@@ -139,7 +141,7 @@ class ReversePass {
       }
       project();
       before = now;
-      now = energy();
+      now = energy(residual, 0);
     }
     for (int64_t j = 0; j < m; ++j) back.adjoint_y[j] = static_cast<T>(solution[j]);
   }

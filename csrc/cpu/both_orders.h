@@ -106,7 +106,7 @@ class BothOrders {
         if (weight > 0 && carries_y && size > 0) linear += static_cast<double>(size) * cost[i * it.m + j];
         entry = entry < 0 ? -size : size;
       }
-      it.f[i] = static_cast<T>(it.f[i] + shift);
+      it.f[i] = static_cast<T>(it.f[i] + (sum > 0 ? shift : 0.0));  // unreached points have no gauge
       it.mass_x[i] = weight > 0 ? sum / weight : sum;
       total_x += weight;
       if (!(weight > 0)) continue;
@@ -116,7 +116,7 @@ class BothOrders {
     }
     for (int64_t j = 0; j < it.m; ++j) {
       const T weight = it.b ? it.b[j] : T(1) / it.m;
-      it.g[j] = static_cast<T>(it.g[j] - shift);
+      it.g[j] = static_cast<T>(it.g[j] - (it.mass_y[j] > 0 ? shift : 0.0));
       total_y += weight;
       if (!(weight > 0)) continue;
       it.mass_y[j] /= weight;

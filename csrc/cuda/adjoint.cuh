@@ -126,10 +126,15 @@ class Adjoint {
     block.for_columns([&](int j) { sizes += j < block.m ? fabsf(block.columns(kResidual)[j]) : 0; });
     size = block.sum_block(sizes);  // the squares of large costs leave the range of floats
     const float inv_size = size > 0 ? 1 / size : 0;
+    mass = 0;
+    block.for_columns([&](int j) { mass += block.columns(kMass)[j]; });
+    mass = block.sum_block(mass);
+    // A column of hardly any mass counts as heavier: rounding over its mass would be all there is.
+    const float least = mass * 1.2e-7f;
     float loads = 0;
     block.for_columns([&](int j) {
       const float load = j < block.m ? block.columns(kResidual)[j] * inv_size : 0;
-      loads += load * over_mass(load, block.columns(kMass)[j]);
+      loads += load * over_mass(load, fmaxf(block.columns(kMass)[j], least));
     });
     loads = block.sum_block(loads);
     product([&](int, float, bool, auto numbers) { return over_mass(numbers(kLoad), numbers(kRowMass)); });
@@ -138,11 +143,13 @@ class Adjoint {
       block.columns(kResidual)[j] = real ? (block.columns(kResidual)[j] - block.columns(kProduct)[j]) * inv_size : 0;
       block.columns(kSolution)[j] = block.columns(kW)[j] = 0;
     });
-    mass = 0;
-    block.for_columns([&](int j) { mass += block.columns(kMass)[j]; });
-    mass = block.sum_block(mass);
     remove_gauge();
-    return fmaxf(energy, loads);
+    float residuals = 0;
+    block.for_columns([&](int j) {
+      const float residual = j < block.m ? block.columns(kResidual)[j] : 0;
+      residuals += residual * over_mass(residual, fmaxf(block.columns(kMass)[j], least));
+    });
+    return fmaxf(block.sum_block(residuals), loads);
   }
 
   // One step of conjugate gradients, whose direction keeps `carry` times the last one. Returns false if the curvature
