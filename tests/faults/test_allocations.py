@@ -125,10 +125,9 @@ LIMITED = (
 )
 
 
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize(
-    "call", ["divergence", *(pytest.param(c, marks=pytest.mark.slow) for c in LIMITED if c != "divergence")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call", LIMITED)
 def test_address_space_is_limited(call, threads):
     """Every limit gives the right bits or an exception, and the calls after it are right."""
     # Each large block then comes from the system, and goes back.

@@ -17,10 +17,8 @@ FORWARD = [MODULES[k:] + MODULES[:k] for k in range(len(MODULES))]
 ORDERS = FORWARD + [order[::-1] for order in FORWARD]
 
 
-@pytest.mark.parametrize(
-    "order",
-    [pytest.param(order, marks=[] if order == MODULES else pytest.mark.slow, id="-".join(order)) for order in ORDERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_import_order(order):
     found = json.loads(run_program("import_orders", *order))
     print(found)
