@@ -129,12 +129,14 @@ class ReversePass {
         back.adjoint_y[j] = static_cast<T>(direction[j]);
       }
       apply([&](int64_t i, double product) { return row_mass[i] > 0 ? product / row_mass[i] : 0.0; });
-      double curvature = 0;
+      double curvature = 0, size = 0;
       for (int64_t j = 0; j < m; ++j) {
         image[j] = column_mass[j] * direction[j] - column[j];
         curvature += direction[j] * image[j];
+        size += direction[j] * direction[j] * column_mass[j];
       }
-      if (!(curvature > 0)) break;
+      // Along a constant on a part of the plan, there is no curvature but rounding.
+      if (!(curvature > 16 * std::numeric_limits<T>::epsilon() * size)) break;
       for (int64_t j = 0; j < m; ++j) {
         solution[j] += now / curvature * direction[j];
         residual[j] -= now / curvature * image[j];

@@ -93,13 +93,12 @@ class BothOrders {
     }
     const double shift = gauge(it.g);
     double value = 0, linear = 0, mass = 0, total_x = 0, total_y = 0;
-    it.error = 0;
     for (int64_t i = 0; i < it.n; ++i) {
       const T weight = it.a ? it.a[i] : T(1) / it.n;
       T sum = 0;
       for (int64_t j = 0; j < it.m; ++j) {
         T& entry = it.K[i * it.m + j];
-        const T size = std::sqrt(entry * other.K[j * it.n + i]);
+        const T size = std::sqrt(std::fabs(entry)) * std::sqrt(std::fabs(other.K[j * it.n + i]));
         const bool carries_y = !it.b || it.b[j] > 0;
         if (carries_y) sum += size;  // the entries of a point without mass have a weight of one
         if (weight > 0) it.mass_y[j] += size;
@@ -110,7 +109,6 @@ class BothOrders {
       it.mass_x[i] = weight > 0 ? sum / weight : sum;
       total_x += weight;
       if (!(weight > 0)) continue;
-      it.error += residual(weight, it.mass_x[i], it.f[i], it.rho_x);
       value += weight * dual_term(it.f[i], it.rho_x);
       mass += sum;
     }
@@ -120,19 +118,34 @@ class BothOrders {
       total_y += weight;
       if (!(weight > 0)) continue;
       it.mass_y[j] /= weight;
-      it.error += residual(weight, it.mass_y[j], it.g[j], it.rho_y);
       value += weight * dual_term(it.g[j], it.rho_y);
     }
     it.value = value - it.reg * (mass - total_x * total_y);
     it.linear = linear;
+    it.error = 0;
+    for (int64_t i = 0; i < it.n; ++i)
+      it.error += residual(it.m, it.a ? it.a[i] : T(1) / it.n, it.f[i], it.rho_x, it.b, it.g, cost + i * it.m, 1);
+    for (int64_t j = 0; j < it.m; ++j)
+      it.error += residual(it.n, it.b ? it.b[j] : T(1) / it.m, it.g[j], it.rho_y, it.a, it.f, cost + j, it.m);
   }
 
-  // What a point with this mass, over its weight, adds to the error: see exact_rows in solver.h.
-  double residual(double weight, double mass, double potential, double rho) const {
-    if (is_strict(rho)) return weight * std::fabs(mass - 1);
-    if (!(mass > 0)) return 0;  // nothing reaches it
-    const double damped = damping(it.reg, rho);
-    return weight * std::fabs(std::expm1((1 - damped) * potential / it.reg + damped * std::log(mass)));
+  // What a point adds to the error, from the points across and the costs to them, `step` apart: see `residual` in
+  // otalign/backends/reference.py.
+  double residual(int64_t count, double weight, double potential, double rho, const T* weights, const T* across,
+                  const T* costs, int64_t step) const {
+    if (!(weight > 0)) return 0;
+    double top = -HUGE_VAL, sum = 0;
+    const auto exponents = [&](auto use) {
+      for (int64_t k = 0; k < count; ++k) {
+        const double other = weights ? weights[k] : T(1) / count;
+        if (other > 0 && costs[k * step] < T(HUGE_VAL))
+          use(std::log(other) + (static_cast<double>(across[k]) - costs[k * step]) / it.reg);
+      }
+    };
+    exponents([&](double t) { top = std::fmax(top, t); });
+    if (!(top > -HUGE_VAL)) return is_strict(rho) ? weight : 0.0;  // unreached
+    exponents([&](double t) { sum += std::exp(t - top); });
+    return weight * std::fabs(std::expm1(potential / it.reg + damping(it.reg, rho) * (top + std::log(sum))));
   }
 
   // What the potentials of y lose and those of x gain, so that the former have a weighted mean of zero, as in finish.h.

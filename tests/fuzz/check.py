@@ -466,8 +466,8 @@ class Checked:
         ):
             if gradients.get(leaf) is None or w is None:
                 continue
-            if (normal == 0).any() and np.abs(by_w).max() > 1e15:
-                continue
+            if np.abs(by_w).max() > 1e15:
+                continue  # The derivative by a weight of nearly zero, which may be infinite, and is then bounded.
             largest = w.max()
             total = (w / largest).sum() * largest
             gradient = (by_w - (by_w * normal).sum()) / total
