@@ -46,10 +46,10 @@ test-all: $(READY)  ## every test that needs no GPU, the engine's under sanitize
 	$(PY) tests/plant_faults.py
 
 # Two thousand cases of each GPU backend take as long as a hundred thousand of the CPU engine. SEED=1 draws others.
-fuzz: $(READY)  ## 100,000 random problems against a float64 oracle on the CPU engine, 2,000 on each other backend: over an hour on two cores
-	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend cpu --cases $(CASES) --seed $(SEED) --processes 2 --report out/fuzz/cpu.csv
+fuzz: $(READY)  ## 100,000 random problems against a float64 oracle on the CPU engine, 2,000 on each other backend: over an hour
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend cpu --cases $(CASES) --seed $(SEED) --report out/fuzz/cpu.csv
 	for backend in reference triton cuda; do \
-	  OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend $$backend --cases 2000 --seed $(SEED) --processes 2 \
+	  OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --backend $$backend --cases 2000 --seed $(SEED) \
 	    --report out/fuzz/$$backend.csv || exit 1; done
 
 fuzz-c:  ## MINUTES=60 of libFuzzer on the structs that the CPU engine takes; needs Debian's clang

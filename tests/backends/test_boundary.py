@@ -32,8 +32,6 @@ def test_lies_are_refused_or_harmless(sanitizers):
 FAULTS = {
     "the memory of the other order": ("csrc/cpu/isa.cpp", "std::max(Solver<T>::scratch(n, m), other)", "Solver<T>::scratch(n, m)"),
     "lengths of a symmetric problem": ("csrc/cpu/batch.h", "!p.symmetric || n(b) == m(b)", "true"),
-    "room for the potentials": ("csrc/cpu/batch.h", "need(*vector, side.rows, sizeof(T), name);", "need(*vector, 0, sizeof(T), name);"),
-    "a length within its slot": ("csrc/cpu/batch.h", "(length < 0 || length > side.size)", "length < 0"),
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -56,7 +55,6 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long, whatever --cases says")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--failures", type=Path, default=Path("out/fuzz"), help="folder for scripts that reproduce failures"
     )
@@ -64,23 +62,9 @@ def main() -> int:
     arguments = parser.parse_args()
     prepare(arguments.backend)
     end = time.time() + 60 * arguments.minutes
-    parts = [
-        (
-            arguments.backend,
-            arguments.cases // arguments.processes,
-            end,
-            arguments.seed + 1000003 * process,
-            arguments.failures,
-        )
-        for process in range(arguments.processes)
-    ]
     begin, report = time.time(), Report()
-    if arguments.processes == 1:
-        report.join(fuzz(*parts[0], progress=sys.stderr.isatty()))
-    else:
-        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-            for part in pool.starmap(fuzz_in_process, parts):
-                report.join(part)
+    progress = sys.stderr.isatty()
+    report.join(fuzz(arguments.backend, arguments.cases, end, arguments.seed, arguments.failures, progress=progress))
     report.seconds = time.time() - begin
     print_report(arguments.backend, arguments.seed, report)
     if arguments.report:
@@ -98,14 +82,6 @@ def prepare(backend: str) -> None:
             from ..helpers.interpreter import make_quicker
 
             make_quicker()
-
-
-def fuzz_in_process(backend: str, *arguments: Any) -> Report:
-    import torch
-
-    torch.set_num_threads(1)
-    prepare(backend)
-    return fuzz(backend, *arguments)
 
 
 @contextlib.contextmanager
@@ -196,7 +172,6 @@ def fuzz_chunk(
         max_examples=cases, database=None, deadline=None, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         suppress_health_check=list(hypothesis.HealthCheck), report_multiple_bugs=False, print_blob=False,
     )  # fmt: skip
-    before = report.cases
     test = hypothesis.seed(seed)(settings(hypothesis.given(strategy(small, types))(one)))
     try:
         test()
@@ -204,8 +179,6 @@ def fuzz_chunk(
         if failing:
             case, message = simplest(failing)
             report.faults.append(str(write_script(failures, case, backend, message)))
-    if not failing and report.cases == before:
-        raise Enough  # Nothing was drawn: out of time.
 
 
 def print_report(backend: str, seed: int, report: Report) -> None:
