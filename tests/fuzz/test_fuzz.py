@@ -255,6 +255,5 @@ def test_the_simplest_case_is_checked_whole():
         "gradient by points",
         "loss",
         "n_iter",
-        "value at the optimum",
     ):
         assert record.compared[quantity], quantity
