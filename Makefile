@@ -55,7 +55,6 @@ fuzz: $(READY)  ## 100,000 random problems against a float64 oracle on the CPU e
 fuzz-c:  ## MINUTES=60 of libFuzzer on the structs that the CPU engine takes; needs Debian's clang
 	tests/backends/engine/fuzz.sh $$(($(MINUTES) * 60))
 
-# The test of memory that cannot be had is left out: AddressSanitizer ends the process where operator new would throw.
 sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and UBSan; its shared items and the corpus of problems that lie under ThreadSanitizer
 	tests/backends/engine/races.sh $(CXX)
 	tests/backends/engine/replay.sh $(CXX) address,undefined
@@ -65,7 +64,7 @@ sanitize: $(READY)  ## the engine's tests on a build with AddressSanitizer and U
 	  $(PIP) install -q --no-deps --target build/sanitize .
 	OTALIGN_EXT_DIR=build/sanitize/otalign ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PYTEST) -m "not slow and not gpu" -k "(cpu or engine or accelerate or long_items) and not python_errors" tests
+	  $(PYTEST) -m "not slow and not gpu" -k "cpu or engine or accelerate or long_items" tests
 
 aarch64:  ## the engine compiled for aarch64, under an emulator; needs Debian's g++-aarch64-linux-gnu and qemu-user
 	tests/backends/engine/run.sh aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
