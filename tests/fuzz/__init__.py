@@ -1,1 +1,1 @@
-"""A fuzzer for every backend: see `python -m tests.fuzz --help`, and docs/promises.md for what it found."""
+"""A fuzzer for every backend: see `python -m tests.fuzz --help`, and corpus/ for what it found."""
